@@ -1,0 +1,55 @@
+"""Linear-time attention families for Hugging Face Transformers. Importing this package registers all of them.
+
+    >>> import hf_linear_attn
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained("path/or/hub-id")
+
+Notation in all docstrings: B batch, T time (tokens), H heads, D or E head size, C chunk, W window, M compressed width.
+"""
+
+from .modeling.configuration_fastformer import FastformerConfig
+from .modeling.configuration_leap import LeapConfig
+from .modeling.modeling_fastformer import (
+    FastformerAttention,
+    FastformerBlock,
+    FastformerForCausalLM,
+    FastformerForQuestionAnswering,
+    FastformerForSequenceClassification,
+    FastformerForTokenClassification,
+    FastformerModel,
+)
+from .modeling.modeling_leap import (
+    LeapAttention,
+    LeapBlock,
+    LeapForCausalLM,
+    LeapForQuestionAnswering,
+    LeapForSequenceClassification,
+    LeapForTokenClassification,
+    LeapModel,
+)
+from .modeling.recurrent_cache import RecurrentCache
+from .registration import register_all
+from .version import __version__
+
+register_all()
+
+__all__ = [
+    "FastformerAttention",
+    "FastformerBlock",
+    "FastformerConfig",
+    "FastformerForCausalLM",
+    "FastformerForQuestionAnswering",
+    "FastformerForSequenceClassification",
+    "FastformerForTokenClassification",
+    "FastformerModel",
+    "LeapAttention",
+    "LeapBlock",
+    "LeapConfig",
+    "LeapForCausalLM",
+    "LeapForQuestionAnswering",
+    "LeapForSequenceClassification",
+    "LeapForTokenClassification",
+    "LeapModel",
+    "RecurrentCache",
+    "__version__",
+]

@@ -1,0 +1,5 @@
+"""Published checkpoints and pretrained models into our families."""
+
+from .published import from_published
+
+__all__ = ["from_published"]

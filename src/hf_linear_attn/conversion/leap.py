@@ -1,0 +1,79 @@
+"""The published LEAP package (LEAP and causal Fastformer language models) into our classes (LEAP specification, section 9)."""
+
+import re
+
+import torch
+
+from ..modeling.configuration_fastformer import FastformerConfig
+from ..modeling.configuration_leap import LeapConfig
+from ..modeling.modeling_fastformer import FastformerForCausalLM
+from ..modeling.modeling_leap import LeapForCausalLM
+from .published import load_exactly, rename
+
+# Fields of the published configurations that our configurations have under the same or an aliased name.
+SHARED_FIELDS = {
+    "vocab_size", "hidden_size", "n_layer", "n_positions", "window_sizes", "use_local_att", "hidden_dropout_prob",
+    "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id",
+}  # fmt: skip
+FAMILIES: dict[str, tuple[type, type, set[str]]] = {
+    "leap": (LeapConfig, LeapForCausalLM, SHARED_FIELDS | {"n_head", "n_heads"}),
+    "fastformer": (FastformerConfig, FastformerForCausalLM, SHARED_FIELDS | {"n_head", "n_heads", "rescale"}),
+}
+
+BLOCK_NAMES = {
+    "leap.projections.weight": "attention.qfkv_proj.weight",
+    "attention.projections.weight": "attention.qkv_proj.weight",
+    "attention.query_attn": "attention.query_vector",
+    "attention.key_attn": "attention.key_vector",
+    "attn_norm": "attention_norm",
+    "attention.attn_norm": "attention_norm",
+    "boom": "mlp.up_proj",
+    "unboom": "mlp.down_proj",
+    "boom_norm": "mlp_norm",
+}
+
+
+def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor]):
+    """See `hf_linear_attn.conversion.from_published`."""
+    config_class, model_class, fields = FAMILIES[family]
+    unknown = sorted(set(config) - fields)
+    if unknown:
+        raise ValueError(
+            f"`config` has fields that the published {family} does not know: {unknown}; known: {sorted(fields)}"
+        )
+    values = dict(config)
+    windows = values.pop("window_sizes", None)
+    ours = config_class(**values)
+    if windows is not None:
+        # A window as long as the positions is what the published package calls global.
+        bound = ours.max_position_embeddings
+        windows = [None if w in (None, "global") or w >= bound else int(w) for w in windows]
+        ours = config_class(**values, layer_windows=windows)
+    model = model_class(ours)
+    load_exactly(model, rename(state_dict, _our_name))
+    return model
+
+
+def _our_name(name: str) -> str | None:
+    fixed = {
+        "word_embedding.weight": "model.embed_tokens.weight",
+        "last_norm.weight": "model.norm.weight",
+        "last_norm.bias": "model.norm.bias",
+        "proj_logits.bias": "lm_head.bias",
+        "proj_logits.weight": "lm_head.weight",
+    }
+    if name in fixed:
+        return fixed[name]
+    name = re.sub(r"^\w+_model\.", "", name)
+    if name == "position_embeddings.weight":
+        return "model.embed_positions.weight"
+    found = re.fullmatch(r"decoders\.(\d+)\.(.+)", name)
+    if found is None:
+        return None
+    layer, inner = found.groups()
+    if inner in BLOCK_NAMES:
+        return f"model.layers.{layer}.{BLOCK_NAMES[inner]}"
+    module, _, kind = inner.rpartition(".")
+    if module in BLOCK_NAMES and kind in ("weight", "bias"):
+        return f"model.layers.{layer}.{BLOCK_NAMES[module]}.{kind}"
+    return None

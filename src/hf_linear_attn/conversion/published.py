@@ -1,0 +1,55 @@
+"""Checkpoints in the names of the published packages."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+# family -> module here whose `from_published(config, state_dict)` builds the model
+CONVERTERS = {"leap": "leap", "fastformer": "leap"}
+
+
+def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor]):
+    """Build one of our models from a published package's configuration and parameter names.
+
+    Args:
+        family (`str`): `"leap"` or `"fastformer"` (package leap-transformer) give `LeapForCausalLM` / `FastformerForCausalLM`.
+        config (`dict`): the published configuration fields.
+        state_dict (`dict`): the published parameter names and tensors; the model takes their dtype.
+
+    Raises:
+        ValueError: an unknown family or configuration field, a missing or unexpected parameter, a wrong shape.
+    """
+    if family not in CONVERTERS:
+        raise ValueError(f"`family` is {family!r}, expected one of {', '.join(map(repr, CONVERTERS))}")
+    return import_module(f".{CONVERTERS[family]}", __package__).from_published(family, config, state_dict)
+
+
+def rename(state_dict: dict[str, torch.Tensor], rules: Callable[[str], str | None]) -> dict[str, torch.Tensor]:
+    """Apply `rules` (published name -> our name, None for a name that is not known) to every parameter."""
+    renamed = {name: rules(name) for name in state_dict}
+    unknown = sorted(name for name, ours in renamed.items() if ours is None)
+    if unknown:
+        raise ValueError(f"`state_dict` holds parameters that the published model does not have: {unknown[:5]}")
+    return {ours: state_dict[name] for name, ours in renamed.items()}
+
+
+def load_exactly(model: torch.nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Load every parameter, refusing missing, unexpected and wrongly shaped ones; tied weights may be given once."""
+    dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for name, tensor in state_dict.items():
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"parameter {name} has shape {tuple(tensor.shape)}, but the configuration asks for {shapes[name]}"
+            )
+    missing, unexpected = model.load_state_dict(state_dict, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise ValueError(
+            f"parameters missing: {missing[:5]}; unexpected: {unexpected[:5]}: does the configuration fit?"
+        )
+    model.tie_weights()

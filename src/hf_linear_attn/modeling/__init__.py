@@ -1,0 +1,1 @@
+"""All that travels with a checkpoint to the Hub: flat, sibling imports only, no registration here."""

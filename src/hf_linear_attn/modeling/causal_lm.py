@@ -1,0 +1,187 @@
+"""What the causal language models of all families share around their bodies: inputs, cache, labels, the head's forward."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from .compat import can_return_tuple, keep_logits
+from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
+from .sequence_inputs import SequenceInputs, check_token_ids, padding_mask, prepare_sequence
+from .task_heads import check_labels
+
+
+@dataclass
+class RecurrentModelOutput(ModelOutput):
+    """Output of a body: `BaseModelOutputWithPast` with, for families that have them, `focus_weights` (a tuple of (B, H, T))."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    focus_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class RecurrentCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with `focus_weights`, a tuple of (B, H, T), one a layer, on request."""
+
+    focus_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+def embed_inputs(model, input_ids, inputs_embeds) -> torch.Tensor:
+    """The embedded tokens (B, T, d) from exactly one of the two."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+    if inputs_embeds is not None:
+        width = model.config.hidden_size
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
+            raise ValueError(
+                f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {width})"
+            )
+        return inputs_embeds
+    embedding = model.get_input_embeddings()
+    check_token_ids(input_ids, embedding.num_embeddings, model.training)
+    return embedding(input_ids)
+
+
+def check_cache(past_key_values, config) -> None:
+    """Refuse a cache whose layers are not those of this model."""
+    layers = getattr(past_key_values, "layers", None)
+    if layers is None or len(layers) != config.num_hidden_layers or not all(hasattr(x, "update_state") for x in layers):
+        kinds = (
+            "no list of layers"
+            if layers is None
+            else f"{len(layers)} layers of {sorted({type(x).__name__ for x in layers})}"
+        )
+        raise ValueError(
+            f"`past_key_values` ({type(past_key_values).__name__} with {kinds}) does not belong to this model, which has "
+            f"{config.num_hidden_layers} recurrent layers: build it with `RecurrentCache(config=model.config)`, "
+            "`DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`"
+        )
+
+
+def begin(model, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, max_positions, kwargs):
+    """Check a body's inputs and make its cache: returns `(SequenceInputs, cache or None)`."""
+    if kwargs.get("is_causal") is False:
+        raise ValueError(
+            "`is_causal=False` cannot be honoured: this model sums from the left, each token sees only earlier ones"
+        )
+    if use_cache and past_key_values is None:
+        past_key_values = RecurrentCache(config=model.config)
+    past_length, past_counts = 0, None
+    if past_key_values is not None:
+        check_cache(past_key_values, model.config)
+        past_length = past_key_values.get_seq_length()
+        past_counts = past_key_values.layers[0].get_token_counts()
+        if past_counts is not None and past_counts.shape[0] != inputs_embeds.shape[0]:
+            raise ValueError(
+                f"`past_key_values` holds the state of {past_counts.shape[0]} rows, but the batch has {inputs_embeds.shape[0]}: "
+                "use `cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
+            )
+    sequence = prepare_sequence(
+        inputs_embeds, attention_mask, position_ids, past_length, past_counts, max_positions, **kwargs
+    )
+    return sequence, past_key_values
+
+
+def mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    """What generate() hands on as `attention_mask`: this call's columns, or None, so that its shape does not grow."""
+    if attention_mask is None:
+        return None
+    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return padding_mask(attention_mask, inputs_embeds.shape[0], inputs_embeds.shape[1], past_length)
+
+
+def next_token_labels(labels: torch.Tensor, sequence: SequenceInputs) -> torch.Tensor:
+    """For each real token the label of the next real token of its document, else -100: (B, T).
+
+    Padding anywhere and the borders of packed documents thus add nothing to the loss, as if each document were alone.
+    """
+    batch, length = labels.shape
+    place = torch.arange(length, device=labels.device).expand(batch, -1)
+    real = torch.ones_like(labels, dtype=torch.bool) if sequence.mask is None else sequence.mask
+    upcoming = torch.where(real, place, length).flip(1).cummin(1).values.flip(1)
+    following = torch.nn.functional.pad(upcoming[:, 1:], [0, 1], value=length)
+    known = real & (following < length)
+    following = following.clamp(max=length - 1)
+    if sequence.segment_ids is not None:
+        known = known & (sequence.segment_ids == sequence.segment_ids.gather(1, following))
+    return torch.where(known, labels.gather(1, following), -100)
+
+
+class RecurrentForCausalLM(RecurrentGenerationMixin):
+    """`forward` of a causal language model over `self.model` and `self.lm_head`."""
+
+    config: Any
+    model: nn.Module
+    lm_head: nn.Module
+    loss_function: Any
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> RecurrentCausalLMOutput:
+        """Predict each next token.
+
+        Args:
+            input_ids (`(B, T)`), attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as for the body.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): usually `input_ids`; shifted inside; -100 is ignored,
+                and so are padding and the step from one packed document to the next.
+            logits_to_keep (`int` or `torch.Tensor`): compute only the last n logits (0: all), or those at an index.
+
+        Returns:
+            [`RecurrentCausalLMOutput`]: `logits` (B, T, vocab_size), `loss` with labels, `past_key_values` with `use_cache`.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(keep_logits(output.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels, output.last_hidden_state, attention_mask, position_ids, kwargs)
+        return RecurrentCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            focus_weights=output.get("focus_weights"),
+        )
+
+    def _loss(self, logits, labels, hidden_states, attention_mask, position_ids, kwargs):
+        check_labels("labels", labels, logits.shape[:2], "one label a token, usually `input_ids` themselves")
+        documents = {name: kwargs[name] for name in ("seq_idx", "cu_seq_lens_q") if kwargs.get(name) is not None}
+        arguments = {"num_items_in_batch": kwargs.get("num_items_in_batch")}
+        if attention_mask is not None or position_ids is not None or documents:
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, -labels.shape[1] :]
+            sequence = prepare_sequence(hidden_states, attention_mask, position_ids, **documents)
+            if sequence.mask is not None or sequence.segment_ids is not None:
+                arguments["shift_labels"] = next_token_labels(labels, sequence)
+        if logits.dtype == torch.float64:
+            # Transformers' loss would round to float32.
+            targets = arguments.get("shift_labels", torch.nn.functional.pad(labels[:, 1:], [0, 1], value=-100))
+            total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            count = arguments["num_items_in_batch"]
+            return total / ((targets != -100).sum() if count is None else count)
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **arguments)

@@ -1,0 +1,41 @@
+"""Every name of Transformers outside its documented surface that `modeling/` touches, in one place.
+
+Checked on transformers 5.17 and 5.23. When a release moves one of them, this is the only file to change.
+"""
+
+import torch
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+
+def keep_logits(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of `hidden_states` (B, T, d) that logits are wanted for: the last n (0: all), or those of an index tensor."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+def can_read_values() -> bool:
+    """Whether tensors hold values now that Python may look at: not while torch.compile or torch.export trace the code."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+__all__ = [
+    "STATIC_LAYER_TYPE_MAPPING",
+    "CacheLayerMixin",
+    "GradientCheckpointingLayer",
+    "LinearAttentionLayer",
+    "OutputRecorder",
+    "can_read_values",
+    "can_return_tuple",
+    "capture_outputs",
+    "keep_logits",
+    "merge_with_config_defaults",
+]

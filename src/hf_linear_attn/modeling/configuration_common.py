@@ -1,0 +1,47 @@
+"""Checks that the families' configurations share."""
+
+
+def apply_aliases(config, kwargs: dict) -> None:
+    """Move published names out of `kwargs` into their fields, before anything is derived from these."""
+    for alias, name in config.attribute_map.items():
+        if alias in kwargs:
+            setattr(config, name, kwargs.pop(alias))
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_head_size(config, even: bool = False) -> None:
+    """Refuse sizes that are not positive, and heads that do not divide the width (or leave an odd head size to rotary)."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(config, name)}, expected at least 1")
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % heads:
+        fitting = [h for h in range(1, width + 1) if width % h == 0 and abs(h - heads) <= heads][:8]
+        raise ValueError(
+            f"`hidden_size` {width} is not a multiple of `num_attention_heads` {heads}; near values that divide it: {fitting}"
+        )
+    if even and (width // heads) % 2:
+        raise ValueError(
+            f"rotary positions turn features in pairs, but the head size {width} / {heads} = {width // heads} is odd: choose "
+            "another `hidden_size` or `num_attention_heads`"
+        )
+
+
+def check_windows(config) -> None:
+    """Refuse a list of windows of another length than the layers, and windows that are not positive."""
+    windows, layers = config.layer_windows, config.num_hidden_layers
+    if len(windows) != layers:
+        raise ValueError(
+            f"`layer_windows` has {len(windows)} entries, expected one for each of `num_hidden_layers`={layers} layers: "
+            "a positive number of tokens, or None for all tokens so far"
+        )
+    for i, window in enumerate(windows):
+        if window is not None and window < 1:
+            raise ValueError(
+                f"`layer_windows[{i}]` is {window}, expected at least 1 token, or None for all tokens so far"
+            )

@@ -1,0 +1,353 @@
+"""LEAP: linear explainable attention in parallel (LEAP specification, section 2).
+
+A layer averages keys and values over a window with one positive weight a token and head, and lets each query gate the mean:
+
+    [q, f, k, v] = x P^T                                  four projections
+    a_j   = elu(<f_j, k_j> / sqrt(E)) + 1                 focus weight: how much token j counts for all that follow
+    K_i, V_i = weighted means of k, v over the window     focused key and value
+    g_i   = sigmoid(<q_i, K_i> / sqrt(E))                 alignment: how much token i wants of what it sees
+    out_i = g_i V_i
+
+Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, begin, embed_inputs, mask_for_generate
+from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, merge_with_config_defaults
+from .configuration_leap import LeapConfig
+from .layer_output import LayerOutput
+from .rotary_embedding import rotate
+from .sequence_inputs import prepare_sequence
+from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
+from .windowed_mean import attention_rows, compute_dtype, windowed_mean
+
+
+class LeapAttention(nn.Module):
+    """The LEAP mechanism as a layer on `(B, T, d)` tensors; usable in any network.
+
+    Args:
+        config (`LeapConfig`): sizes, focus function, dropout, positions.
+        layer_idx (`int`, defaults to 0): which of `config.layer_windows` applies, and the place in a cache.
+
+    O(T) time and memory. No output projection (specification, section 2).
+    """
+
+    def __init__(self, config: LeapConfig, layer_idx: int = 0):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.window = config.layer_windows[layer_idx]
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.rope_theta = config.rope_theta if config.position_embedding_type == "rotary" else None
+        self.exponential = config.focus_function == "exp"
+        self.qfkv_proj = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.attention_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        state: tuple[torch.Tensor, ...] | None = None,
+        return_state: bool = False,
+        output_attentions: bool = False,
+        output_focus_weights: bool = False,
+    ) -> LayerOutput:
+        """Mix tokens causally.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, d)`).
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 keeps; padding may stand anywhere.
+            position_ids (`torch.Tensor` of shape `(B, T)` or `(1, T)`, *optional*): for rotary positions; counted if not given.
+            segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): non-decreasing document numbers, to restart at each.
+            past_key_values (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
+            state, return_state: the tensors an earlier call returned, and whether to return them (see `windowed_mean`).
+            output_attentions (`bool`): also build the (B, H, T, T) rows behind the means; O(T^2).
+            output_focus_weights (`bool`): also return the focus weights (B, H, T).
+
+        Returns:
+            [`LayerOutput`].
+        """
+        layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if layer_cache is not None:
+            state = layer_cache.get_state()
+        self._check_state(state, hidden_states)
+        if output_attentions and state is not None:
+            raise ValueError(
+                "`output_attentions` needs all tokens of the text in one call, but the earlier ones are only left as a state: "
+                "call the model on the whole text, with `use_cache=False`"
+            )
+        if self.rope_theta is not None and position_ids is None:
+            if state is not None:
+                raise ValueError("`position_ids` are needed to go on from a state with rotary positions")
+            sequence = prepare_sequence(hidden_states, attention_mask, seq_idx=segment_ids)
+            attention_mask, position_ids = sequence.mask, sequence.position_ids
+
+        # q, f, k, v: (B, T, H, E) each; k and v lie side by side as (B, T, 2, H, E), since they share their weights
+        projected = self.qfkv_proj(hidden_states)
+        query, focus, key_value = projected.split(
+            [self.num_heads * self.head_dim] * 2 + [2 * self.num_heads * self.head_dim], -1
+        )
+        query = self.dropout(query.unflatten(-1, (self.num_heads, self.head_dim)))
+        focus = self.dropout(focus.unflatten(-1, (self.num_heads, self.head_dim)))
+        key_value = key_value.unflatten(-1, (2, self.num_heads, self.head_dim))
+        key, value = key_value.unbind(2)
+        # The mechanism itself runs in at least float32.
+        dtype = compute_dtype(hidden_states.dtype)
+        scale = self.head_dim**-0.5
+        logits = self.dropout((focus.to(dtype) * key.to(dtype)).sum(-1) * scale)  # (B, T, H)
+        weights = logits if self.exponential else F.elu(logits) + 1
+        if self.rope_theta is not None:
+            query, key = rotate(query, position_ids, self.rope_theta), rotate(key, position_ids, self.rope_theta)
+        if self.rope_theta is not None or (self.training and self.dropout.p):
+            key_value = torch.stack([key, self.dropout(value)], dim=2)
+
+        inputs = (key_value.to(dtype), weights, attention_mask, segment_ids)
+        keep_state = return_state or layer_cache is not None
+        means, state = self._mean(state, *inputs, return_state=keep_state)
+        focused_key, focused_value = means.unbind(2)  # (B, T, H, E) each
+        alignment = torch.sigmoid((query.to(dtype) * focused_key).sum(-1, keepdim=True) * scale)  # (B, T, H, 1)
+        mixed = (alignment * focused_value).flatten(2).to(hidden_states.dtype)
+        if layer_cache is not None:
+            layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay=(self._advance, inputs))
+
+        rows = seen_weights = None
+        if output_attentions:
+            rows = attention_rows(
+                weights, self.window, log_weights=self.exponential, mask=attention_mask, segment_ids=segment_ids
+            )
+        if output_focus_weights:
+            seen_weights = (weights.exp() if self.exponential else weights).transpose(1, 2)
+            if attention_mask is not None:
+                seen_weights = seen_weights * attention_mask[:, None].to(dtype)
+        return LayerOutput(mixed, rows, seen_weights, state if return_state else None)
+
+    def _mean(self, state, key_value, weights, mask, segment_ids, return_state=True):
+        return windowed_mean(
+            key_value,
+            weights,
+            self.window,
+            log_weights=self.exponential,
+            mask=mask,
+            segment_ids=segment_ids,
+            initial_state=state,
+            return_state=return_state,
+        )
+
+    def _advance(self, state, *inputs):
+        """The state after more inputs alone: how a cache undoes tokens (it runs the ones that stay again)."""
+        return self._mean(state, *inputs)[1]
+
+    def _check_state(self, state, hidden_states) -> None:
+        if state is None:
+            return
+        features = (hidden_states.shape[0], 2, self.num_heads, self.head_dim)
+        expected = features if self.window is None else (features[0], self.window - 1, *features[1:])
+        if tuple(state[0].shape) != expected or len(state) != 2 + (self.window is None and self.exponential):
+            raise ValueError(
+                f"the state of layer {self.layer_idx} has {len(state)} tensors, the first of shape {tuple(state[0].shape)}, "
+                f"expected shape {expected}: it comes from another model or another batch size"
+            )
+
+
+class LeapMLP(nn.Module):
+    """d -> intermediate -> d with biases; exact GELU by default."""
+
+    def __init__(self, config: LeapConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        return self.dropout(self.down_proj(self.activation(self.up_proj(hidden_states))))
+
+
+class LeapBlock(GradientCheckpointingLayer):
+    """Pre-norm block: h + LEAP(LN(h)), then h + MLP(LN(h)). Usable in any network, arguments as for `LeapAttention`.
+
+    Returns the hidden states (B, T, d), or `(hidden_states, state)` with `return_state=True`.
+    """
+
+    def __init__(self, config: LeapConfig, layer_idx: int = 0):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = LeapAttention(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = LeapMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        return_state: bool = False,
+        **kwargs,
+    ):
+        """See the class."""
+        mixed = self.attention(
+            self.attention_norm(hidden_states),
+            attention_mask,
+            past_key_values=past_key_values,
+            return_state=return_state,
+            **kwargs,
+        )
+        hidden_states = hidden_states + mixed.hidden_states
+        hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return (hidden_states, mixed.state) if return_state else hidden_states
+
+
+class LeapPreTrainedModel(PreTrainedModel):
+    """Weights' initialisation and what Transformers needs to know of the family."""
+
+    config: LeapConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LeapBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": LeapBlock,
+        "attentions": OutputRecorder(LeapAttention, index=1),
+        "focus_weights": OutputRecorder(LeapAttention, index=2),
+    }
+    create_masks_for_generate = staticmethod(mask_for_generate)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # The base class would zero the embedding of the padding id; the published model draws all of them.
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+
+class LeapModel(LeapPreTrainedModel):
+    """The body: embeddings, blocks, final norm. Returns hidden states (B, T, d)."""
+
+    def __init__(self, config: LeapConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(LeapBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_focus_weights: bool = False,
+        **kwargs,
+    ) -> RecurrentModelOutput:
+        """Run the body.
+
+        Args:
+            input_ids (`(B, T)`) or inputs_embeds (`(B, T, d)`): the tokens.
+            attention_mask (`(B, T)`, or with a cache `(B, past + T)`, *optional*): 1 keeps, 0 is padding, on any side.
+            position_ids (`(B, T)`, *optional*): restarting positions mark packed documents.
+            past_key_values (`Cache`, *optional*): the state to go on from; updated in place.
+            use_cache (`bool`, *optional*): whether to make and return a state.
+            output_focus_weights (`bool`): also return the focus weights, (B, H, T) a layer.
+            **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            [`RecurrentModelOutput`].
+        """
+        inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
+        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        bound = None if self.embed_positions is None else self.config.max_position_embeddings
+        sequence, past_key_values = begin(
+            self, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, bound, kwargs
+        )
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            positions = sequence.position_ids
+            if sequence.mask is not None:
+                positions = positions.masked_fill(~sequence.mask, 0)
+            hidden_states = hidden_states + self.embed_positions(positions)
+        hidden_states = self.dropout(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=sequence.mask,
+                past_key_values=past_key_values,
+                position_ids=sequence.position_ids,
+                segment_ids=sequence.segment_ids,
+                output_attentions=output_attentions,
+                output_focus_weights=output_focus_weights,
+            )
+        return RecurrentModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class LeapForCausalLM(RecurrentForCausalLM, LeapPreTrainedModel, GenerationMixin):
+    """LEAP language model; logits come from the tied embedding matrix."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LeapConfig):
+        super().__init__(config)
+        self.model = LeapModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class LeapForSequenceClassification(SequenceClassificationMixin, LeapPreTrainedModel):
+    """LEAP with a label for a whole text, read from its last real token."""
+
+    def __init__(self, config: LeapConfig):
+        super().__init__(config)
+        self.model = LeapModel(config)
+        self._build_head(config)
+        self.post_init()
+
+
+class LeapForTokenClassification(TokenClassificationMixin, LeapPreTrainedModel):
+    """LEAP with a label for each token."""
+
+    def __init__(self, config: LeapConfig):
+        super().__init__(config)
+        self.model = LeapModel(config)
+        self._build_head(config)
+        self.post_init()
+
+
+class LeapForQuestionAnswering(QuestionAnsweringMixin, LeapPreTrainedModel):
+    """LEAP that marks the start and end of an answer in the text."""
+
+    def __init__(self, config: LeapConfig):
+        super().__init__(config)
+        self.model = LeapModel(config)
+        self._build_head(config)
+        self.post_init()
+
+
+__all__ = [
+    "LeapAttention",
+    "LeapBlock",
+    "LeapForCausalLM",
+    "LeapForQuestionAnswering",
+    "LeapForSequenceClassification",
+    "LeapForTokenClassification",
+    "LeapModel",
+    "LeapPreTrainedModel",
+]

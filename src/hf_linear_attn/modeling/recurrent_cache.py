@@ -1,0 +1,293 @@
+"""States of fixed size for `generate()`: a cache layer for recurrent mechanisms, and a cache that can be saved.
+
+A layer holds the tensors its mechanism leaves behind (each `(B, ...)`, at least float32), and how many real tokens each row
+has seen. Nothing in it grows with the text. It takes part in beam search, static caches and chunked prefill like
+Transformers' own layers, and in assisted decoding by exact rollback: while past recording is on, it keeps the state before
+and the inputs since the last `crop`, and undoes tokens by running the mechanism again over the inputs that stay.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import DynamicCache
+
+from .compat import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+
+LAYER_TYPE = "hf_linear_attn_state"
+FORMAT = "hf_linear_attn.cache.v1"
+
+
+class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
+    """State of one recurrent layer: `recurrent_states[0..n-1]` of the mechanism, then the row counts `(B,)` (int64)."""
+
+    _layer_type = LAYER_TYPE  # Transformers enters subclasses that name a type into its table for dynamic caches
+    supports_early_init = False
+
+    def __init__(self, max_cache_len: int | None = None, **kwargs):
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=0)
+        # A static cache counts in a tensor: an int would be a new constant, and a new graph, at each step.
+        self.cumulative_length: int | torch.Tensor = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
+        self._base: tuple[torch.Tensor, ...] | None = None
+        self._replay: list[tuple[Callable, tuple]] = []
+
+    def get_state(self) -> tuple[torch.Tensor, ...] | None:
+        """The mechanism's tensors, or None before the first token."""
+        if self.number_of_states == 0 or not self.has_previous_state[0]:
+            return None
+        return tuple(self.recurrent_states[i] for i in range(self.number_of_states - 1))
+
+    def get_token_counts(self) -> torch.Tensor | None:
+        """Real (unpadded) tokens that each row has seen, `(B,)`; None before the first token."""
+        if self.number_of_states == 0 or not self.has_previous_state[0]:
+            return None
+        return self.recurrent_states[self.number_of_states - 1]
+
+    def update_state(
+        self,
+        state: tuple[torch.Tensor, ...],
+        num_new_tokens: int,
+        mask: torch.Tensor | None = None,
+        replay: tuple[Callable, tuple[torch.Tensor | None, ...]] | None = None,
+    ) -> None:
+        """Replace the state by the one after `num_new_tokens` more columns.
+
+        Args:
+            state (`tuple` of `torch.Tensor`): the mechanism's new tensors, each with the batch first.
+            num_new_tokens (`int`): columns of the call, padding included.
+            mask (`torch.Tensor` of shape `(B, num_new_tokens)`, *optional*): which of them were real.
+            replay (`tuple`, *optional*): `(advance, inputs)` with `advance(state_or_None, *inputs) -> state`; every input
+                is `(B, num_new_tokens, ...)` or None. Needed for `crop`.
+        """
+        batch, device = state[0].shape[0], state[0].device
+        new = mask.sum(1) if mask is not None else torch.full((batch,), num_new_tokens, device=device)
+        counts = self.get_token_counts()
+        if self.record_past:
+            if replay is None:
+                raise RuntimeError("this layer was asked to record its past, but its model passes no `replay`")
+            if not self._replay:
+                self._base = None if counts is None else tuple(s.clone() for s in self._all_states())
+            self._replay.append((replay[0], (*replay[1], mask)))
+        self._store((*state, new if counts is None else counts + new))
+        if isinstance(self.cumulative_length, torch.Tensor):
+            if self.cumulative_length.device != device:
+                self.cumulative_length = self.cumulative_length.to(device)
+            self.cumulative_length.add_(num_new_tokens)
+        else:
+            self.cumulative_length += num_new_tokens
+
+    def _all_states(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self.recurrent_states[i] for i in range(self.number_of_states))
+
+    def _store(self, states: tuple[torch.Tensor, ...]) -> None:
+        fits = self.number_of_states == len(states) and all(
+            self.recurrent_states[i].shape == s.shape for i, s in enumerate(states)
+        )
+        if not fits:
+            self.number_of_states = len(states)
+            self.dtype, self.device = states[0].dtype, states[0].device
+            for i, s in enumerate(states):
+                self.recurrent_states[i] = torch.zeros_like(s)
+                self.is_recurrent_states_initialized[i] = True
+                self.is_conv_states_initialized[i] = False
+                if not torch.compiler.is_compiling():
+                    torch._dynamo.mark_static_address(self.recurrent_states[i])
+        for i, s in enumerate(states):
+            if torch.is_grad_enabled() and s.requires_grad:
+                self.recurrent_states[i] = s  # a copy into the buffer would cut or overwrite what backward needs
+            elif self.recurrent_states[i].requires_grad:
+                self.recurrent_states[i] = s.clone()
+            else:
+                self.recurrent_states[i].copy_(s)  # in place: CUDA graphs rely on the address
+            self.has_previous_state[i] = True
+        self.is_initialized = True
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the layer back exactly: yes, once `activate_past_recording` has been called."""
+        return True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Undo the last `-tokens_to_remove` columns exactly; 0 forgets the recorded past and changes nothing else."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`crop` takes minus the number of tokens to remove, got {tokens_to_remove}; a recurrent state has no "
+                "absolute length to cut to"
+            )
+        remove = -tokens_to_remove
+        if remove:
+            recorded = sum(inputs[0].shape[1] for _, inputs in self._replay)
+            if not self.record_past or remove > recorded:
+                raise RuntimeError(
+                    f"cannot undo {remove} tokens: {recorded} are recorded since the last `crop`. Call "
+                    "`cache.activate_past_recording()` before the tokens that may have to be undone"
+                )
+            self._rewind(recorded - remove)
+        self._replay, self._base = [], None
+
+    def _rewind(self, keep: int) -> None:
+        base = self._base
+        state = None if base is None else base[:-1]
+        counts = 0 if base is None else base[-1]
+        removed = 0
+        for advance, inputs in self._replay:
+            length = inputs[0].shape[1]
+            take = min(length, keep)
+            if take:
+                *arguments, mask = (None if x is None else x[:, :take] for x in inputs)
+                state = advance(state, *arguments)
+                counts = counts + (take if mask is None else mask.sum(1))
+            keep, removed = keep - take, removed + length - take
+        if state is None:
+            self.has_previous_state = dict.fromkeys(range(self.number_of_states), False)
+        else:
+            if not isinstance(counts, torch.Tensor):
+                counts = torch.full((state[0].shape[0],), counts, device=state[0].device)
+            self._store((*state, counts))
+        if isinstance(self.cumulative_length, torch.Tensor):
+            self.cumulative_length.sub_(removed)
+        else:
+            self.cumulative_length -= removed
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Columns seen, padding included, as Transformers counts them."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over all columns."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: a state has no maximum length."""
+        return -1
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Nothing to prepare: the tensors come with the first `update_state`."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Refuse keys and values: there is no place for them."""
+        raise NotImplementedError(
+            "a recurrent layer keeps a state of fixed size and no keys or values: prefix tuning and quantized caches, "
+            "which store keys and values per token, cannot work with it"
+        )
+
+    def reset(self) -> None:
+        """Forget everything, keep the tensors' addresses."""
+        for state in self.recurrent_states.values():
+            if state is not None:
+                state.detach_().zero_()
+        self.has_previous_state = dict.fromkeys(range(self.number_of_states), False)
+        self._replay, self._base = [], None
+        if isinstance(self.cumulative_length, torch.Tensor):
+            self.cumulative_length.zero_()
+        else:
+            self.cumulative_length = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Give each row the state of row `beam_idx` (beam search)."""
+        self._map_rows(lambda s: s.index_select(0, beam_idx.to(s.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._map_rows(lambda s: s.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._map_rows(lambda s: s[indices.to(s.device)])
+
+    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for i, state in self.recurrent_states.items():
+            if state is not None:
+                self.recurrent_states[i] = function(state)
+        self._base = None if self._base is None else tuple(function(s) for s in self._base)
+        self._replay = [
+            (advance, tuple(None if x is None else function(x) for x in inputs)) for advance, inputs in self._replay
+        ]
+
+
+STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = RecurrentStateLayer
+
+
+class RecurrentCache(DynamicCache):
+    """A `DynamicCache` whose conversation can be saved, loaded in another process, and forked.
+
+    `generate()` and `forward` make one by themselves; build one with `RecurrentCache(config=model.config)` to hold on to it.
+    """
+
+    def state_size(self) -> int:
+        """Bytes of all tensors in the cache. For recurrent layers the number does not depend on the length of the text."""
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self._tensors())
+
+    def fork(self) -> "RecurrentCache":
+        """An independent copy: two continuations of one conversation."""
+        return copy.deepcopy(self)
+
+    def save(self, path) -> None:
+        """Write the state to a safetensors file, from which `RecurrentCache.load` resumes exactly, in any process."""
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self._tensors()}
+        if not tensors:
+            raise ValueError("nothing to save: this cache has not seen a token yet; run the model on a prompt first")
+        lengths = [int(layer.get_seq_length()) for layer in self.layers]
+        save_file(tensors, path, metadata={"format": FORMAT, "lengths": json.dumps(lengths)})
+
+    @classmethod
+    def load(cls, path, config, device: str | torch.device | None = None) -> "RecurrentCache":
+        """Read a state written by `save`.
+
+        Args:
+            path: the file.
+            config (`PreTrainedConfig`): the configuration of the model that will go on with it.
+            device (*optional*): where to put the tensors; the CPU by default.
+
+        Raises:
+            ValueError: the file holds no cache, or one of a model with other layers.
+        """
+        cache = cls(config=config)
+        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} is not a saved cache (format {metadata.get('format')!r}, expected {FORMAT!r})"
+                )
+            lengths = json.loads(metadata["lengths"])
+            if len(lengths) != len(cache.layers):
+                raise ValueError(
+                    f"{path} holds the state of {len(lengths)} layers, but `config` describes {len(cache.layers)}: "
+                    "load it with the configuration of the model that wrote it"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
+        for i, (layer, length) in enumerate(zip(cache.layers, lengths)):
+            found = {name.split(".")[2]: t for name, t in tensors.items() if name.startswith(f"layers.{i}.")}
+            if isinstance(layer, RecurrentStateLayer) != ("keys" not in found):
+                raise ValueError(f"layer {i} of {path} is of another kind than layer {i} of `config`")
+            if "keys" in found:
+                layer.update(found["keys"], found["values"])
+            else:
+                layer._store(tuple(found[str(j)] for j in range(len(found))))
+                layer.cumulative_length = length
+        return cache
+
+    def _tensors(self):
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, RecurrentStateLayer):
+                if layer.get_state() is not None:
+                    yield from ((f"layers.{i}.{j}", s) for j, s in enumerate(layer._all_states()))
+            elif layer.is_initialized:
+                yield from ((f"layers.{i}.keys", layer.keys), (f"layers.{i}.values", layer.values))
+
+
+class RecurrentGenerationMixin:
+    """Placed before `GenerationMixin`: generate() then works on a `RecurrentCache`, which the caller can save."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        wanted = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")
+        if wanted and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            cache = RecurrentCache(config=self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -1,0 +1,232 @@
+"""What the tokens of a call mean: padding, positions and documents, checked and brought to one form for every family.
+
+* `attention_mask` (B, T): 1 or True keeps. Padding may stand anywhere; a padded token takes no position.
+* positions: the rank among a document's real tokens, counting those already in the cache.
+* documents: packed rows restart at each. Told by `cu_seq_lens_q` or `seq_idx`, or by `position_ids` that do not go on by one,
+  as Transformers reads them. Three documents of lengths 2, 4 and 3 in one row:
+
+      position_ids    0 1 0 1 2 3 0 1 2        cu_seq_lens_q   0 2 6 9
+      segment_ids     0 0 1 1 1 1 2 2 2
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .compat import can_read_values
+
+# Keywords that Transformers' trainers, collators and generate() may send along and that need no action here.
+HARMLESS_KEYWORDS = frozenset(
+    [
+        "cu_seq_lens_k",
+        "is_causal",
+        "is_first_iteration",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+    ]
+)
+
+
+@dataclass
+class SequenceInputs:
+    """The checked form: `mask` (B, T) bool, None without padding; `position_ids` (B or 1, T); `segment_ids` (B, T) or None."""
+
+    mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    segment_ids: torch.Tensor | None
+
+
+def prepare_sequence(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_length: int | torch.Tensor = 0,
+    past_counts: torch.Tensor | None = None,
+    max_positions: int | None = None,
+    seq_idx: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **unknown,
+) -> SequenceInputs:
+    """Check the description of a batch and bring it to one form.
+
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `(B, T, d)`): the embedded tokens; only shape and device are used.
+        attention_mask (`torch.Tensor` of shape `(B, T)` or `(B, past + T)`, *optional*): 1 keeps, 0 is padding.
+        position_ids (`torch.Tensor` of shape `(B, T)` or `(1, T)`, *optional*): positions; values at padding are ignored.
+        past_length, past_counts: columns and real tokens per row `(B,)` that a cache has already seen.
+        max_positions (`int`, *optional*): size of a learned position table, if there is one.
+        seq_idx (`torch.Tensor` of shape `(B, T)`, *optional*), cu_seq_lens_q (`torch.Tensor` of shape `(documents + 1,)`,
+            *optional*): packed documents, as `DataCollatorWithFlattening` sends them.
+
+    Raises:
+        ValueError: a shape, value or keyword that cannot be honoured.
+        TypeError: an unknown keyword.
+    """
+    unknown = {name: value for name, value in unknown.items() if name not in HARMLESS_KEYWORDS}
+    _reject_unknown(unknown)
+    batch, length = inputs_embeds.shape[:2]
+    if batch == 0 or length == 0:
+        raise ValueError(
+            f"the input is empty: batch size {batch}, sequence length {length}; both must be at least 1 (give a "
+            "beginning-of-text token to start from nothing)"
+        )
+    mask = padding_mask(attention_mask, batch, length, past_length)
+    segment_ids = None
+    if seq_idx is not None or cu_seq_lens_q is not None:
+        segment_ids = _declared_documents(seq_idx, cu_seq_lens_q, inputs_embeds)
+    if position_ids is not None:
+        position_ids = _checked_positions(position_ids, batch, length)
+        if segment_ids is None and length > 1:
+            segment_ids = _documents_from_positions(position_ids.expand(batch, -1), mask)
+    else:
+        position_ids = _ranks(mask, segment_ids, past_counts, length, inputs_embeds.device)
+    if max_positions is not None:
+        _check_range(position_ids, mask, max_positions, past_length, length)
+    return SequenceInputs(mask, position_ids, segment_ids)
+
+
+def padding_mask(attention_mask, batch: int, length: int, past_length: int | torch.Tensor = 0) -> torch.Tensor | None:
+    """The part of a 2-D mask that belongs to this call, as bool (B, T); None if there is nothing to mask."""
+    if attention_mask is None:
+        return None
+    shape = tuple(attention_mask.shape)
+    if attention_mask.dim() != 2 or shape[0] != batch or shape[1] < length:
+        raise ValueError(
+            f"`attention_mask` has shape {shape}, expected ({batch}, {length})"
+            + (f" or ({batch}, past + {length}) with a cache" if not _is_zero(past_length) else "")
+            + ": one 1 (keep) or 0 (padding) a token. Masks with more dimensions cannot be honoured by a running sum"
+        )
+    if shape[1] != length:
+        if isinstance(past_length, int) and shape[1] != past_length + length:
+            raise ValueError(
+                f"`attention_mask` covers {shape[1]} tokens, but the call has {length} and the cache {past_length}: pass a "
+                f"mask of {length} (this call) or {past_length + length} columns (everything)"
+            )
+        attention_mask = attention_mask[:, -length:]
+    mask = attention_mask.bool()
+    if can_read_values():
+        valid = (attention_mask == mask.to(attention_mask.dtype)).all()
+        valid, full = torch.stack([valid, mask.all()]).tolist()
+        if not valid:
+            bad = attention_mask[attention_mask != mask.to(attention_mask.dtype)][0].item()
+            raise ValueError(
+                f"`attention_mask` holds {bad}, expected only 1 (keep) and 0 (padding): an additive mask (0 and -inf) must "
+                "be turned into 1 and 0 first"
+            )
+        if full:
+            return None
+    return mask
+
+
+def _is_zero(length) -> bool:
+    return isinstance(length, int) and length == 0
+
+
+def _reject_unknown(unknown: dict) -> None:
+    # Tokenizers of the BERT kind send token types along; all zeros say nothing.
+    types = unknown.pop("token_type_ids", None)
+    if types is not None and can_read_values() and bool(types.any()):
+        raise ValueError("`token_type_ids` other than 0 mean nothing to this family, which has no token type embedding")
+    unknown = {name: value for name, value in unknown.items() if value is not None}
+    if unknown:
+        raise TypeError(
+            f"unknown keyword(s) {', '.join(sorted(unknown))}: nothing would act on them. Documents are packed with "
+            "`position_ids`, `seq_idx` or `cu_seq_lens_q`, padding is told by `attention_mask`"
+        )
+
+
+def _checked_positions(position_ids, batch, length):
+    shape = tuple(position_ids.shape)
+    if position_ids.dim() != 2 or shape[1] != length or shape[0] not in (1, batch):
+        raise ValueError(f"`position_ids` has shape {shape}, expected ({batch}, {length}) or (1, {length})")
+    return position_ids
+
+
+def _declared_documents(seq_idx, cu_seq_lens_q, inputs_embeds):
+    batch, length = inputs_embeds.shape[:2]
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != (batch, length):
+            raise ValueError(f"`seq_idx` has shape {tuple(seq_idx.shape)}, expected ({batch}, {length})")
+        starts = seq_idx[:, 1:] != seq_idx[:, :-1]
+    else:
+        if batch != 1 or cu_seq_lens_q.dim() != 1:
+            raise ValueError(
+                f"`cu_seq_lens_q` describes one packed row, got a batch of {batch} and shape {tuple(cu_seq_lens_q.shape)}: "
+                "flatten the batch into one row, or pass `seq_idx` or `position_ids`"
+            )
+        if can_read_values() and (int(cu_seq_lens_q[-1]) != length or int(cu_seq_lens_q[0]) != 0):
+            raise ValueError(
+                f"`cu_seq_lens_q` goes from {int(cu_seq_lens_q[0])} to {int(cu_seq_lens_q[-1])}, expected 0 to {length}, the "
+                "length of the packed row"
+            )
+        place = torch.arange(length, device=inputs_embeds.device)
+        owner = torch.searchsorted(cu_seq_lens_q.to(place), place, right=True)[None]
+        starts = owner[:, 1:] != owner[:, :-1]
+    return torch.nn.functional.pad(starts.long().cumsum(1), [1, 0])
+
+
+def _documents_from_positions(position_ids, mask):
+    """Document numbers from positions that do not go on by one, looking at real tokens only; None if there is just one."""
+    batch, length = position_ids.shape
+    place = torch.arange(length, device=position_ids.device).expand(batch, -1)
+    real = place if mask is None else torch.where(mask, place, -1)
+    before = torch.nn.functional.pad(real.cummax(1).values[:, :-1], [1, 0], value=-1)
+    expected = position_ids.gather(1, before.clamp(min=0)) + 1
+    starts = (before >= 0) & (position_ids != expected)
+    if mask is not None:
+        starts = starts & mask
+    if can_read_values() and not bool(starts.any()):
+        return None
+    return starts.long().cumsum(1)
+
+
+def _ranks(mask, segment_ids, past_counts, length, device):
+    """Position of each token: its rank among the real tokens of its document; the first goes on where the cache ended."""
+    rank = torch.arange(length, device=device)[None] if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
+    past = 0 if past_counts is None else past_counts.to(device)[:, None]
+    if segment_ids is None:
+        return rank + past
+    rank = rank.expand(segment_ids.shape[0], -1)
+    starts = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [1, 0])
+    first = torch.where(starts, rank, 0).cummax(1).values
+    return rank - first + torch.where(segment_ids == segment_ids[:, :1], past, 0)
+
+
+def _check_range(position_ids, mask, max_positions, past_length, length):
+    if isinstance(past_length, int) and isinstance(length, int) and past_length + length <= max_positions:
+        highest = None if not can_read_values() or position_ids.device.type != "cpu" else _extreme(position_ids, mask)
+    else:
+        highest = _extreme(position_ids, mask) if can_read_values() else None
+    if highest is not None and not (highest[0] >= 0 and highest[1] < max_positions):
+        wrong = highest[0] if highest[0] < 0 else highest[1]
+        raise ValueError(
+            f"a token has position {wrong}, but this model has learned positions 0 to {max_positions - 1} "
+            f"(`max_position_embeddings`={max_positions}): shorten the text, or train with "
+            '`position_embedding_type="rotary"`, which has no limit'
+        )
+
+
+def _extreme(position_ids, mask):
+    real = position_ids if mask is None else position_ids.expand(mask.shape)[mask]
+    return (0, 0) if real.numel() == 0 else (int(real.min()), int(real.max()))
+
+
+def check_token_ids(input_ids: torch.Tensor, vocab_size: int, training: bool) -> None:
+    """Refuse ids outside the vocabulary with a message, where looking does not stall a GPU's queue."""
+    if input_ids.dim() != 2:
+        raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}, expected (batch, length)")
+    if input_ids.is_floating_point():
+        raise ValueError(f"`input_ids` has dtype {input_ids.dtype}, expected integers below {vocab_size}")
+    looked_at = input_ids.device.type == "cpu" or (not training and input_ids.shape[1] > 1)
+    if input_ids.numel() and looked_at and can_read_values():
+        low, high = torch.stack([input_ids.min(), input_ids.max()]).tolist()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"`input_ids` holds {low if low < 0 else high}, but the vocabulary has ids 0 to {vocab_size - 1}: is this "
+                "the tokenizer that the model was trained with? New tokens need `model.resize_token_embeddings(...)`"
+            )

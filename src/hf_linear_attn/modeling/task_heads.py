@@ -1,0 +1,192 @@
+"""Heads that families share: classification of texts and tokens, and extractive question answering.
+
+A family's class sets up `self.model` and the head's layers in its `__init__` and inherits `forward` from here. The body is
+built directly, not through AutoModel, so that a checkpoint that carries its own code loads where this package is absent.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+
+from .compat import can_return_tuple
+from .sequence_inputs import padding_mask
+
+
+def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Refuse labels of another shape than the predictions."""
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"`{name}` has shape {tuple(labels.shape)}, expected {tuple(shape)}: {meaning}")
+
+
+def last_real_token(hidden_states, input_ids, attention_mask, pad_token_id) -> torch.Tensor:
+    """Row-wise index (B,) of the last token that is not padding, from the mask, else from the padding id, else the last."""
+    batch, length = hidden_states.shape[:2]
+    place = torch.arange(length, device=hidden_states.device)
+    if attention_mask is not None:
+        mask = padding_mask(attention_mask, batch, length)
+        if mask is None:
+            return place[-1].expand(batch)
+        return (place * mask).argmax(-1)
+    if input_ids is not None and pad_token_id is not None:
+        return (place * (input_ids != pad_token_id)).argmax(-1)
+    return place[-1].expand(batch)
+
+
+def masked_mean(hidden_states, attention_mask) -> torch.Tensor:
+    """Mean over each row's real tokens, (B, d); 0 for a row of padding alone."""
+    mask = None
+    if attention_mask is not None:
+        mask = padding_mask(attention_mask, *hidden_states.shape[:2])
+    if mask is None:
+        return hidden_states.mean(1)
+    total = hidden_states.masked_fill(~mask[..., None], 0.0).sum(1)
+    return total / mask.sum(1, keepdim=True).clamp(min=1).to(total.dtype)
+
+
+class SequenceClassificationMixin:
+    """One label, number or set of labels for a text: `score` on the last real token, or on the mean if not causal."""
+
+    config: Any
+    model: nn.Module
+    loss_function: Any
+
+    def _build_head(self, config) -> None:
+        self.num_labels = config.num_labels
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Score texts.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: as for the body.
+            labels (`torch.Tensor` of shape `(B,)`, or `(B, num_labels)` for several labels or a regression, *optional*).
+
+        Returns:
+            `SequenceClassifierOutputWithPast`: `logits` (B, num_labels), `loss` with labels.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = output.last_hidden_state
+        if getattr(self.config, "is_causal", True):
+            index = last_real_token(hidden_states, input_ids, attention_mask, self.config.pad_token_id)
+            pooled = hidden_states.gather(1, index[:, None, None].expand(-1, 1, hidden_states.shape[-1]))[:, 0]
+        else:
+            pooled = masked_mean(hidden_states, attention_mask)
+        logits = self.score(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            if labels.shape[0] != logits.shape[0]:
+                raise ValueError(f"`labels` has {labels.shape[0]} rows, expected {logits.shape[0]}, one for each text")
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.get("past_key_values"),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
+class TokenClassificationMixin:
+    """One label for each token."""
+
+    config: Any
+    model: nn.Module
+    loss_function: Any
+
+    def _build_head(self, config) -> None:
+        self.num_labels = config.num_labels
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """Score tokens: `logits` (B, T, num_labels); labels (B, T) with -100 where no label counts."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(output.last_hidden_state))
+        loss = None
+        if labels is not None:
+            check_labels("labels", labels, logits.shape[:2], "one label a token, -100 where none counts")
+            loss = self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+
+class QuestionAnsweringMixin:
+    """Start and end of an answer inside the text."""
+
+    config: Any
+    model: nn.Module
+    loss_function: Any
+
+    def _build_head(self, config) -> None:
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """Score the places (B, T) where an answer starts and ends; the loss needs both true positions (B,)."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("`start_positions` and `end_positions` go together: one of them is missing")
+        loss = None
+        if start_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )

@@ -1,0 +1,69 @@
+"""One table of the families, entered into Transformers' Auto classes and name tables when the package is imported."""
+
+import transformers
+from transformers.models.auto import modeling_auto
+
+from .modeling import configuration_fastformer, configuration_leap, modeling_fastformer, modeling_leap
+
+AUTO_CLASSES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+}
+
+# family -> (configuration, {Auto class -> our class})
+FAMILIES: dict[str, tuple[type, dict[str, type]]] = {
+    "leap": (
+        configuration_leap.LeapConfig,
+        {
+            "AutoModel": modeling_leap.LeapModel,
+            "AutoModelForCausalLM": modeling_leap.LeapForCausalLM,
+            "AutoModelForSequenceClassification": modeling_leap.LeapForSequenceClassification,
+            "AutoModelForTokenClassification": modeling_leap.LeapForTokenClassification,
+            "AutoModelForQuestionAnswering": modeling_leap.LeapForQuestionAnswering,
+        },
+    ),
+    "fastformer": (
+        configuration_fastformer.FastformerConfig,
+        {
+            "AutoModel": modeling_fastformer.FastformerModel,
+            "AutoModelForCausalLM": modeling_fastformer.FastformerForCausalLM,
+            "AutoModelForSequenceClassification": modeling_fastformer.FastformerForSequenceClassification,
+            "AutoModelForTokenClassification": modeling_fastformer.FastformerForTokenClassification,
+            "AutoModelForQuestionAnswering": modeling_fastformer.FastformerForQuestionAnswering,
+        },
+    ),
+}
+
+# Where PEFT puts adapters when the user names no target: family -> names of linear layers.
+LORA_TARGETS = {"leap": ["qfkv_proj"], "fastformer": ["qkv_proj"]}
+
+
+def register_all() -> None:
+    """Make AutoConfig, the Auto models and the name tables know every family; harmless when repeated."""
+    for family, (config_class, heads) in FAMILIES.items():
+        if family in modeling_auto.CONFIG_MAPPING_NAMES:
+            raise ImportError(
+                f"transformers {transformers.__version__} has a model type {family!r} of its own, which this package would "
+                "hide: update hf-linear-attn"
+            )
+        transformers.AutoConfig.register(family, config_class, exist_ok=True)
+        for auto_name, model_class in heads.items():
+            getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
+            # Trainer (label smoothing), pipelines and `transformers serve` look classes up by name in these tables.
+            getattr(modeling_auto, AUTO_CLASSES[auto_name]).setdefault(family, model_class.__name__)
+    _register_lora_targets()
+
+
+def _register_lora_targets() -> None:
+    try:
+        from peft.utils import constants
+    except ImportError:
+        return
+    for family, targets in LORA_TARGETS.items():
+        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(family, list(targets))
