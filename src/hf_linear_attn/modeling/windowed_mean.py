@@ -205,23 +205,28 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0):
     Returns the sums, and with log weights the reference (B, T, H) that they are relative to.
     """
     length = x.shape[1]
-    # At the third level a chunk stands for 4096 tokens; a dynamic length is cut the same way whatever it turns out to be.
-    single = depth == 2 or (not isinstance(length, torch.SymInt) and length <= CHUNK)
+    # While compiling, the length may be dynamic and must not be asked for: three levels hold any (in the third a chunk
+    # stands for 4096 tokens), and chunks in pairs keep their number from being 1, which would be compiled apart.
+    tracing = torch.compiler.is_compiling()
+    if depth and isinstance(length, torch.SymInt) and window is None and segment_ids is None and log_weights is None:
+        return x.cumsum(1), None  # torch.export would not keep a length dynamic through a second level of tables
+    single = depth == 2 or (depth == 0 and length == 1) or (not tracing and length <= CHUNK)
     chunk = length if single else CHUNK
-    count = 1 if single else (length + chunk - 1) // chunk
+    pair = 2 if tracing else 1
+    count = 1 if single else pair * ((length + pair * chunk - 1) // (pair * chunk))
     padding = count * chunk - length
-    values = _cut(x, padding, count, chunk).transpose(2, 3)  # (B, n, H, C, F)
-    segments = None if segment_ids is None else _cut(segment_ids, padding, count, chunk)  # (B, n, C)
+    values = _cut(x, padding, single).transpose(2, 3)  # (B, n, H, C, F)
+    segments = None if segment_ids is None else _cut(segment_ids, padding, single)  # (B, n, C)
     logs = None  # (B, n, H, C)
     if log_weights is not None:
-        logs = _cut(log_weights, padding, count, chunk, -torch.inf).transpose(2, 3)
+        logs = _cut(log_weights, padding, single, -torch.inf).transpose(2, 3)
 
     parts = [(0, _visible(chunk, window, 0, x.device), slice(None))]
     before = None
     if not single:
         whole = None
         if window is not None:
-            whole, rest = divmod(window - 1, chunk)
+            whole, rest = (window - 1) // chunk, (window - 1) % chunk
             if whole:
                 parts.append((whole, _visible(chunk, window, whole, x.device), slice(None)))
             if rest:
@@ -232,7 +237,7 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0):
                         slice(chunk - rest, None),
                     )
                 )
-            parts = [part for part in parts if isinstance(count, torch.SymInt) or part[0] < count]
+            parts = [part for part in parts if tracing or part[0] < count]
         if window is None or whole > 1:
             before = _chunks_before(values, segments, logs, None if window is None else whole - 1, depth)
     scores = [_scores(distance, visible, columns, segments, logs) for distance, visible, columns in parts]
@@ -253,8 +258,7 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0):
             continued = segments == _shift(segments[..., -1:], 1, fill=-1)
             earlier = earlier * continued[:, :, None, :, None]
         total = total + earlier
-    total = total.transpose(2, 3).flatten(1, 2)[:, :length]
-    return total, None if reference is None else reference.transpose(2, 3).flatten(1, 2)[:, :length]
+    return _join(total, single, length), None if reference is None else _join(reference, single, length)
 
 
 def _chunks_before(values, segments, logs, window, depth):
@@ -295,7 +299,7 @@ def _scores(distance, visible, columns, segments, logs):
 
 def _product(matrix, x):
     """Matrix @ x at full float32 precision, also where the user allows TF32 or bf16 inside float32 products."""
-    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if x.dtype == torch.float32 and _products_are_rounded():
         # 0/1 matrices are exact in any of these formats, and three bf16 numbers hold all 24 bits of a float32.
         high = x.detach().bfloat16().to(x.dtype)
         middle = (x.detach() - high).bfloat16().to(x.dtype)
@@ -303,17 +307,34 @@ def _product(matrix, x):
     return matrix @ x
 
 
-def _cut(x, padding, count, chunk, fill=0):
-    """Cut (B, T, ...) into (B, n, C, ...); the last chunk is filled up at its end, which no earlier token sees."""
-    x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, padding], value=fill)
-    return x.unflatten(1, (count, chunk))
+@torch.compiler.assume_constant_result
+def _products_are_rounded() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _cut(x, padding, single, fill=0):
+    """Cut (B, T, ...) into chunks (B, n, C, ...); the last is filled up at its end, which no earlier token sees."""
+    if single:
+        return x[:, None]
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, padding], value=fill).unflatten(1, (-1, CHUNK))
+
+
+def _join(x, single, length):
+    """Chunks (B, n, H, C, ...) back to (B, T, H, ...)."""
+    x = x.transpose(2, 3)
+    if single:
+        return x[:, 0]
+    if isinstance(length, torch.SymInt):
+        # torch.export cannot see that `length` places are there, and would give up a dynamic length for a slice.
+        return x.flatten(1, 2).index_select(1, torch.arange(length, device=x.device))
+    return x.flatten(1, 2)[:, :length]
 
 
 def _shift(x, distance, fill=0):
-    """Move chunks (B, n, ...) `distance` places on."""
+    """Move chunks (B, n, ...) `distance` places on, which may be further than there are chunks."""
     if distance == 0:
         return x
-    return F.pad(x[:, : x.shape[1] - distance], [0, 0] * (x.dim() - 2) + [distance, 0], value=fill)
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [distance, 0], value=fill)[:, : x.shape[1]]
 
 
 def attention_rows(
