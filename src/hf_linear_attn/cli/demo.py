@@ -38,6 +38,7 @@ SHARED = {
     "learning-rate": 2e-3,
     "final-eval-tokens": 100_000,
 }
+TITLES = {"leap": "LEAP, windows global, 4, 8, 16", "gpt2": "GPT-2 of the same size, on the same batches"}
 COLUMNS = {
     "label": "model",
     "parameters": "parameters",
@@ -74,10 +75,7 @@ def run(arguments: list[str]) -> int:
     output = Path(given["output"])
     threads = given["threads"] or min(8, os.cpu_count() or 1)
     reports = {}
-    for family, title in (
-        ("leap", "LEAP, windows global, 4, 8, 16"),
-        ("gpt2", "GPT-2 of the same size, on the same batches"),
-    ):
+    for family, title in TITLES.items():
         print(f"\n== {title}", flush=True)
         code = _train(family, output / family, given, threads)
         if code:
@@ -87,9 +85,8 @@ def run(arguments: list[str]) -> int:
     print(comparison(reports, output))
     print("\n== Back from disk through AutoModelForCausalLM, and writing\n", flush=True)
     _write(output / "leap", given["seed"], threads)
-    print(
-        f"\nThe whole demo took {(time.perf_counter() - started) / 60:.1f} minutes. Models, curves and reports: {output}"
-    )
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\nThe whole demo took {minutes:.1f} minutes. Models, curves and reports: {output}")
     return 0
 
 
