@@ -91,7 +91,9 @@ def write_text(
     ValueError where the model's learned positions end before the text would.
     """
     import torch
-    from transformers import DynamicCache, TextStreamer
+    from transformers import TextStreamer
+
+    from ..modeling.recurrent_cache import RecurrentCache
 
     inputs = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
@@ -103,11 +105,11 @@ def write_text(
             f"ask for at most {max(0, limit - length)} tokens (models with rotary positions have no such limit)"
         )
     torch.manual_seed(seed)
-    cache = DynamicCache(config=model.config)
+    cache = RecurrentCache(config=model.config)
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
-    bytes_after_prompt = state_bytes(cache)
-    cache = DynamicCache(config=model.config)
+    bytes_after_prompt = cache.state_size()
+    cache = RecurrentCache(config=model.config)
     sampling = (
         {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     )
@@ -128,26 +130,8 @@ def write_text(
         "prompt_tokens": length,
         "seconds": seconds,
         "state_bytes_after_prompt": bytes_after_prompt,
-        "state_bytes": state_bytes(cache),
+        "state_bytes": cache.state_size(),
     }
-
-
-def state_bytes(cache) -> int:
-    """Bytes of all tensors in a cache: the keys and values of GPT-2, the states of a linear attention model."""
-    import torch
-
-    def tensors(value):
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict):
-            for each in value.values():
-                yield from tensors(each)
-        elif isinstance(value, list | tuple):
-            for each in value:
-                yield from tensors(each)
-
-    unique = {id(t): t for layer in cache.layers for t in tensors(vars(layer))}
-    return sum(t.numel() * t.element_size() for t in unique.values())
 
 
 def figures(result: dict) -> str:

@@ -37,7 +37,7 @@ def build_config(options: TrainingOptions, tokenizer) -> Any:
         # The same tanh GELU as GPT-2's own, in PyTorch's fused spelling: the baseline gets its best speed.
         values["activation_function"] = "gelu_pytorch_tanh"
     else:
-        values |= {"hidden_dropout": options.dropout, "attention_dropout": options.dropout}
+        values["hidden_dropout_prob"] = options.dropout  # and, by default, the attention_dropout
     values |= _window_fields(options)
     if options.position_embedding is not None:
         if options.family != "leap":
