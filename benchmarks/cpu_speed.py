@@ -1,0 +1,100 @@
+"""Speed and memory on a CPU, contenders alternating in one process.
+
+    python -m benchmarks.cpu_speed                          every suite (about ten minutes on two idle cores)
+    python -m benchmarks.cpu_speed leap-train --lengths 512 2048 --rounds 5
+    python -m benchmarks.cpu_speed leap-decode --output outputs/benchmarks
+
+Prints a Markdown table and writes it, with every round's time, to the output folder. Peak memory is measured for each contender
+in a process of its own: how far building the model and two runs raise the process's peak.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from .measure import machine, markdown, memory_of, peak_memory, summarize, time_alternately
+from .suites import SUITES, Settings
+
+
+def main() -> None:
+    """Run the suites that were asked for."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    settings = Settings(
+        options.hidden_size, options.num_layers, options.num_heads, options.vocab_size, tuple(options.lengths)
+    )
+    if options.memory_of:
+        suite, job, contender = options.memory_of
+        print(memory_of(SUITES[suite](settings)[int(job)].contenders[contender]))
+        return
+    about = machine(options.threads) | {
+        "dtype": "float32",
+        "load_before": os.getloadavg()[0],
+        "settings": vars(settings),
+    }
+    print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
+    for name in options.suites or SUITES:
+        rows, rounds = [], {}
+        for number, job in enumerate(SUITES[name](settings)):
+            memory = {} if options.no_memory else _memory(name, number, list(job.contenders), options)
+            times = time_alternately(job, options.rounds, options.threads)
+            rounds[job.name] = times
+            rows += summarize(job, times, memory)
+            print(f"\n{markdown(rows[-len(times) :])}", flush=True)
+        write(name, rows, rounds, about, Path(options.output))
+
+
+def _memory(suite: str, job: int, contenders: list[str], options: argparse.Namespace) -> dict[str, float | None]:
+    """Peak memory of each contender of a job."""
+    sizes = []
+    for key in ("hidden_size", "num_layers", "num_heads", "vocab_size", "threads"):
+        sizes += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
+    lengths = ["--lengths", *map(str, options.lengths)] if options.lengths else []
+    found = {}
+    for name in contenders:
+        found[name] = peak_memory(
+            ["-m", "benchmarks.cpu_speed", *sizes, *lengths, "--memory-of", suite, str(job), name]
+        )
+    return found
+
+
+def write(name: str, rows: list[dict], rounds: dict, about: dict, folder: Path) -> None:
+    """<suite>.json with everything and <suite>.md with the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = about | {"load_after": os.getloadavg()[0], "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    result = {"machine": about, "rows": rows, "seconds_per_token": rounds}
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    facts = ", ".join(f"{key} {value}" for key, value in about.items() if key != "settings")
+    (folder / f"{name}.md").write_text(f"{facts}\n\n{markdown(rows)}\n")
+    print(f"\nwritten: {folder / name}.json and .md", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", help=f"out of {', '.join(SUITES)} (default: all)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[], help="tokens (default: the suite's own)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of alternating measurements (default: 7)")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2)")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--num-layers", type=int, default=6)
+    parser.add_argument("--num-heads", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
+    parser.add_argument(
+        "--output", default="outputs/benchmarks", help="folder for tables (default: outputs/benchmarks)"
+    )
+    parser.add_argument("--memory-of", nargs=3, metavar=("SUITE", "JOB", "CONTENDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    for name in options.suites:
+        if name not in SUITES:
+            parser.error(f"unknown suite {name!r}: choose from {', '.join(SUITES)}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

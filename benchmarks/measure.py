@@ -1,0 +1,137 @@
+"""Comparable measurements: contenders run alternately in one process, so that a busy machine slows all of them alike."""
+
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.benchmark import Timer
+
+
+class Contender(Protocol):
+    """One way to do a job. `run` does it once; it may be called any number of times and does the same work each time."""
+
+    tokens: int  # that one `run` processes
+
+    def run(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of a table: a job and everyone who does it. The first contender is ours; the others are compared with it."""
+
+    name: str
+    contenders: dict[str, Callable[[], Contender]]
+
+
+def time_alternately(job: Job, rounds: int, threads: int, min_seconds: float = 0.5) -> dict[str, list[float]]:
+    """Seconds per token of each contender in each round: a, b, c, a, b, c, ... Short runs are repeated up to `min_seconds`."""
+    built = {name: make() for name, make in job.contenders.items()}
+    repeats = {}
+    for name, contender in built.items():
+        repeats[name] = max(1, min(50, round(min_seconds / _time(contender, 1, threads))))
+    times: dict[str, list[float]] = {name: [] for name in built}
+    for _ in range(rounds):
+        for name, contender in built.items():
+            times[name].append(_time(contender, repeats[name], threads) / contender.tokens)
+    return times
+
+
+def _time(contender: Contender, repeats: int, threads: int) -> float:
+    """Mean seconds of one `run` over `repeats` runs, after the two warm-up runs that torch.utils.benchmark does."""
+    return Timer("contender.run()", globals={"contender": contender}, num_threads=threads).timeit(repeats).mean
+
+
+def summarize(job: Job, times: dict[str, list[float]], memory: dict[str, float | None]) -> list[dict[str, Any]]:
+    """Rows of the table. `speed_ratio` is our speed over the contender's, from each round's pair: median and quartiles."""
+    ours = next(iter(times))
+    rows = []
+    for name, seconds in times.items():
+        rates = [1 / s for s in seconds]
+        ratios = [theirs / own for own, theirs in zip(times[ours], seconds, strict=True)]
+        rows.append(
+            {
+                "job": job.name,
+                "contender": name,
+                "tokens_per_second": statistics.median(rates),
+                "tokens_per_second_quartiles": quartiles(rates),
+                "speed_ratio": statistics.median(ratios),
+                "speed_ratio_quartiles": quartiles(ratios),
+                "peak_memory_mb": memory.get(name),
+                "rounds": len(seconds),
+            }
+        )
+    return rows
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Lower and upper quartile; the value itself where there is only one."""
+    if len(values) < 2:
+        return [values[0], values[0]]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def peak_memory(command: list[str]) -> float | None:
+    """Run a child process that prints the MiB by which a job raised its peak memory; None where that fails."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return None
+    return float(done.stdout.split()[-1])
+
+
+def memory_of(make: Callable[[], Contender]) -> float:
+    """MiB by which building and running a contender raises this process's peak resident memory. Call it in a fresh process."""
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    contender = make()
+    for _ in range(2):
+        contender.run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Processor, threads and versions, without which no speed means anything."""
+    names = ("transformers", "hf-linear-attn")
+    found = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    return {
+        "processor": _processor(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: found.get(name, "source tree") for name in names},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; the ratio is ours over theirs, above 1 where we are faster."""
+    lines = [
+        "| job | model | tokens per second (quartiles) | ours / theirs (quartiles) | peak memory |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        low, high = row["tokens_per_second_quartiles"]
+        ratio_low, ratio_high = row["speed_ratio_quartiles"]
+        ratio = f"{row['speed_ratio']:.2f} ({ratio_low:.2f}-{ratio_high:.2f})" if row["speed_ratio"] != 1 else ""
+        memory = "-" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:,.0f} MiB"
+        speed = f"{row['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f})"
+        lines.append(f"| {row['job']} | {row['contender']} | {speed} | {ratio} | {memory} |")
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+"""What can be measured: suite name -> function(settings) -> jobs. A new family adds its module and a line here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..measure import Job
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes shared by the contenders of all suites."""
+
+    hidden_size: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    vocab_size: int = 4096
+    lengths: tuple[int, ...] = ()  # empty: the suite's own
+
+
+def _leap_train(settings: Settings) -> list[Job]:
+    from .leap import training_jobs
+
+    return training_jobs(settings)
+
+
+def _leap_decode(settings: Settings) -> list[Job]:
+    from .leap import decoding_jobs
+
+    return decoding_jobs(settings)
+
+
+SUITES: dict[str, Callable[[Settings], list[Job]]] = {"leap-train": _leap_train, "leap-decode": _leap_decode}

@@ -1,0 +1,153 @@
+"""`hf-linear-attn demo`: LEAP learns real English beside GPT-2 of the same size, comes back from disk, and writes a
+paragraph.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .parser import Parser
+
+DESCRIPTION = """\
+Train a small windowed LEAP on the State of the Union speeches, then GPT-2 of the same size on the same batches;
+compare their
+curves, speed, memory and held-out perplexity; load the LEAP from disk and let it write.
+Under ten minutes on two cores.
+"""
+
+EXAMPLES = """\
+examples:
+  hf-linear-attn demo
+  hf-linear-attn demo --steps 100 --output outputs/quick      a shorter one
+Every step prints the `hf-linear-attn train` or `generate` command that does the same.
+"""
+
+PROMPT = "The people of the United States"
+# Both models: the same size, text, batches, schedule and seed. Only the family differs.
+SHARED = {
+    "hidden-size": 128,
+    "num-hidden-layers": 4,
+    "num-attention-heads": 2,
+    "vocab-size": 4096,
+    "block-length": 512,
+    "batch-size": 4,
+    "learning-rate": 2e-3,
+    "final-eval-tokens": 100_000,
+}
+TITLES = {"leap": "LEAP, windows global, 4, 8, 16", "gpt2": "GPT-2 of the same size, on the same batches"}
+COLUMNS = {
+    "label": "model",
+    "parameters": "parameters",
+    "tokens_per_second": "tokens/s",
+    "memory": "peak memory",
+    "validation": "validation ppl",
+    "perplexity": "test ppl",
+    "bits": "bits/byte",
+    "seconds": "training",
+}
+
+
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="hf-linear-attn demo", description=DESCRIPTION, epilog=EXAMPLES)
+    made.add_argument(
+        "--steps", type=int, default=500, metavar="INT", help="optimizer steps of each model (default: 500)"
+    )
+    made.add_argument(
+        "--output", default="outputs/demo", metavar="FOLDER", help="results, deleted first (default: outputs/demo)"
+    )
+    made.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: all cores, at most 8)")
+    made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of weights and batches (default: 0)")
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """Run the demo; returns the exit code of the first training that did not end well, else 0."""
+    command = parser()
+    given = command.parse(arguments)
+    if given["steps"] < 1:
+        command.error(f"--steps must be at least 1, got {given['steps']}")
+    started = time.perf_counter()
+    output = Path(given["output"])
+    threads = given["threads"] or min(8, os.cpu_count() or 1)
+    reports = {}
+    for family, title in TITLES.items():
+        print(f"\n== {title}", flush=True)
+        code = _train(family, output / family, given, threads)
+        if code:
+            return code
+        reports[family] = json.loads((output / family / "training_report.json").read_text())
+    print("\n== Side by side\n")
+    print(comparison(reports, output))
+    print("\n== Back from disk through AutoModelForCausalLM, and writing\n", flush=True)
+    _write(output / "leap", given["seed"], threads)
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\nThe whole demo took {minutes:.1f} minutes. Models, curves and reports: {output}")
+    return 0
+
+
+def _train(family: str, folder: Path, given: dict, threads: int) -> int:
+    """One run as a process of its own, so that its peak memory is its own and the command can be shown."""
+    words = ["train", "--family", family]
+    for name, value in (SHARED | {"steps": given["steps"], "seed": given["seed"], "threads": threads}).items():
+        words += [f"--{name}", str(value)]
+    words += ["--cpu", "--output", str(folder), "--overwrite"]
+    print(f"$ hf-linear-attn {shlex.join(words)}", flush=True)
+    with subprocess.Popen([sys.executable, "-m", "hf_linear_attn", *words]) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                # Ctrl-C reached the child, too, which now writes a checkpoint: wait for it.
+                continue
+
+
+def comparison(reports: dict[str, dict], output: Path) -> str:
+    """Both curves as a table and a picture, and the figures of each model."""
+    from ..training.learning_curve import save_curve, table
+
+    curves = {name: report["curve"] for name, report in reports.items()}
+    files = save_curve(
+        curves,
+        output,
+        {name: report["tokens_per_step"] for name, report in reports.items()},
+        "State of the Union speeches: LEAP and GPT-2 of the same size",
+    )
+    steps = [point["step"] for point in curves["leap"]["validation"]]
+    losses = {name: {p["step"]: p["loss"] for p in curve["validation"]} for name, curve in curves.items()}
+    curve_rows = [{"step": step, **{name: f"{losses[name][step]:.3f}" for name in reports}} for step in steps]
+    rows = [
+        {
+            "label": name,
+            "parameters": f"{report['parameters']:,}",
+            "tokens_per_second": f"{report['tokens_per_second'] or 0:,.0f}",
+            "memory": f"{report['peak_memory_mb']:.0f} MiB",
+            "validation": f"{report['validation']['perplexity']:.1f}",
+            "perplexity": f"{report['test']['perplexity']:.1f}",
+            "bits": f"{report['test']['bits_per_byte']:.3f}",
+            "seconds": f"{report['training_seconds']:.0f} s",
+        }
+        for name, report in reports.items()
+    ]
+    (output / "comparison.json").write_text(json.dumps(reports, indent=1) + "\n")
+    return (
+        f"validation loss (nats per token)\n{table(curve_rows, {'step': 'step', 'leap': 'leap', 'gpt2': 'gpt2'})}\n\n"
+        f"{table(rows, COLUMNS)}\n\ncurves: {', '.join(map(str, files))}"
+    )
+
+
+def _write(folder: Path, seed: int, threads: int) -> None:
+    import torch
+
+    from .generate import figures, load, write_text
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    print(f'$ hf-linear-attn generate {folder} "{PROMPT}" --seed {seed}\n')
+    model, tokenizer = load(str(folder), "cpu")
+    print(figures(write_text(model, tokenizer, PROMPT, max_new_tokens=150, seed=seed)))

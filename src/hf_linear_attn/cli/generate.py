@@ -1,0 +1,143 @@
+"""`hf-linear-attn generate`: continue a prompt with a trained model, word by word, and show what its memory of the
+past costs.
+"""
+
+import time
+from pathlib import Path
+
+from .parser import Parser
+
+DESCRIPTION = """\
+Continue a prompt with a model from a folder or the Hub, printing the text as it comes, then the size of the state that
+the
+model carries and the tokens per second. A linear attention model's state does not grow with the text;
+GPT-2's cache does.
+"""
+
+EXAMPLES = """\
+examples:
+  hf-linear-attn generate outputs/leap "The people of the United States"
+  hf-linear-attn generate outputs/leap "My fellow citizens" --max-new-tokens 400 --temperature 0.7 --seed 3
+  hf-linear-attn generate outputs/leap "We" --greedy
+"""
+
+
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="hf-linear-attn generate", description=DESCRIPTION, epilog=EXAMPLES)
+    made.add_argument("checkpoint", help="folder or Hub name of a causal language model")
+    made.add_argument("prompt", help="text to continue")
+    made.add_argument("--max-new-tokens", type=int, default=120, metavar="INT", help="tokens to write (default: 120)")
+    made.add_argument("--temperature", type=float, default=0.8, metavar="FLOAT", help="lower is safer (default: 0.8)")
+    made.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="FLOAT",
+        help="share of the probability to draw from (default: 0.95)",
+    )
+    made.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the draws (default: 0)")
+    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, mps (default: cpu)")
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, load, generate. Exit codes: 0, or 2 for a wrong value."""
+    command = parser()
+    given = command.parse(arguments)
+    if given["max_new_tokens"] < 1:
+        command.error(f"--max-new-tokens must be at least 1, got {given['max_new_tokens']}")
+    if not given["temperature"] > 0:
+        command.error(
+            f"--temperature must be greater than 0, got {given['temperature']}; --greedy takes the likeliest token"
+        )
+    if not 0 < given["top_p"] <= 1:
+        command.error(f"--top-p must be greater than 0 and at most 1, got {given['top_p']}")
+    checkpoint = given.pop("checkpoint")
+    if ("/" in checkpoint or "." in checkpoint) and not Path(checkpoint).exists() and checkpoint.count("/") != 1:
+        command.error(f"there is no folder {checkpoint!r}")
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    model, tokenizer = load(checkpoint, given.pop("device"))
+    print(figures(write_text(model, tokenizer, given.pop("prompt"), **given)))
+    return 0
+
+
+def load(checkpoint: str, device: str):
+    """Model and tokenizer through Transformers' Auto classes, as anyone would load them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import hf_linear_attn  # noqa: F401  (registers our families)
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(checkpoint)
+
+
+def write_text(
+    model,
+    tokenizer,
+    prompt: str,
+    max_new_tokens: int = 120,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    greedy: bool = False,
+    seed: int = 0,
+) -> dict:
+    """Print prompt and continuation while it is made. Returns the text, tokens, seconds and state bytes at the start
+    and end.
+
+    ValueError where the model's learned positions end before the text would.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    from ..modeling.recurrent_cache import RecurrentCache
+
+    inputs = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
+    length = inputs["input_ids"].shape[1]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    rotary = getattr(model.config, "position_embedding_type", "learned") == "rotary"
+    if limit is not None and not rotary and length + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt ({length} tokens) and max_new_tokens={max_new_tokens} exceed the model's {limit} positions: "
+            f"ask for at most {max(0, limit - length)} tokens (models with rotary positions have no such limit)"
+        )
+    torch.manual_seed(seed)
+    cache = RecurrentCache(config=model.config)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+    bytes_after_prompt = cache.state_size()
+    cache = RecurrentCache(config=model.config)
+    sampling = (
+        {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    )
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    start = time.perf_counter()
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        past_key_values=cache,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    return {
+        "text": tokenizer.decode(ids[0], skip_special_tokens=True),
+        "new_tokens": ids.shape[1] - length,
+        "prompt_tokens": length,
+        "seconds": seconds,
+        "state_bytes_after_prompt": bytes_after_prompt,
+        "state_bytes": cache.state_size(),
+    }
+
+
+def figures(result: dict) -> str:
+    """What the generation cost, in one line."""
+    prompt, after = result["state_bytes_after_prompt"] / 1024, result["state_bytes"] / 1024
+    return (
+        f"\n{result['new_tokens']} tokens, {result['new_tokens'] / result['seconds']:.0f} per second; "
+        f"state {prompt:.1f} KiB after the prompt of {result['prompt_tokens']} tokens, {after:.1f} KiB at the end"
+    )

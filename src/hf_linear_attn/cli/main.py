@@ -1,0 +1,58 @@
+"""Entry point of `hf-linear-attn`: finds the command and loads nothing else, so that help and errors come at once."""
+
+import importlib
+import sys
+
+from .parser import did_you_mean
+
+# command -> (module with `run(arguments) -> exit code`, what it does)
+COMMANDS = {
+    "demo": ("demo", "train a small LEAP and a GPT-2 on real text, compare them, generate"),
+    "train": ("train", "train a language model with every knob, and resume it"),
+    "generate": ("generate", "continue a prompt with a trained model"),
+}
+
+
+def usage() -> str:
+    """What `hf-linear-attn --help` prints."""
+    commands = "\n".join(f"  {name:10} {about}" for name, (_, about) in COMMANDS.items())
+    return (
+        "usage: hf-linear-attn COMMAND [options]\n\n"
+        "Linear attention for Hugging Face Transformers.\n\n"
+        f"commands:\n{commands}\n\n"
+        "Each command explains itself: hf-linear-attn train --help\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (2 for a wrong call, 1 for an error, 130 after Ctrl-C)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from ..version import __version__
+
+        print(__version__)
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        print(
+            f"hf-linear-attn: error: unknown command {name!r}{did_you_mean(name, COMMANDS)}\n\n{usage()}",
+            file=sys.stderr,
+        )
+        return 2
+    command = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    try:
+        return command.run(words[1:])
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, ImportError, OSError) as error:
+        # What a user can put right: say what is wrong, without the stack of our own calls.
+        print(f"hf-linear-attn {name}: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

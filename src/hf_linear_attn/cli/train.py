@@ -1,0 +1,72 @@
+"""`hf-linear-attn train`: one training run from the command line."""
+
+import sys
+
+from ..training.options import TrainingOptions
+from .parser import Parser
+
+DESCRIPTION = """\
+Train a causal language model on text with Trainer.
+
+The output folder receives the model and its tokenizer (AutoModelForCausalLM.from_pretrained loads it), checkpoints,
+learning_curve.png and .json, and training_report.json with perplexity, bits per byte, tokens per second and peak
+memory.
+Without --data or --dataset the text is the State of the Union speeches."""
+
+EXAMPLES = """\
+examples:
+  hf-linear-attn train --steps 300 --output outputs/leap
+      a small LEAP with the default windows (global, 4, 8, 16) on the speeches
+  hf-linear-attn train --family gpt2 --steps 300 --output outputs/gpt2
+      GPT-2 of the same size on the same batches
+  hf-linear-attn train --data book.txt --hidden-size 256 --num-hidden-layers 6 --num-attention-heads 4 \\
+      --windows global,4,8,16,32,global --epochs 3 --precision bfloat16 --output outputs/book
+  hf-linear-attn train --resume --output outputs/book
+      go on where Ctrl-C, a kill or a crash ended the run, with the same loss curve
+  hf-linear-attn generate outputs/book "It was a"
+"""
+
+
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="hf-linear-attn train", description=DESCRIPTION, epilog=EXAMPLES)
+    made.add_dataclass(TrainingOptions)
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, train, print the result. Exit codes: 0, 2 for a wrong value, 130 or 143 after Ctrl-C or SIGTERM (resume
+    continues).
+    """
+    command = parser()
+    given = command.parse(arguments)
+    try:
+        options = TrainingOptions.for_resume(given) if given.get("resume") else TrainingOptions(**given)
+    except (ValueError, TypeError) as error:
+        command.error(str(error))
+    from ..training.language_modeling import TrainingInterrupted, train_language_model
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        report = train_language_model(options)
+    except TrainingInterrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 128 + stop.signal_number
+    print(f"\n{summary(report)}\n\nmodel, curve and report: {options.output}")
+    print(f'try it: hf-linear-attn generate {options.output} "The people of the United States"')
+    return 0
+
+
+def summary(report: dict) -> str:
+    """Result of a run in three lines."""
+    test, validation = report["test"], report["validation"]
+    speed = report["tokens_per_second"]
+    return (
+        f"test: perplexity {test['perplexity']:.1f}, {test['bits_per_byte']:.3f} bits per byte "
+        f"(validation: {validation['perplexity']:.1f}, {validation['bits_per_byte']:.3f})\n"
+        f"{report['steps']} steps, {report['training_tokens']:,} tokens in {report['training_seconds']:.0f} s"
+        + (f", {speed:,.0f} tokens per second" if speed else "")
+        + f", peak memory {report['peak_memory_mb']:.0f} MiB\n"
+        f"{report['family']}, {report['parameters']:,} parameters"
+    )

@@ -1,0 +1,1 @@
+"""Training on real text: data, tokenizer, options, a Trainer run with a learning curve, resuming."""

@@ -1,0 +1,218 @@
+"""Train a causal language model on text with Trainer: data, model, curve, evaluation, resuming, and a folder that
+AutoModel loads.
+
+from hf_linear_attn.training.language_modeling import train_language_model
+from hf_linear_attn.training.options import TrainingOptions
+
+report = train_language_model(TrainingOptions(family="leap", steps=200, output="outputs/leap"))
+print(report["test"]["perplexity"], report["tokens_per_second"])
+"""
+
+import json
+import math
+import platform
+import shutil
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments, set_seed
+
+from .checkpoints import StopOnSignal, last_complete_checkpoint
+from .learning_curve import curve_of, save_curve
+from .measuring import Throughput, peak_memory_mb
+from .model_choice import build_model
+from .options import OPTIONS_FILE, TrainingOptions
+from .progress import TrainingProgress
+from .text_data import SPLITS, TextData, load_files, load_hub_dataset, load_speeches
+from .tokenized_text import TokenBlocks, TokenizedText, prepare_text
+
+REPORT_FILE = "training_report.json"
+
+
+class TrainingInterrupted(RuntimeError):
+    """The run was stopped by a signal. It lies in a checkpoint; `signal_number` says which signal it was."""
+
+    def __init__(self, step: int, folder: Path, signal_number: int):
+        super().__init__(f"stopped after step {step}, which is saved: continue with --resume --output {folder}")
+        self.signal_number = signal_number
+
+
+def load_text(options: TrainingOptions) -> TextData:
+    """The text that the options name; the presidents' speeches where they name none."""
+    if options.dataset:
+        return load_hub_dataset(options.dataset, options.dataset_config, options.text_column, options.join_rows)
+    if options.data:
+        files = (options.data, options.validation_data, options.test_data)
+        return load_files(*files, text_column=options.text_column, join_rows=options.join_rows)
+    if options.validation_data or options.test_data:
+        raise ValueError("validation_data and test_data need data, the files to train on")
+    return load_speeches()
+
+
+def train_language_model(options: TrainingOptions) -> dict[str, Any]:
+    """Train, evaluate, save. Returns the report that also lies in the output folder as training_report.json.
+
+    The folder then holds the model and its tokenizer (AutoModelForCausalLM and AutoTokenizer load it),
+    learning_curve.png and .json.
+    Two runs whose options differ only in the model see the same batches in the same order.
+    Raises ValueError for options that do not fit, TrainingInterrupted after Ctrl-C or SIGTERM (a checkpoint has been
+    written).
+    """
+    folder = _prepare_folder(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    data = load_text(options)
+    print(f"text: {data.description}")
+    tokenizer, text = prepare_text(data, options.vocab_size, options.tokenizer)
+    counts = ", ".join(f"{split} {len(text.ids[split]):,}" for split in SPLITS)
+    print(f"tokens: {counts} (vocabulary {len(tokenizer)})")
+
+    set_seed(options.seed)
+    model = build_model(options, tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"model: {options.family}, {parameters / 1e6:.2f} million parameters")
+
+    rows_per_step = options.batch_size * options.accumulate
+    train = TokenBlocks(text.ids["train"], options.block_length, name="train").keep_multiple_of(rows_per_step)
+    sample = TokenBlocks(text.ids["validation"], options.block_length, options.eval_tokens, name="validation")
+    limit = options.final_eval_tokens
+    final = {split: TokenBlocks(text.ids[split], options.block_length, limit, name=split) for split in SPLITS[1:]}
+    arguments = training_arguments(options, folder, len(train))
+    tokens_per_step = rows_per_step * options.block_length
+    throughput, stop = Throughput(tokens_per_step), StopOnSignal()
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=sample,
+        processing_class=tokenizer,
+        data_collator=stack_blocks,
+        callbacks=[throughput, stop],
+    )
+    TrainingProgress.replace_default(trainer, show_bar=not options.quiet)
+    checkpoint = last_complete_checkpoint(folder) if options.resume else None
+    if options.resume:
+        print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the first step")
+    started = time.perf_counter()
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise TrainingInterrupted(trainer.state.global_step, folder, stop.received)
+    training_seconds = time.perf_counter() - started
+    peak = peak_memory_mb()  # of training: before the final evaluation
+
+    report = {
+        "family": options.family,
+        "parameters": parameters,
+        "text": data.description,
+        "steps": trainer.state.global_step,
+        "tokens_per_step": tokens_per_step,
+        "training_tokens": trainer.state.global_step * tokens_per_step,
+        "training_seconds": round(training_seconds, 1),
+        "tokens_per_second": throughput.tokens_per_second,
+        "peak_memory_mb": round(peak, 1),
+        **{split: evaluate_split(trainer, final[split], text, split) for split in final},
+        "curve": curve_of(trainer.state.log_history),
+        "options": asdict(options),
+        "machine": describe_machine(),
+    }
+    _save(trainer, tokenizer, report, folder)
+    return report
+
+
+def training_arguments(options: TrainingOptions, folder: Path, rows: int) -> TrainingArguments:
+    """Trainer's arguments for the options. Order of the batches depends on the seed and the number of rows alone."""
+    rows_per_step = options.batch_size * options.accumulate
+    steps = options.steps or math.ceil((options.epochs or 1) * rows // rows_per_step)
+    tenth = max(1, steps // 10)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule if options.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=int(options.warmup * steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
+        bf16=options.precision == "bfloat16",
+        fp16=options.precision == "float16",
+        **_checkpointing(options),
+        torch_compile=options.compile,
+        use_cpu=options.cpu,
+        seed=options.seed,
+        data_seed=options.seed,
+        logging_steps=options.log_every,
+        logging_first_step=True,
+        eval_strategy="steps",
+        eval_steps=options.eval_every or tenth,
+        prediction_loss_only=True,
+        save_steps=options.save_every or tenth,
+        save_total_limit=options.keep_checkpoints,
+        disable_tqdm=options.quiet,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available() and not options.cpu,
+    )
+
+
+def _checkpointing(options: TrainingOptions) -> dict[str, bool]:
+    """The argument that recomputes activations, under the name that the installed Transformers gives it."""
+    if not options.gradient_checkpointing:
+        return {}
+    names = {each.name for each in fields(TrainingArguments)}
+    return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": True}
+
+
+def stack_blocks(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Blocks of equal length -> one batch (B, T); nothing is padded, so there is no mask."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def evaluate_split(trainer: Trainer, blocks: TokenBlocks, text: TokenizedText, split: str) -> dict[str, float]:
+    """Mean loss (nats per token), perplexity and bits per byte over all blocks of a split."""
+    loss = trainer.evaluate(blocks, metric_key_prefix=split)[f"{split}_loss"]
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": text.bits_per_byte(split, loss)}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, threads and versions, which every reported speed needs."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _prepare_folder(options: TrainingOptions) -> Path:
+    """Make the output folder, and refuse to mix two runs in it."""
+    folder = Path(options.output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output={options.output!r} is a file, not a folder")
+    if (folder / OPTIONS_FILE).exists() and not options.resume:
+        if not options.overwrite:
+            raise ValueError(
+                f"output={options.output!r} holds an earlier run: continue it with --resume, delete it with "
+                "--overwrite, or name another folder"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not options.resume:
+        options.save(folder)
+    return folder
+
+
+def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> None:
+    trainer.model.config.use_cache = True  # Trainer switches it off for training, and would save it so
+    trainer.save_model(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    label = report["family"]
+    save_curve({label: report["curve"]}, folder, {label: report["tokens_per_step"]}, report["text"].split(":")[0])

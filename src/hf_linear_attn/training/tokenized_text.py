@@ -1,0 +1,192 @@
+"""From documents to equal blocks of token ids: a byte-level BPE trained on the text itself, ids kept in one compact
+file.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from .text_data import TextData
+
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+SMALLEST_VOCABULARY = 256 + 3
+
+
+def cache_folder() -> Path:
+    """Where tokenizers and token ids are kept: $HF_LINEAR_ATTN_CACHE, else hf-linear-attn in the user's cache
+    folder.
+    """
+    named = os.environ.get("HF_LINEAR_ATTN_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named).expanduser() if named else base / "hf-linear-attn"
+
+
+def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Byte-level BPE of `vocab_size` pieces (special ones included), which can spell any text.
+    Pads on the left, as generation wants.
+
+    Every text of the training split, and no other, should be given:
+    the held-out text is then new to the tokenizer, too.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and 3 special tokens), got {vocab_size}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Token ids of each split in one run (documents framed by <|bos|> and <|eos|>), and the size of the text they
+    stand for.
+
+    ids: split -> (tokens,) integer array. num_bytes: split -> bytes of the text, so that losses can be given in bits
+    per byte.
+    """
+
+    ids: dict[str, np.ndarray]
+    num_bytes: dict[str, int]
+    vocab_size: int
+
+    def bits_per_byte(self, split: str, loss: float) -> float:
+        """Mean loss in nats per token -> bits per byte of the text, which compares models with different tokenizers."""
+        return loss / float(np.log(2)) * len(self.ids[split]) / self.num_bytes[split]
+
+    def save(self, path: Path) -> None:
+        """Write one compressed .npz: ids as uint16 (uint32 for vocabularies above 65536). Readers need NumPy alone."""
+        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        arrays = {f"ids_{split}": ids.astype(dtype) for split, ids in self.ids.items()}
+        arrays |= {f"bytes_{split}": np.array(count) for split, count in self.num_bytes.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        with part.open("wb") as file:
+            np.savez_compressed(file, vocab_size=np.array(self.vocab_size), **arrays)
+        os.replace(part, path)  # an interrupted run leaves no half-written file under the final name
+
+    @classmethod
+    def load(cls, path: Path) -> "TokenizedText":
+        """Read what `save` wrote."""
+        with np.load(path) as arrays:
+            splits = [key.removeprefix("ids_") for key in arrays.files if key.startswith("ids_")]
+            return cls(
+                {split: arrays[f"ids_{split}"] for split in splits},
+                {split: int(arrays[f"bytes_{split}"]) for split in splits},
+                int(arrays["vocab_size"]),
+            )
+
+
+def tokenize_documents(data: "TextData", tokenizer: "PreTrainedTokenizerFast") -> TokenizedText:
+    """Encode every document of every split, framed by the tokenizer's bos and eos tokens where it has them."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids, num_bytes = {}, {}
+    for split, documents in data.documents.items():
+        texts = [text for text in documents["text"] if text]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        framed = [np.array([*start, *document, *end], dtype=np.uint32) for document in encoded]
+        ids[split] = np.concatenate(framed) if framed else np.zeros(0, dtype=np.uint32)
+        num_bytes[split] = sum(len(text.encode()) for text in texts)
+    return TokenizedText(ids, num_bytes, len(tokenizer))
+
+
+def prepare_text(
+    data: "TextData", vocab_size: int, tokenizer_name: str | None = None
+) -> tuple["PreTrainedTokenizerFast", TokenizedText]:
+    """Tokenizer and token ids of `data`; both come from the cache when the same text was prepared before.
+
+    tokenizer_name: folder or Hub name of an existing tokenizer;
+    without it a BPE of `vocab_size` is trained on the training split.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    digest = hashlib.sha256(json.dumps([1, vocab_size, tokenizer_name]).encode())
+    for split, documents in data.documents.items():
+        digest.update(split.encode())
+        for text in documents["text"]:
+            digest.update(text.encode() + b"\0")
+    folder = cache_folder() / "text" / digest.hexdigest()[:16]
+    ids_file = folder / "ids.npz"
+    if tokenizer_name is not None:
+        # A tokenizer can change under its name, so only its own training is worth a cache.
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+        return tokenizer, tokenize_documents(data, tokenizer)
+    if ids_file.exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder), TokenizedText.load(ids_file)
+    tokenizer = train_bpe_tokenizer(data.documents["train"]["text"], vocab_size)
+    text = tokenize_documents(data, tokenizer)
+    tokenizer.save_pretrained(folder)
+    text.save(ids_file)  # last: its presence says that the folder is complete
+    return tokenizer, text
+
+
+class TokenBlocks(torch.utils.data.Dataset):
+    """A run of token ids cut into blocks of equal length, in order; the rest that fills no block is left out.
+
+    max_tokens keeps that many tokens at most, in blocks taken at equal distances over the whole run:
+    a fair sample of a long split.
+    """
+
+    def __init__(self, ids: np.ndarray, block_length: int, max_tokens: int | None = None, name: str = "text"):
+        count = len(ids) // block_length
+        if count == 0:
+            raise ValueError(
+                f"the {name} split has {len(ids)} tokens, fewer than one block of block_length={block_length}: "
+                "give a smaller block_length or more text"
+            )
+        self.blocks = ids[: count * block_length].reshape(count, block_length)
+        if max_tokens is not None and max_tokens < self.blocks.size:
+            kept = max(1, max_tokens // block_length)
+            self.blocks = self.blocks[np.linspace(0, count - 1, kept).round().astype(int)]
+
+    def keep_multiple_of(self, rows: int) -> "TokenBlocks":
+        """Leave out the last blocks that would not fill a step of `rows` blocks; returns self."""
+        kept = len(self.blocks) // rows * rows
+        if kept == 0:
+            raise ValueError(
+                f"the training text has {len(self.blocks)} blocks, fewer than the {rows} of one step (batch_size times "
+                "accumulate): give smaller ones, a smaller block_length or more text"
+            )
+        self.blocks = self.blocks[:kept]
+        return self
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = torch.from_numpy(self.blocks[index].astype(np.int64))
+        labels = block.clone()
+        # The first token is nobody's successor. Trainer counts the targets itself, and for a class whose name does
+        # not end in ForCausalLM (GPT2LMHeadModel) it would count this one, too: losses (T - 1)/T times too small.
+        labels[0] = -100
+        return {"input_ids": block, "labels": labels}

@@ -1,0 +1,189 @@
+"""Training runs: what they save, the batches they see, and that an interrupted one continues with the same losses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("datasets", reason="the extra `train` is not installed")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from hf_linear_attn.training import language_modeling
+from hf_linear_attn.training.checkpoints import StopOnSignal, last_complete_checkpoint
+from hf_linear_attn.training.language_modeling import TrainingInterrupted, train_language_model
+from hf_linear_attn.training.options import TrainingOptions
+
+
+def losses(report):
+    return {kind: [(p["step"], p["loss"]) for p in points] for kind, points in report["curve"].items()}
+
+
+def test_a_run_learns_saves_and_reports(tiny):
+    report = train_language_model(tiny(steps=30, learning_rate=1e-2, eval_every=15, save_every=15))
+    folder = Path(report["options"]["output"])
+    training = [loss for _, loss in losses(report)["training"]]
+    assert training[-1] < training[0] - 0.5
+    assert report["test"]["perplexity"] == pytest.approx(math.exp(report["test"]["loss"]))
+    assert 0 < report["test"]["bits_per_byte"] < 8
+    assert report["tokens_per_second"] > 0
+    assert report["peak_memory_mb"] > 0
+    assert report["training_tokens"] == 30 * 4 * 16
+    for name in ("training_report.json", "learning_curve.json", "learning_curve.png", "training_options.json"):
+        assert (folder / name).stat().st_size > 0
+    assert json.loads((folder / "training_report.json").read_text())["steps"] == 30
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.use_cache
+    ids = model.generate(**tokenizer(["The people", "We"], return_tensors="pt", padding=True), max_new_tokens=5)
+    assert tokenizer.decode(ids[0], skip_special_tokens=True).startswith("The people")
+
+
+def test_final_perplexity_is_that_of_the_saved_model(tiny):
+    options = tiny(final_eval_tokens=None)
+    report = train_language_model(options)
+    _, text = language_modeling.prepare_text(language_modeling.load_text(options), options.vocab_size)
+    blocks = language_modeling.TokenBlocks(text.ids["test"], options.block_length)
+    batch = torch.stack([blocks[i]["input_ids"] for i in range(len(blocks))])
+    model = AutoModelForCausalLM.from_pretrained(options.output).eval()
+    with torch.no_grad():
+        loss = model(input_ids=batch, labels=batch).loss.item()
+    assert report["test"]["loss"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_two_families_see_the_same_batches(tiny, monkeypatch, tmp_path):
+    seen = []
+    original = language_modeling.stack_blocks
+
+    def record(rows):
+        batch = original(rows)
+        seen[-1].append(batch["input_ids"])
+        return batch
+
+    monkeypatch.setattr(language_modeling, "stack_blocks", record)
+    for name, changes in (("a", {}), ("b", {"hidden_size": 8, "num_hidden_layers": 1, "dropout": 0.1})):
+        seen.append([])
+        train_language_model(tiny(output=str(tmp_path / name), **changes))
+    assert len(seen[0]) == len(seen[1]) > 6
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    assert not torch.equal(seen[0][0], seen[0][1])
+
+
+class StopAfter(TrainerCallback):
+    """Sends the process a signal during a step, as Ctrl-C does."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_continues_with_the_same_losses(tiny, tmp_path, monkeypatch, number):
+    changes = {"dropout": 0.2, "steps": 10, "accumulate": 2}  # dropout: the random state must come back, too
+    whole = train_language_model(tiny(output=str(tmp_path / "whole"), **changes))
+
+    output = str(tmp_path / "parts")
+    original = language_modeling.Trainer
+
+    def interrupted(*args, callbacks, **kwargs):
+        return original(*args, callbacks=[*callbacks, StopAfter(4, number)], **kwargs)
+
+    monkeypatch.setattr(language_modeling, "Trainer", interrupted)
+    with pytest.raises(TrainingInterrupted, match="stopped after step 5") as stopped:
+        train_language_model(tiny(output=output, **changes))
+    assert stopped.value.signal_number == number
+    monkeypatch.setattr(language_modeling, "Trainer", original)
+    resumed = train_language_model(TrainingOptions.for_resume({"output": output}))
+    assert losses(resumed) == losses(whole)
+    assert resumed["test"] == whole["test"]
+
+
+def test_killed_process_resumes_from_its_last_complete_checkpoint(tiny, tmp_path):
+    """A kill -9 in the middle of a run, a half-written checkpoint on top: the curve is that of the undisturbed run."""
+    options = tiny(output=str(tmp_path / "killed"), steps=120, save_every=5, eval_every=60)
+    code = (
+        "import json, sys; from hf_linear_attn.training.options import TrainingOptions as T;"
+        "from hf_linear_attn.training.language_modeling import train_language_model as t;"
+        "t(T(**json.loads(sys.argv[1])))"
+    )
+    arguments = json.dumps({name: getattr(options, name) for name in options.__dataclass_fields__})
+    process = subprocess.Popen([sys.executable, "-c", code, arguments], stdout=subprocess.DEVNULL)
+    folder, deadline = Path(options.output), time.monotonic() + 120
+    while last_complete_checkpoint(folder) is None:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    reached = int(last_complete_checkpoint(folder).name.split("-")[1])
+    assert reached < 120
+    half_written = folder / f"checkpoint-{reached + 5}"
+    half_written.mkdir(exist_ok=True)
+    (half_written / "trainer_state.json").write_text('{"global_step": ')
+
+    resumed = train_language_model(TrainingOptions.for_resume({"output": options.output}))
+    whole = train_language_model(tiny(output=str(tmp_path / "whole"), steps=120, save_every=5, eval_every=60))
+    assert losses(resumed) == losses(whole)
+
+
+def test_resume_refuses_what_would_bend_the_curve(tiny, tmp_path):
+    options = tiny()
+    train_language_model(options)
+    with pytest.raises(ValueError, match=r"learning_rate=0\.002.*learning_rate=0\.5"):
+        TrainingOptions.for_resume({"output": options.output, "learning_rate": 0.5})
+    assert TrainingOptions.for_resume({"output": options.output, "quiet": True}).hidden_size == 16
+    with pytest.raises(ValueError, match="no run to resume"):
+        TrainingOptions.for_resume({"output": str(tmp_path / "empty")})
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tiny):
+    train_language_model(tiny())
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        train_language_model(tiny())
+    assert train_language_model(tiny(overwrite=True))["steps"] == 6
+
+
+def test_resume_before_the_first_checkpoint_starts_at_the_beginning(tiny, capsys):
+    options = tiny()
+    Path(options.output).mkdir()
+    options.save(Path(options.output))
+    report = train_language_model(TrainingOptions.for_resume({"output": options.output}))
+    assert report["steps"] == 6
+    assert "starting from the first step" in capsys.readouterr().out
+
+
+def test_second_signal_stops_at_once():
+    with StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_options_that_a_family_lacks_are_refused(tiny):
+    with pytest.raises(ValueError, match="windows and all_global belong to leap"):
+        train_language_model(tiny(all_global=True))
+    with pytest.raises(ValueError, match="did you mean 'initializer_range'"):
+        train_language_model(tiny(config=["initialiser_range=0.1"], overwrite=True))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bfloat16"}, {"gradient_checkpointing": True}, {"schedule": "cosine"}, {"epochs": 0.2}]
+)
+def test_other_ways_to_train(tiny, changes):
+    if "epochs" in changes:
+        changes = {**changes, "steps": None}
+    report = train_language_model(tiny(**changes))
+    assert report["steps"] > 1
+    assert math.isfinite(report["test"]["loss"])
