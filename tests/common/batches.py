@@ -26,13 +26,11 @@ def left_padded(rows: list[torch.Tensor], garbage: int = 0):
     return place(rows, [list(range(length - len(row), length)) for row in rows], length, garbage)
 
 
-def padding_layouts(count: int) -> dict[str, tuple[list[int], int]]:
-    """Where `count` tokens may stand: name -> (columns, length of the row)."""
-    every_other = [2 * i + 1 for i in range(count)]
-    return {
-        "left": (list(range(5, 5 + count)), count + 5),
-        "right": (list(range(count)), count + 5),
-        "both": (list(range(3, 3 + count)), count + 7),
-        "inside": ([*range(count // 2), *range(count // 2 + 4, count + 4)], count + 4),
-        "everywhere": (every_other, 2 * count + 2),
-    }
+# Where `count` tokens may stand: name -> function of count, giving their columns and the length of the row.
+LAYOUTS = {
+    "left": lambda count: (list(range(5, 5 + count)), count + 5),
+    "right": lambda count: (list(range(count)), count + 5),
+    "both": lambda count: (list(range(3, 3 + count)), count + 7),
+    "inside": lambda count: ([*range(count // 2), *range(count // 2 + 4, count + 4)], count + 4),
+    "everywhere": lambda count: ([2 * i + 1 for i in range(count)], 2 * count + 2),
+}
