@@ -44,7 +44,9 @@ def test_heads(row, head, layout):
             alone = model(text[None])
             for name in ("logits", "last_hidden_state", "start_logits", "end_logits"):
                 if name in alone:
-                    found = together[name][i] if head == "AutoModelForSequenceClassification" else together[name][i, where]
+                    found = (
+                        together[name][i] if head == "AutoModelForSequenceClassification" else together[name][i, where]
+                    )
                     torch.testing.assert_close(found, alone[name][0], **TOLERANCE)
 
 
@@ -104,7 +106,10 @@ def test_padding_that_comes_in_a_later_call(row):
 def mask_is_ignored():
     """Padding counts as text."""
     modules = (causal_lm, sequence_inputs)
-    with patch.object(modules[0], "padding_mask", lambda *a: None), patch.object(modules[1], "padding_mask", lambda *a: None):
+    with (
+        patch.object(modules[0], "padding_mask", lambda *a: None),
+        patch.object(modules[1], "padding_mask", lambda *a: None),
+    ):
         yield
 
 

@@ -67,7 +67,9 @@ def check_state(model, layout, lengths: tuple[int, ...], garbage: int = 0) -> No
     step = tokens(len(rows), 2, seed=3)
     with torch.no_grad():
         cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
-        together = [[state.clone() for state in (*layer.get_state(), layer.get_token_counts())] for layer in cache.layers]
+        together = [
+            [state.clone() for state in (*layer.get_state(), layer.get_token_counts())] for layer in cache.layers
+        ]
         logits = [model(step[:, i : i + 1], past_key_values=cache).logits for i in range(2)]
         for i, row in enumerate(rows):
             alone = model(row[None], use_cache=True).past_key_values
