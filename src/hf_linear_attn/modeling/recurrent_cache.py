@@ -290,4 +290,6 @@ class RecurrentGenerationMixin:
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache
+            # Transformers refuses a cache together with the name of one; this configuration is generate()'s own copy.
+            generation_config.cache_implementation = None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -187,7 +187,8 @@ def _documents_from_positions(position_ids, mask):
 
 def _ranks(mask, segment_ids, past_counts, length, device):
     """Position of each token: its rank among the real tokens of its document; the first goes on where the cache ended."""
-    rank = torch.arange(length, device=device)[None] if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
+    # Real tokens before each column: a document that begins with padding starts to count at its first real token.
+    rank = torch.arange(length, device=device)[None] if mask is None else mask.long().cumsum(1) - mask.long()
     past = 0 if past_counts is None else past_counts.to(device)[:, None]
     if segment_ids is None:
         return rank + past

@@ -1,0 +1,89 @@
+"""The check that padding is invisible: outputs, loss, gradients and the state left behind are those of each text alone."""
+
+import torch
+
+from .batches import place, tokens
+
+TOLERANCE = {"atol": 1e-10, "rtol": 1e-9}
+
+
+def weighted_sum(hidden_states: torch.Tensor, seed: int) -> torch.Tensor:
+    """A scalar in which every real token and feature counts differently."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = torch.randn(hidden_states.shape, generator=generator, dtype=hidden_states.dtype)
+    return (hidden_states * factors).sum()
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """The gradients of all parameters, which are then forgotten."""
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(found: dict, wanted: dict) -> None:
+    """Equal up to rounding; `k.bias`-like parameters without effect are zero in both."""
+    assert any(g.abs().max() > 0 for g in wanted.values())
+    for name, gradient in wanted.items():
+        scale = max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(
+            found[name], gradient, atol=1e-10 * scale, rtol=1e-8, msg=lambda m, name=name: f"gradient of {name}: {m}"
+        )
+
+
+def check_body(model, layout, lengths: tuple[int, ...], garbage: int = 0) -> None:
+    """Hidden states at real tokens and gradients of a padded batch are those of the texts alone; padding stays finite."""
+    rows, columns, ids, mask = padded_batch(layout, lengths, garbage)
+    hidden = model(ids, attention_mask=mask).last_hidden_state
+    assert hidden.isfinite().all()
+    sum(weighted_sum(hidden[i, where], i) for i, where in enumerate(columns)).backward()
+    found = gradients(model)
+    for i, (row, where) in enumerate(zip(rows, columns)):
+        alone = model(row[None]).last_hidden_state[0]
+        torch.testing.assert_close(hidden[i, where], alone, **TOLERANCE)
+        weighted_sum(alone, i).backward()
+    assert_same_gradients(found, gradients(model))
+
+
+def check_loss(model, layout, lengths: tuple[int, ...], garbage: int = 0) -> None:
+    """The loss of a padded batch, labels under the padding included, is the sum of the texts' losses; so are gradients."""
+    rows, _, ids, mask = padded_batch(layout, lengths, garbage)
+    loss = model(ids, attention_mask=mask, labels=ids, num_items_in_batch=1).loss
+    loss.backward()
+    found, total = gradients(model), 0.0
+    for row in rows:
+        alone = model(row[None], labels=row[None], num_items_in_batch=1).loss
+        alone.backward()
+        total = total + alone.detach()
+    torch.testing.assert_close(loss.detach(), total, **TOLERANCE)
+    assert_same_gradients(found, gradients(model))
+    mean = model(ids, attention_mask=mask, labels=ids).loss
+    torch.testing.assert_close(mean.detach(), total / (sum(lengths) - len(lengths)), **TOLERANCE)
+
+
+def check_state(model, layout, lengths: tuple[int, ...], garbage: int = 0) -> None:
+    """The state that a padded batch leaves is that of each text alone, and decoding goes on from it."""
+    rows, _, ids, mask = padded_batch(layout, lengths, garbage)
+    step = tokens(len(rows), 2, seed=3)
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        together = [
+            [state.clone() for state in (*layer.get_state(), layer.get_token_counts())] for layer in cache.layers
+        ]
+        logits = [model(step[:, i : i + 1], past_key_values=cache).logits for i in range(2)]
+        for i, row in enumerate(rows):
+            alone = model(row[None], use_cache=True).past_key_values
+            for states, layer in zip(together, alone.layers):
+                for found, wanted in zip(states, (*layer.get_state(), layer.get_token_counts())):
+                    torch.testing.assert_close(found[i : i + 1], wanted, **TOLERANCE)
+            expected = model(torch.cat([row, step[i]])[None], use_cache=False).logits[:, -2:]
+            torch.testing.assert_close(torch.cat(logits, 1)[i : i + 1], expected, **TOLERANCE)
+
+
+def padded_batch(layout, lengths: tuple[int, ...], garbage: int = 0):
+    """`(texts, their columns, ids, mask)`: texts of these lengths laid out by `layout(count) -> (columns, length)`."""
+    rows = [tokens(1, length, seed=length)[0] for length in lengths]
+    layouts = [layout(length) for length in lengths]
+    columns = [where for where, _ in layouts]
+    ids, mask = place(rows, columns, max(length for _, length in layouts), garbage)
+    return rows, columns, ids, mask

@@ -1,0 +1,19 @@
+"""Settings of every test: no network, an empty Hugging Face home, one thread a worker."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+import torch  # noqa: E402 (the environment has to be set first)
+
+import hf_linear_attn  # noqa: E402, F401 (registers the families)
+
+torch.set_num_threads(1)

@@ -1,0 +1,151 @@
+"""generate(): with a state it writes what it writes without one, in every mode (the models compute in float64)."""
+
+import copy
+
+import pytest
+import torch
+from common.batches import left_padded, tokens
+from common.families import causal_rows, first_rows
+from common.generation import (
+    NEW,
+    PROMPT,
+    assert_same_text,
+    check_batch_operations,
+    check_cache,
+    check_rows_alone,
+    generate,
+    texts,
+)
+from transformers import DynamicCache, StaticCache
+
+from hf_linear_attn import RecurrentCache
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beam": {"num_beams": 4},
+    "beam-several-returns": {"num_beams": 4, "num_return_sequences": 2},
+    "beam-sample": {"num_beams": 3, "do_sample": True},
+    "several-returns": {"do_sample": True, "num_return_sequences": 3},
+}
+modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+
+
+@modes
+@causal_rows
+def test_state_or_not_gives_the_same_text(row, mode):
+    check_cache(row.causal_lm(torch.float64), **mode)
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+@causal_rows
+def test_left_padded_batch(row, mode):
+    model = row.causal_lm(torch.float64)
+    check_cache(model, padded=True, **mode)
+    check_rows_alone(model, **mode)
+
+
+@first_rows
+def test_beams_change_places(row):
+    """Without this, agreement of beam search would say nothing about reordering."""
+    beams = generate(row.causal_lm(torch.float64), tokens(3, PROMPT), num_beams=4).beam_indices
+    assert (beams.diff(dim=1) != 0).any()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@causal_rows
+def test_prefill_in_chunks(row, size):
+    model = row.causal_lm(torch.float64)
+    ids, mask = left_padded(texts())
+    assert_same_text(generate(model, ids, prefill_chunk_size=size), generate(model, ids))
+    assert_same_text(generate(model, ids, mask, prefill_chunk_size=size), generate(model, ids, mask))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=["greedy", "beam", "chunks"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded"])
+@causal_rows
+def test_cache_implementations(row, kind, options):
+    model = row.causal_lm(torch.float64)
+    ids, mask = left_padded(texts())
+    assert_same_text(
+        generate(model, ids, mask, cache_implementation=kind, **options), generate(model, ids, mask, **options)
+    )
+
+
+@pytest.mark.parametrize("kind", [RecurrentCache, DynamicCache, StaticCache])
+@causal_rows
+def test_a_cache_of_the_users_own(row, kind):
+    model = row.causal_lm(torch.float64)
+    cache = kind(config=model.config, **({"max_cache_len": 64} if kind is StaticCache else {}))
+    ids = tokens(3, PROMPT)
+    output = generate(model, ids, past_key_values=cache)
+    assert_same_text(output, generate(model, ids))
+    assert output.past_key_values is cache
+
+
+@first_rows
+def test_quantized_cache_is_refused(row):
+    with pytest.raises(ValueError, match=r"[Qq]uantized"):
+        generate(row.causal_lm(), tokens(1, 4), cache_implementation="quantized")
+
+
+@causal_rows
+def test_going_on_from_a_cache(row):
+    model = row.causal_lm(torch.float64)
+    ids = tokens(3, PROMPT)
+    whole = generate(model, ids)
+    begun = generate(model, ids, new=5)
+    assert isinstance(begun.past_key_values, RecurrentCache)
+    assert begun.past_key_values.get_seq_length() == PROMPT + 5 - 1
+    fork, copied = begun.past_key_values.fork(), copy.deepcopy(begun.past_key_values)
+    for cache in (begun.past_key_values, fork, copied):
+        ended = generate(model, begun.sequences, new=NEW - 5, past_key_values=cache)
+        assert torch.equal(ended.sequences, whole.sequences)
+
+
+@causal_rows
+def test_forks_are_independent(row):
+    model = row.causal_lm(torch.float64)
+    with torch.no_grad():
+        cache = model(tokens(2, 9), use_cache=True).past_key_values
+        fork = cache.fork()
+        model(tokens(2, 5, seed=1), past_key_values=fork)
+        logits = model(tokens(2, 1, seed=2), past_key_values=cache).logits
+        expected = model(torch.cat([tokens(2, 9), tokens(2, 1, seed=2)], 1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+
+
+@causal_rows
+def test_inputs_embeds(row):
+    model = row.causal_lm(torch.float64)
+    ids, mask = left_padded(texts())
+    embeds = model.get_input_embeddings()(ids)
+    output = generate(model, mask=mask, inputs_embeds=embeds)
+    assert torch.equal(output.sequences, generate(model, ids, mask).sequences[:, PROMPT:])
+
+
+@causal_rows
+def test_reset(row):
+    model = row.causal_lm(torch.float64)
+    for cache in (RecurrentCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+        with torch.no_grad():
+            model(tokens(2, 9, seed=1), past_key_values=cache)
+            cache.reset()
+            assert cache.get_seq_length() == 0
+            logits = model(tokens(2, 7), past_key_values=cache).logits
+            torch.testing.assert_close(logits, model(tokens(2, 7), use_cache=False).logits, atol=1e-9, rtol=0)
+
+
+@causal_rows
+def test_batch_operations(row):
+    check_batch_operations(row.causal_lm(torch.float64))
+
+
+@causal_rows
+def test_state_does_not_grow(row):
+    model = row.causal_lm(max_position_embeddings=10_000)
+    sizes = []
+    with torch.no_grad():
+        for length in (10, 10_000):
+            sizes.append(model.model(tokens(1, length), use_cache=True).past_key_values.state_size())
+    assert sizes[0] == sizes[1] > 0

@@ -1,0 +1,153 @@
+"""A padded token is no token: it writes nothing, ages nothing, shifts no window and takes no position (float64)."""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from common.batches import LAYOUTS, tokens
+from common.families import VOCAB, all_rows, causal_rows, rows_with_heads
+from common.padding import TOLERANCE, check_body, check_loss, check_state, padded_batch
+
+from hf_linear_attn.modeling import causal_lm, sequence_inputs
+
+LENGTHS = (70, 23, 1)  # longer than a chunk of the sums, longer than every window, a single token
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+@layouts
+@all_rows
+def test_outputs_and_gradients(row, layout):
+    check_body(row.build("AutoModel", torch.float64), layout, LENGTHS)
+
+
+@layouts
+@causal_rows
+def test_loss(row, layout):
+    check_loss(row.causal_lm(torch.float64), layout, LENGTHS)
+
+
+@layouts
+@causal_rows
+def test_state_left_behind(row, layout):
+    check_state(row.causal_lm(torch.float64), layout, LENGTHS)
+
+
+@layouts
+@rows_with_heads
+def test_heads(row, head, layout):
+    model = row.build(head, torch.float64)
+    rows, columns, ids, mask = padded_batch(layout, (9, 4))
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask)
+        for i, (text, where) in enumerate(zip(rows, columns)):
+            alone = model(text[None])
+            for name in ("logits", "last_hidden_state", "start_logits", "end_logits"):
+                if name in alone:
+                    found = (
+                        together[name][i] if head == "AutoModelForSequenceClassification" else together[name][i, where]
+                    )
+                    torch.testing.assert_close(found, alone[name][0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("garbage", [1, VOCAB - 1])
+@all_rows
+def test_ids_under_the_mask_do_not_matter(row, garbage):
+    check_body(row.build("AutoModel", torch.float64), LAYOUTS["both"], (9, 4), garbage)
+
+
+@causal_rows
+def test_labels_under_the_mask_do_not_matter(row):
+    check_loss(row.causal_lm(torch.float64), LAYOUTS["inside"], (9, 4), garbage=VOCAB - 1)
+
+
+@all_rows
+def test_a_row_of_padding_alone_is_finite_and_harmless(row):
+    model = row.build("AutoModel")
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1] = 0
+    hidden = model(ids, attention_mask=mask).last_hidden_state
+    assert hidden.isfinite().all()
+    torch.testing.assert_close(hidden[:1], model(ids[:1]).last_hidden_state, atol=1e-5, rtol=1e-5)
+    hidden.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@all_rows
+def test_bool_int_and_float_masks_mean_the_same(row):
+    model = row.build("AutoModel")
+    _, _, ids, mask = padded_batch(LAYOUTS["left"], (9, 4))
+    first, *others = (
+        model(ids, attention_mask=mask.to(dtype)).last_hidden_state
+        for dtype in (torch.long, torch.bool, torch.int32, torch.float32)
+    )
+    assert all(torch.equal(first, other) for other in others)
+
+
+@causal_rows
+def test_padding_that_comes_in_a_later_call(row):
+    """A mask of this call's columns, and one of all columns, mean the same; padding may come in any call."""
+    model = row.causal_lm(torch.float64)
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, 6:8] = mask[1, 2] = mask[1, 10] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        for whole in (False, True):
+            cache, found = None, []
+            for start, end in [(0, 5), (5, 7), (7, 8), (8, 12)]:
+                part = mask[:, :end] if whole else mask[:, start:end]
+                output = model(ids[:, start:end], attention_mask=part, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                found.append(output.logits)
+            torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], expected[mask.bool()], **TOLERANCE)
+
+
+@contextmanager
+def mask_is_ignored():
+    """Padding counts as text."""
+    modules = (causal_lm, sequence_inputs)
+    with (
+        patch.object(modules[0], "padding_mask", lambda *a: None),
+        patch.object(modules[1], "padding_mask", lambda *a: None),
+    ):
+        yield
+
+
+@contextmanager
+def padding_takes_positions():
+    """Positions count columns instead of real tokens."""
+    ranks = sequence_inputs._ranks
+    with patch.object(sequence_inputs, "_ranks", lambda mask, *rest: ranks(None, *rest)):
+        yield
+
+
+@contextmanager
+def padding_is_predicted():
+    """The loss looks at the next column, whatever it is."""
+    following = causal_lm.next_token_labels
+
+    def next_column(labels, sequence):
+        return following(labels, sequence_inputs.SequenceInputs(None, None, sequence.segment_ids))
+
+    with patch.object(causal_lm, "next_token_labels", next_column):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("breaks", "check"),
+    [
+        (mask_is_ignored, check_body),
+        (mask_is_ignored, check_state),
+        (padding_takes_positions, check_body),
+        (padding_is_predicted, check_loss),
+    ],
+)
+@causal_rows
+def test_controls(row, breaks, check):
+    """Broken on purpose, the checks above fail."""
+    if breaks is padding_takes_positions and (row.shift_invariant or not row.positional):
+        pytest.skip("only a constant shift of positions for this row")
+    model = row.build("AutoModel", torch.float64) if check is check_body else row.causal_lm(torch.float64)
+    check(model, LAYOUTS["left"], (9, 4))
+    with breaks(), pytest.raises(AssertionError):
+        check(model, LAYOUTS["left"], (9, 4))

@@ -1,0 +1,180 @@
+"""Undoing tokens, and what builds on it: assisted decoding and prompt lookup write exactly what greedy decoding writes."""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from common.batches import left_padded, tokens
+from common.families import causal_rows, first_rows
+from common.generation import PROMPT, assert_same_text, generate, texts
+from transformers import DynamicCache, StaticCache
+
+from hf_linear_attn import RecurrentCache
+from hf_linear_attn.modeling.recurrent_cache import RecurrentStateLayer
+
+# The calls that come after recording starts (number of tokens each), and how many of their tokens are undone.
+CALLS = {
+    "part-of-a-chunk": ([7], 3),
+    "a-whole-chunk": ([7], 7),
+    "steps": ([1, 1, 1, 1], 2),
+    "a-chunk-and-steps": ([6, 1, 1], 4),
+    "steps-and-a-chunk": ([1, 1, 9], 2),
+    "nothing": ([4, 1], 0),
+}
+
+
+def states(cache):
+    return [state for layer in cache.layers for state in layer.get_state() or ()]
+
+
+def run(model, cache, ids, lengths, mask=None):
+    """Feed ids to the cache in calls of these lengths, after what it has seen."""
+    for part in ids.split(lengths, dim=1):
+        seen = cache.get_seq_length()
+        part_mask = None if mask is None else mask[:, seen : seen + part.shape[1]]
+        model(part, attention_mask=part_mask, past_key_values=cache)
+
+
+def check_rollback(model, lengths, undone, prompt: int, padded: bool, kind=RecurrentCache) -> None:
+    """After `crop` the cache goes on like one that never saw the undone tokens."""
+    total = prompt + sum(lengths)
+    ids, mask = tokens(3, total), None
+    if padded:
+        ids, mask = left_padded([row[: total - cut] for row, cut in zip(ids, (0, 2, total - 2))])
+        if prompt:
+            mask[:, prompt + 1] = 0  # padding among the tokens that may be undone, too
+    size = {"max_cache_len": 64} if kind is StaticCache else {}
+    cache, fresh = kind(config=model.config, **size), kind(config=model.config, **size)
+    with torch.no_grad():
+        if prompt:
+            run(model, cache, ids[:, :prompt], prompt, mask)
+        cache.activate_past_recording()
+        run(model, cache, ids[:, prompt:], lengths, mask)
+        cache.crop(-undone)
+        kept = total - undone
+        if kept:
+            run(model, fresh, ids[:, :kept], kept, mask)
+        assert int(cache.get_seq_length()) == kept
+        step = tokens(3, 4, seed=1)
+        logits, expected = (model(step, past_key_values=c).logits for c in (cache, fresh))
+    torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+    for found, wanted in zip(states(cache), states(fresh)):
+        torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("prompt", [0, 9], ids=["from-nothing", "after-a-prompt"])
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS.keys())
+@causal_rows
+def test_crop(row, calls, prompt, padded):
+    check_rollback(row.causal_lm(torch.float64), *calls, prompt=prompt, padded=padded)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@first_rows
+def test_crop_of_other_caches(row, kind):
+    check_rollback(row.causal_lm(torch.float64), [6, 1, 1], 4, prompt=9, padded=False, kind=kind)
+
+
+@first_rows
+def test_crop_again_and_again(row):
+    model = row.causal_lm(torch.float64)
+    ids = tokens(1, 30)
+    cache, kept = RecurrentCache(config=model.config), 0
+    cache.activate_past_recording()
+    with torch.no_grad():
+        for length, undone in [(5, 2), (4, 4), (1, 0), (6, 1), (3, 2)]:
+            run(model, cache, ids[:, kept : kept + length], length)
+            cache.crop(-undone)
+            kept += length - undone
+        logits = model(ids[:, kept : kept + 2], past_key_values=cache).logits
+        expected = model(ids[:, : kept + 2], use_cache=False).logits[:, -2:]
+    torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+
+
+@first_rows
+def test_crop_refuses_what_it_cannot_undo(row):
+    model = row.causal_lm()
+    with torch.no_grad():
+        cache = model(tokens(1, 5), use_cache=True).past_key_values
+        with pytest.raises(RuntimeError, match="activate_past_recording"):
+            cache.crop(-1)
+        cache.activate_past_recording()
+        model(tokens(1, 3), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="cannot undo 4 tokens: 3 are recorded"):
+            cache.crop(-4)
+        with pytest.raises(ValueError, match="minus the number of tokens"):
+            cache.crop(4)
+
+
+def assistants(row):
+    """One that is always right, one that is often wrong, one that is nearly always wrong and of another depth."""
+    model = row.causal_lm(torch.float64)
+    near = row.causal_lm(torch.float64)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return {"itself": model, "near": near, "other": row.causal_lm(torch.float64, seed=1)}
+
+
+@pytest.mark.parametrize("kind", ["itself", "near", "other"])
+@causal_rows
+def test_assisted_decoding_is_greedy_decoding(row, kind):
+    model = row.causal_lm(torch.float64)
+    ids = tokens(1, PROMPT)
+    greedy = generate(model, ids, new=20)
+    assisted = generate(model, ids, new=20, assistant_model=assistants(row)[kind])
+    assert torch.equal(assisted.sequences, greedy.sequences)
+
+
+@causal_rows
+def test_assisted_decoding_with_left_padding(row):
+    model = row.causal_lm(torch.float64)
+    ids, mask = left_padded(texts())
+    greedy = generate(model, ids[1:2], mask[1:2], new=20)
+    assisted = generate(model, ids[1:2], mask[1:2], new=20, assistant_model=assistants(row)["near"])
+    assert torch.equal(assisted.sequences, greedy.sequences)
+
+
+@causal_rows
+def test_prompt_lookup_is_greedy_decoding(row):
+    model = row.causal_lm(torch.float64)
+    ids = tokens(1, 4).repeat(1, 4)  # repeats itself, so that there is something to look up
+    assert_same_text(
+        generate(model, ids, new=20, prompt_lookup_num_tokens=3), generate(model, ids, new=20), logits=False
+    )
+
+
+@contextmanager
+def crop_changes_nothing():
+    """Undone tokens are no longer counted, but stay in the state."""
+
+    def count_only(self, keep):
+        self.cumulative_length -= sum(inputs[0].shape[1] for _, inputs in self._replay) - keep
+
+    with patch.object(RecurrentStateLayer, "_rewind", count_only):
+        yield
+
+
+@contextmanager
+def crop_forgets_the_kept_ones():
+    """Everything since the last `crop` is undone."""
+    rewind = RecurrentStateLayer._rewind
+    with patch.object(RecurrentStateLayer, "_rewind", lambda self, keep: rewind(self, 0)):
+        yield
+
+
+@pytest.mark.parametrize("breaks", [crop_changes_nothing, crop_forgets_the_kept_ones])
+@first_rows
+def test_controls(row, breaks):
+    """Broken on purpose, the checks above fail."""
+    model = row.causal_lm(torch.float64)
+    with breaks(), pytest.raises(AssertionError):
+        check_rollback(model, [6, 1, 1], 4, prompt=9, padded=False)
+    if breaks is crop_changes_nothing:
+        ids = tokens(1, PROMPT)
+        greedy = generate(model, ids, new=20).sequences
+        with breaks():
+            assisted = generate(model, ids, new=20, assistant_model=assistants(row)["other"]).sequences
+        assert not torch.equal(assisted, greedy)
