@@ -12,7 +12,6 @@ Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -22,10 +21,11 @@ from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, begin, embed_
 from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, merge_with_config_defaults
 from .configuration_leap import LeapConfig
 from .layer_output import LayerOutput
+from .leap_mechanism import focus_weights, leap_mechanism
 from .rotary_embedding import rotate
 from .sequence_inputs import prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
-from .windowed_mean import attention_rows, compute_dtype, windowed_mean
+from .windowed_mean import attention_rows, windowed_mean
 
 
 class LeapAttention(nn.Module):
@@ -91,35 +91,34 @@ class LeapAttention(nn.Module):
             sequence = prepare_sequence(hidden_states, attention_mask, seq_idx=segment_ids)
             attention_mask, position_ids = sequence.mask, sequence.position_ids
 
-        # q, f, k, v: (B, T, H, E) each; k and v lie side by side as (B, T, 2, H, E), since they share their weights
-        projected = self.qfkv_proj(hidden_states)
-        query, focus, key_value = projected.split(
-            [self.num_heads * self.head_dim] * 2 + [2 * self.num_heads * self.head_dim], -1
-        )
-        query = self.dropout(query.unflatten(-1, (self.num_heads, self.head_dim)))
-        focus = self.dropout(focus.unflatten(-1, (self.num_heads, self.head_dim)))
-        key_value = key_value.unflatten(-1, (2, self.num_heads, self.head_dim))
-        key, value = key_value.unbind(2)
-        # The mechanism itself runs in at least float32.
-        dtype = compute_dtype(hidden_states.dtype)
-        scale = self.head_dim**-0.5
-        logits = self.dropout((focus.to(dtype) * key.to(dtype)).sum(-1) * scale)  # (B, T, H)
-        weights = logits if self.exponential else F.elu(logits) + 1
+        # query, focus: (B, T, H, E); keys and values lie side by side as (B, T, 2, H, E), since they share their weights
+        query, focus, key_value = self._project(hidden_states)
+        unrotated_key = None
         if self.rope_theta is not None:
-            query, key = rotate(query, position_ids, self.rope_theta), rotate(key, position_ids, self.rope_theta)
-        if self.rope_theta is not None or (self.training and self.dropout.p):
-            key_value = torch.stack([key, self.dropout(value)], dim=2)
-
-        inputs = (key_value.to(dtype), weights, attention_mask, segment_ids)
-        keep_state = return_state or layer_cache is not None
-        means, state = self._mean(state, *inputs, return_state=keep_state)
-        focused_key, focused_value = means.unbind(2)  # (B, T, H, E) each
-        alignment = torch.sigmoid((query.to(dtype) * focused_key).sum(-1, keepdim=True) * scale)  # (B, T, H, 1)
-        mixed = (alignment * focused_value).flatten(2).to(hidden_states.dtype)
+            unrotated_key, value = key_value.unbind(2)
+            query = rotate(query, position_ids, self.rope_theta)
+            key_value = torch.stack([rotate(unrotated_key, position_ids, self.rope_theta), value], dim=2)
+        dropout = self.dropout.p if self.training else 0.0
+        mixed, state = leap_mechanism(
+            query,
+            focus,
+            key_value,
+            self.window,
+            unrotated_key=unrotated_key,
+            exponential=self.exponential,
+            dropout=dropout,
+            mask=attention_mask,
+            segment_ids=segment_ids,
+            initial_state=state,
+            return_state=return_state or layer_cache is not None,
+        )
+        weights = rows = seen_weights = None
+        if output_attentions or output_focus_weights or (layer_cache is not None and layer_cache.record_past):
+            key = key_value[:, :, 0] if unrotated_key is None else unrotated_key
+            weights = focus_weights(focus, key, self.exponential)  # (B, T, H)
         if layer_cache is not None:
+            inputs = (key_value, weights, attention_mask, segment_ids)
             layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay=(self._advance, inputs))
-
-        rows = seen_weights = None
         if output_attentions:
             rows = attention_rows(
                 weights, self.window, log_weights=self.exponential, mask=attention_mask, segment_ids=segment_ids
@@ -127,24 +126,27 @@ class LeapAttention(nn.Module):
         if output_focus_weights:
             seen_weights = (weights.exp() if self.exponential else weights).transpose(1, 2)
             if attention_mask is not None:
-                seen_weights = seen_weights * attention_mask[:, None].to(dtype)
-        return LayerOutput(mixed, rows, seen_weights, state if return_state else None)
+                seen_weights = seen_weights * attention_mask[:, None].to(seen_weights.dtype)
+        return LayerOutput(mixed.flatten(2), rows, seen_weights, state if return_state else None)
 
-    def _mean(self, state, key_value, weights, mask, segment_ids, return_state=True):
+    def _project(self, hidden_states):
+        width = self.num_heads * self.head_dim
+        query, focus, key_value = self.qfkv_proj(hidden_states).split([width, width, 2 * width], dim=-1)
+        heads = (self.num_heads, self.head_dim)
+        return query.unflatten(-1, heads), focus.unflatten(-1, heads), key_value.unflatten(-1, (2, *heads))
+
+    def _advance(self, state, key_value, weights, mask, segment_ids):
+        """The state after more inputs alone: how a cache undoes tokens (it runs the ones that stay again)."""
         return windowed_mean(
-            key_value,
+            key_value.to(weights.dtype),
             weights,
             self.window,
             log_weights=self.exponential,
             mask=mask,
             segment_ids=segment_ids,
             initial_state=state,
-            return_state=return_state,
-        )
-
-    def _advance(self, state, *inputs):
-        """The state after more inputs alone: how a cache undoes tokens (it runs the ones that stay again)."""
-        return self._mean(state, *inputs)[1]
+            return_state=True,
+        )[1]
 
     def _check_state(self, state, hidden_states) -> None:
         if state is None:

@@ -80,8 +80,8 @@ def windowed_mean(
             # A windowed sum counts tokens, so the real ones move together first and their means move back afterwards.
             order = torch.argsort(~mask, dim=1, stable=True)
             rank = mask.long().cumsum(1) - 1
-            values, weights = _take(values, order), _take(weights, order)
-            segment_ids = None if segment_ids is None else _take(segment_ids, order)
+            values, weights = take_rows(values, order), take_rows(weights, order)
+            segment_ids = None if segment_ids is None else take_rows(segment_ids, order)
     # Autocast would run the sums in half precision.
     with torch.autocast(values.device.type, enabled=False):
         if window is None:
@@ -92,7 +92,7 @@ def windowed_mean(
                 values, weights, window, log_weights, segment_ids, ends, counts, initial_state, return_state, eps
             )
     if rank is not None:
-        mean = _take(mean, rank.clamp(min=0))
+        mean = take_rows(mean, rank.clamp(min=0))
     if mask is not None:
         mean = mean.masked_fill(~mask.reshape(*mask.shape, *[1] * (mean.dim() - 2)), 0.0)
     return mean.to(out_dtype), (state if return_state else None)
@@ -148,7 +148,7 @@ def _local_mean(values, weights, window, log_weights, segment_ids, ends, counts,
             state = (values[:, length:], weights[:, length:])
         else:
             last_tokens = counts[:, None] + torch.arange(kept, device=values.device)
-            state = (_take(values, last_tokens), _take(weights, last_tokens))
+            state = (take_rows(values, last_tokens), take_rows(weights, last_tokens))
     return _divide(sums, norm, reference, eps), state
 
 
@@ -162,7 +162,7 @@ def _over_heads(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.reshape(*x.shape[:2], *[1] * (like.dim() - 4), x.shape[2], 1)
 
 
-def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows `index` (B, T') of x (B, T, ...)."""
     return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
@@ -259,6 +259,11 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0):
             earlier = earlier * continued[:, :, None, :, None]
         total = total + earlier
     return _join(total, single, length), None if reference is None else _join(reference, single, length)
+
+
+def sum_over_chunks(x: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Running sum of x (B, T, H, F) along T that restarts with each document of `segment_ids` (B, T)."""
+    return _chunked_sum(x, None, segment_ids)[0]
 
 
 def _chunks_before(values, segments, logs, window, depth):

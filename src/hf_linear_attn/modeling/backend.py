@@ -1,0 +1,40 @@
+"""Which spelling of a mechanism runs: the one place that decides.
+
+By itself the choice follows the tensor's device: Triton kernels for CUDA tensors they cover, plain PyTorch otherwise; what
+happens to be installed plays no part. `use_backend("torch")` overrides it for a block of code.
+"""
+
+import contextlib
+import importlib.util
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+_chosen = "auto"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Within the block, run every mechanism as `name`: `"torch"`, `"triton"` (an error where no kernel fits) or `"auto"`."""
+    if name not in BACKENDS:
+        raise ValueError(f"`name` is {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    global _chosen
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def runs_triton(tensor: torch.Tensor, obstacle: str | None) -> bool:
+    """Whether a mechanism on `tensor` runs as a Triton kernel; `obstacle` says why its kernel cannot do this call, if so."""
+    if _chosen == "torch":
+        return False
+    if _chosen == "triton":
+        if obstacle is None and not HAS_TRITON:
+            obstacle = "the package triton is not installed"
+        if obstacle is not None:
+            raise ValueError(f"the Triton kernel cannot run this call: {obstacle}; use the backend 'auto' or 'torch'")
+        return True
+    return tensor.is_cuda and obstacle is None and HAS_TRITON

@@ -1,0 +1,518 @@
+"""Triton kernels of the LEAP mechanism, forward and backward (LEAP specification, section 2).
+
+A row is cut into chunks of 64 tokens; one program does one chunk of one head. It reads the projections once, forms the
+weighted sums of its chunk as products with a masked table of focus weights, adds what came before (the end of the previous
+chunk for a window, a carried sum for a global layer) and writes the gated mean. Global layers take two steps more: every
+chunk's total, and their running sum, which is 1/64 of the data. Nothing but the projections is kept for backward: it forms
+the same sums again, and the gradients of the sums flow back through the transposed table.
+
+Bytes a token and head of E features in b bytes: forward 5 E b (global 8 E b), backward 9 E b and 4 E float32 in between.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .windowed_mean import EPS, sum_over_chunks
+
+CHUNK = 64
+
+
+@triton.jit
+def _rows(x, b, t, h, T, stride_b, stride_t, stride_h, features, E: tl.constexpr):
+    """Rows `t` (C,) of head h of row b of a (B, T, H, E) tensor, float32, 0 outside."""
+    pointers = x + b * stride_b + t[:, None].to(tl.int64) * stride_t + h * stride_h + features[None, :]
+    inside = (t[:, None] >= 0) & (t[:, None] < T) & (features[None, :] < E)
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _kept(seed, b, t, h, part, features, T, H, p, E: tl.constexpr):
+    """Dropout factors 0 or 1 / (1 - p) of one part (0 query, 1 focus, 2 value, 3 logits) of the tokens t: (C, E)."""
+    place = (((b * T + t[:, None]) * H + h) * 4 + part) * E + features[None, :]
+    return tl.where(tl.rand(seed, place) < p, 0.0, 1.0 / (1.0 - p))
+
+
+@triton.jit
+def _focus(f, k, scale, kept, real):
+    """Focus weight a = elu(l) + 1 and its derivative by l (C,), 0 where `real` is."""
+    logits = tl.sum(f * k, axis=1) * scale * kept
+    grown = tl.exp(tl.minimum(logits, 0.0))
+    weight = tl.where(logits > 0, logits + 1.0, grown)
+    slope = tl.where(logits > 0, 1.0, grown)
+    return tl.where(real, weight, 0.0), tl.where(real, slope, 0.0)
+
+
+@triton.jit
+def _load_chunk(
+    f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+    sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
+    E: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """What tokens t write: focus f, key for the logits, averaged key and value (C, E), weight, slope, document (C,)."""
+    f = _rows(f_ptr, b, t, h, T, sf_b, sf_t, sf_h, features, E)
+    key = _rows(key_ptr, b, t, h, T, sk_b, sk_t, sk_h, features, E)
+    k = _rows(kv_ptr, b, t, h, T, skv_b, skv_t, skv_h, features, E)
+    v = _rows(kv_ptr + skv_2, b, t, h, T, skv_b, skv_t, skv_h, features, E)
+    inside = (t >= 0) & (t < T)
+    real = inside
+    if MASKED:
+        real = real & (tl.load(mask_ptr + b * T + t, mask=inside, other=0) != 0)
+    document = tl.zeros_like(t)
+    if PACKED:
+        document = tl.load(segment_ptr + b * T + t, mask=inside, other=-1).to(tl.int32)
+    kept = tl.full(t.shape, 1.0, tl.float32)
+    if DROPOUT:
+        f *= _kept(seed, b, t, h, 1, features, T, H, p, E)
+        v *= _kept(seed, b, t, h, 2, features, T, H, p, E)
+        place = (((b * T + t) * H + h) * 4 + 3) * E
+        kept = tl.where(tl.rand(seed, place) < p, 0.0, 1.0 / (1.0 - p))
+    weight, slope = _focus(f, key, scale, kept, real)
+    return f, key, k, v, weight, slope * kept, document
+
+
+@triton.jit
+def _sums(
+    k, v, weight, document, t, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
+    seed, p, scale, b, c, h, T, H, N, sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
+    W: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Weighted sums of keys and values (C, EP) and of weights (C,) over each token's window."""
+    gap = t[:, None] - t[None, :]
+    visible = gap >= 0
+    if W > 0:
+        visible = visible & (gap < W)
+    if PACKED:
+        visible = visible & (document[:, None] == document[None, :])
+    table = tl.where(visible, weight[None, :], 0.0)
+    sum_k = tl.dot(table, k, input_precision="tf32x3")
+    sum_v = tl.dot(table, v, input_precision="tf32x3")
+    norm = tl.sum(table, axis=1)
+    if W > 1:
+        earlier = t - C
+        _, _, k0, v0, weight0, _, document0 = _load_chunk(
+            f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, earlier, h, T, H,
+            sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
+            E, MASKED, PACKED, DROPOUT,
+        )  # fmt: skip
+        visible = (t[:, None] - earlier[None, :]) < W
+        if PACKED:
+            visible = visible & (document[:, None] == document0[None, :])
+        table = tl.where(visible, weight0[None, :], 0.0)
+        sum_k += tl.dot(table, k0, input_precision="tf32x3")
+        sum_v += tl.dot(table, v0, input_precision="tf32x3")
+        norm += tl.sum(table, axis=1)
+    if W == 0:
+        place = (b * N + c) * H + h
+        carry_k = tl.load(carry_ptr + place * 2 * EP + features)
+        carry_v = tl.load(carry_ptr + place * 2 * EP + EP + features)
+        carried = tl.full(t.shape, 1.0, tl.float32)
+        if PACKED:
+            carried = (document == tl.load(carry_doc_ptr + b * N + c)).to(tl.float32)
+        sum_k += carried[:, None] * carry_k[None, :]
+        sum_v += carried[:, None] * carry_v[None, :]
+        norm += carried * tl.load(carry_norm_ptr + place)
+    return sum_k, sum_v, norm
+
+
+@triton.jit
+def _totals_kernel(
+    f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, total_ptr, total_norm_ptr, seed, p, scale, T, H, N,
+    sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h,
+    E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """What each chunk hands on: the sums over the document that is open at its end."""
+    c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
+    _, _, k, v, weight, _, document = _load_chunk(
+        f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
+        E, MASKED, PACKED, DROPOUT,
+    )  # fmt: skip
+    if PACKED:
+        last = tl.minimum(c * C + C - 1, T - 1)
+        weight = tl.where(document == tl.load(segment_ptr + b * T + last).to(tl.int32), weight, 0.0)
+    place = (b * N + c) * H + h
+    tl.store(total_ptr + place * 2 * EP + features, tl.sum(weight[:, None] * k, axis=0))
+    tl.store(total_ptr + place * 2 * EP + EP + features, tl.sum(weight[:, None] * v, axis=0))
+    tl.store(total_norm_ptr + place, tl.sum(weight, axis=0))
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, out_ptr,
+    seed, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h,
+    W: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """out_i = sigmoid(<q_i, K_i> / sqrt(E)) V_i; 0 at padding."""
+    c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
+    _, _, k, v, weight, _, document = _load_chunk(
+        f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
+        E, MASKED, PACKED, DROPOUT,
+    )  # fmt: skip
+    sum_k, sum_v, norm = _sums(
+        k, v, weight, document, t, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr,
+        carry_ptr, carry_norm_ptr, carry_doc_ptr, seed, p, scale, b, c, h, T, H, N,
+        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
+        W, E, EP, C, MASKED, PACKED, DROPOUT,
+    )  # fmt: skip
+    q = _rows(q_ptr, b, t, h, T, sq_b, sq_t, sq_h, features, E)
+    if DROPOUT:
+        q *= _kept(seed, b, t, h, 0, features, T, H, p, E)
+    share = 1.0 / (norm + eps)
+    gate = tl.sigmoid(tl.sum(q * sum_k, axis=1) * share * scale)
+    out = sum_v * (gate * share)[:, None]
+    inside = t < T
+    if MASKED:
+        real = tl.load(mask_ptr + b * T + t, mask=inside, other=0) != 0
+        out = tl.where(real[:, None], out, 0.0)
+    pointers = out_ptr + ((b * T + t[:, None]) * H + h) * E + features[None, :]
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (features[None, :] < E))
+
+
+@triton.jit
+def _backward_sums_kernel(
+    q_ptr, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, grad_ptr,
+    dq_ptr, ds_ptr, dnorm_ptr, total_ptr, total_norm_ptr,
+    seed, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h,
+    W: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the queries, and of the sums (for the second kernel), with each chunk's totals for a global layer."""
+    c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
+    _, _, k, v, weight, _, document = _load_chunk(
+        f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
+        E, MASKED, PACKED, DROPOUT,
+    )  # fmt: skip
+    sum_k, sum_v, norm = _sums(
+        k, v, weight, document, t, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr,
+        carry_ptr, carry_norm_ptr, carry_doc_ptr, seed, p, scale, b, c, h, T, H, N,
+        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
+        W, E, EP, C, MASKED, PACKED, DROPOUT,
+    )  # fmt: skip
+    inside = t < T
+    real = inside
+    if MASKED:
+        real = real & (tl.load(mask_ptr + b * T + t, mask=inside, other=0) != 0)
+    q = _rows(q_ptr, b, t, h, T, sq_b, sq_t, sq_h, features, E)
+    kept_q = 1.0
+    if DROPOUT:
+        kept_q = _kept(seed, b, t, h, 0, features, T, H, p, E)
+        q *= kept_q
+    here = ((b * T + t[:, None]) * H + h) * E + features[None, :]
+    within = inside[:, None] & (features[None, :] < E)
+    grad = tl.load(grad_ptr + here, mask=within & real[:, None], other=0.0).to(tl.float32)
+    share = 1.0 / (norm + eps)
+    mean_k, mean_v = sum_k * share[:, None], sum_v * share[:, None]
+    gate = tl.sigmoid(tl.sum(q * mean_k, axis=1) * scale)
+    dscore = tl.sum(grad * mean_v, axis=1) * gate * (1.0 - gate) * scale
+    dq = dscore[:, None] * mean_k
+    if DROPOUT:
+        dq *= kept_q
+    tl.store(dq_ptr + here, dq.to(dq_ptr.dtype.element_ty), mask=within)
+    dsum_k = dscore[:, None] * q * share[:, None]
+    dsum_v = (gate * share)[:, None] * grad
+    dnorm = -(tl.sum(dsum_k * mean_k, axis=1) + tl.sum(dsum_v * mean_v, axis=1))
+    there = ((b * T + t[:, None]) * H + h) * 2 * E + features[None, :]
+    tl.store(ds_ptr + there, dsum_k, mask=within)
+    tl.store(ds_ptr + there + E, dsum_v, mask=within)
+    tl.store(dnorm_ptr + (b * T + t) * H + h, dnorm, mask=inside)
+    if W == 0:
+        # Handed to the chunks before: what belongs to the document that is open at this chunk's beginning.
+        flows = tl.where(inside, 1.0, 0.0)
+        if PACKED:
+            flows = tl.where(document == tl.load(segment_ptr + b * T + c * C).to(tl.int32), flows, 0.0)
+        place = (b * N + c) * H + h
+        tl.store(total_ptr + place * 2 * EP + features, tl.sum(flows[:, None] * dsum_k, axis=0))
+        tl.store(total_ptr + place * 2 * EP + EP + features, tl.sum(flows[:, None] * dsum_v, axis=0))
+        tl.store(total_norm_ptr + place, tl.sum(flows * dnorm, axis=0))
+
+
+@triton.jit
+def _backward_inputs_kernel(
+    f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, ds_ptr, dnorm_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
+    df_ptr, dkey_ptr, dkv_ptr, seed, p, scale, T, H, N,
+    sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h,
+    W: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of focus, keys and values from those of the sums of every token that sees them."""
+    c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
+    f, key, k, v, weight, slope, document = _load_chunk(
+        f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
+        E, MASKED, PACKED, DROPOUT,
+    )  # fmt: skip
+    ds_t, ds_b = H * 2 * E, T * H * 2 * E
+    dsum_k = _rows(ds_ptr, b, t, h, T, ds_b, ds_t, 2 * E, features, E)
+    dsum_v = _rows(ds_ptr + E, b, t, h, T, ds_b, ds_t, 2 * E, features, E)
+    dnorm = tl.load(dnorm_ptr + (b * T + t) * H + h, mask=t < T, other=0.0)
+    gap = t[None, :] - t[:, None]  # row: the token written, column: the token that reads it
+    visible = gap >= 0
+    if W > 0:
+        visible = visible & (gap < W)
+    if PACKED:
+        visible = visible & (document[:, None] == document[None, :])
+    table = tl.where(visible, 1.0, 0.0)
+    back_k = tl.dot(table, dsum_k, input_precision="tf32x3")
+    back_v = tl.dot(table, dsum_v, input_precision="tf32x3")
+    back_norm = tl.sum(table * dnorm[None, :], axis=1)
+    if W > 1:
+        later = t + C
+        dsum_k = _rows(ds_ptr, b, later, h, T, ds_b, ds_t, 2 * E, features, E)
+        dsum_v = _rows(ds_ptr + E, b, later, h, T, ds_b, ds_t, 2 * E, features, E)
+        dnorm = tl.load(dnorm_ptr + (b * T + later) * H + h, mask=later < T, other=0.0)
+        visible = (later[None, :] - t[:, None]) < W
+        if PACKED:
+            document1 = tl.load(segment_ptr + b * T + later, mask=later < T, other=-1).to(tl.int32)
+            visible = visible & (document[:, None] == document1[None, :])
+        table = tl.where(visible, 1.0, 0.0)
+        back_k += tl.dot(table, dsum_k, input_precision="tf32x3")
+        back_v += tl.dot(table, dsum_v, input_precision="tf32x3")
+        back_norm += tl.sum(table * dnorm[None, :], axis=1)
+    if W == 0:
+        place = (b * N + c) * H + h
+        carried = tl.full(t.shape, 1.0, tl.float32)
+        if PACKED:
+            carried = (document == tl.load(carry_doc_ptr + b * N + c)).to(tl.float32)
+        back_k += carried[:, None] * tl.load(carry_ptr + place * 2 * EP + features)[None, :]
+        back_v += carried[:, None] * tl.load(carry_ptr + place * 2 * EP + EP + features)[None, :]
+        back_norm += carried * tl.load(carry_norm_ptr + place)
+    dweight = tl.sum(back_k * k, axis=1) + tl.sum(back_v * v, axis=1) + back_norm
+    dlogit = dweight * slope * scale
+    dk = weight[:, None] * back_k
+    dv = weight[:, None] * back_v
+    df = dlogit[:, None] * key
+    dkey = dlogit[:, None] * f
+    if DROPOUT:
+        df *= _kept(seed, b, t, h, 1, features, T, H, p, E)
+        dv *= _kept(seed, b, t, h, 2, features, T, H, p, E)
+    here = ((b * T + t[:, None]) * H + h) * E + features[None, :]
+    within = (t[:, None] < T) & (features[None, :] < E)
+    tl.store(df_ptr + here, df.to(df_ptr.dtype.element_ty), mask=within)
+    if ROTATED:
+        tl.store(dkey_ptr + here, dkey.to(dkey_ptr.dtype.element_ty), mask=within)
+    else:
+        dk += dkey
+    there = ((b * T + t[:, None]) * 2 * H + h) * E + features[None, :]
+    tl.store(dkv_ptr + there, dk.to(dkv_ptr.dtype.element_ty), mask=within)
+    tl.store(dkv_ptr + there + H * E, dv.to(dkv_ptr.dtype.element_ty), mask=within)
+
+
+class _Call:
+    """Sizes, strides and flags of one call, as the kernels take them."""
+
+    def __init__(self, query, focus, key, key_value, window, dropout, mask, segment_ids):
+        self.B, self.T, self.H, self.E = query.shape
+        self.N = triton.cdiv(self.T, CHUNK)
+        self.grid = (self.N, self.H, self.B)
+        self.EP = max(16, triton.next_power_of_2(self.E))
+        self.window, self.dropout = window, dropout
+        self.mask = None if mask is None else mask.to(torch.uint8).contiguous()
+        self.segments = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
+        self.tensors = (query, focus, key_value[:, :, 0] if key is None else key, key_value)
+        q, f, k, kv = self.tensors
+        self.query_strides = q.stride()[:3]
+        self.strides = (*f.stride()[:3], *k.stride()[:3], kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3))
+        self.scale = self.E**-0.5
+        # A kernel never touches a pointer whose flag is off; any tensor will do.
+        self.mask_pointer = q if self.mask is None else self.mask
+        self.segment_pointer = q if self.segments is None else self.segments
+        self.flags = {
+            "E": self.E,
+            "EP": self.EP,
+            "C": CHUNK,
+            "MASKED": mask is not None,
+            "PACKED": segment_ids is not None,
+            "DROPOUT": dropout > 0,
+            "num_warps": 4 if self.EP <= 64 else 8,
+            "num_stages": 1,
+        }
+
+    @property
+    def W(self):
+        """The window as the kernels take it: 0 for a global layer."""
+        return 0 if self.window is None else self.window
+
+    def scratch(self):
+        """Empty totals of all chunks: (B, N, H, 2, EP) and (B, N, H)."""
+        device = self.tensors[0].device
+        total = torch.empty(self.B, self.N, self.H, 2, self.EP, device=device)
+        return total, torch.empty(self.B, self.N, self.H, device=device)
+
+    def ends(self):
+        """Document at the last and at the first place of each chunk, (B, N) each."""
+        place = torch.arange(self.N, device=self.segments.device) * CHUNK
+        return self.segments[:, (place + CHUNK - 1).clamp(max=self.T - 1)], self.segments[:, place]
+
+
+def _running(total, norm, documents):
+    """Sum of the totals up to and with each chunk, over chunks whose document is the same."""
+    if documents is None:
+        return total.cumsum(1), norm.cumsum(1)
+    joined = torch.cat([total.flatten(3), norm[..., None]], dim=-1)
+    joined = sum_over_chunks(joined.flatten(2)[:, :, None], documents)[:, :, 0].view(joined.shape)
+    return joined[..., :-1].reshape(total.shape).contiguous(), joined[..., -1].contiguous()
+
+
+def _before(running, norm):
+    shift = torch.nn.functional.pad
+    return (
+        shift(running[:, :-1], [0, 0] * 3 + [1, 0]).contiguous(),
+        shift(norm[:, :-1], [0, 0, 1, 0]).contiguous(),
+    )
+
+
+def _carry(call, seed, state_sum, state_norm):
+    """What came before each chunk of a global layer, the document it belongs to, and the state after the row."""
+    total, norm = call.scratch()
+    _totals_kernel[call.grid](
+        *call.tensors[1:], call.mask_pointer, call.segment_pointer, total, norm,
+        seed, call.dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.flags,
+    )  # fmt: skip
+    last, first = (None, None) if call.segments is None else call.ends()
+    running, running_norm = _running(total, norm, last)
+    carry, carry_norm = _before(running, running_norm)
+    documents = None
+    if last is not None:
+        documents = torch.cat([first[:, :1], last[:, :-1]], dim=1).contiguous()
+    final, final_norm = running[:, -1], running_norm[:, -1]
+    if state_sum is not None:
+        padded = torch.nn.functional.pad(state_sum.float(), [0, call.EP - call.E]).transpose(1, 2)
+        still = torch.ones(call.B, call.N + 1, device=padded.device)
+        if last is not None:
+            still = torch.cat([torch.ones_like(still[:, :1]), (last == first[:, :1]).float()], dim=1)
+        carry = carry + still[:, :-1, None, None, None] * padded[:, None]
+        carry_norm = carry_norm + still[:, :-1, None] * state_norm.float()[:, None]
+        final, final_norm = (
+            final + still[:, -1, None, None, None] * padded,
+            final_norm + still[:, -1, None] * state_norm,
+        )
+    return carry, carry_norm, documents, final.transpose(1, 2)[..., : call.E].contiguous(), final_norm.contiguous()
+
+
+@torch.library.custom_op("hf_linear_attn::leap_forward", mutates_args=())
+def _leap_forward(
+    query: torch.Tensor,
+    focus: torch.Tensor,
+    key: torch.Tensor | None,
+    key_value: torch.Tensor,
+    window: int | None,
+    dropout: float,
+    seed: int,
+    mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    state_sum: torch.Tensor | None,
+    state_norm: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    call = _Call(query, focus, key, key_value, window, dropout, mask, segment_ids)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    carry = carry_norm = documents = None
+    final = []
+    if window is None:
+        carry, carry_norm, documents, *final = _carry(call, seed, state_sum, state_norm)
+    _forward_kernel[call.grid](
+        *call.tensors, call.mask_pointer, call.segment_pointer,
+        *(query if x is None else x for x in (carry, carry_norm, documents)), out,
+        seed, dropout, call.scale, EPS, call.T, call.H, call.N, *call.query_strides, *call.strides,
+        W=call.W, **call.flags,
+    )  # fmt: skip
+    return [out, *final]
+
+
+@_leap_forward.register_fake
+def _(query, focus, key, key_value, window, dropout, seed, mask, segment_ids, state_sum, state_norm):
+    batch, _, heads, width = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if window is not None:
+        return [out]
+    new = query.new_empty
+    return [out, new(batch, 2, heads, width, dtype=torch.float32), new(batch, heads, dtype=torch.float32)]
+
+
+@torch.library.custom_op("hf_linear_attn::leap_backward", mutates_args=())
+def _leap_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    focus: torch.Tensor,
+    key: torch.Tensor | None,
+    key_value: torch.Tensor,
+    window: int | None,
+    dropout: float,
+    seed: int,
+    mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    call = _Call(query, focus, key, key_value, window, dropout, mask, segment_ids)
+    like = [query, focus, key_value] + ([] if key is None else [key])
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+    dkey = query if key is None else grads[3]
+    carry = carry_norm = documents = total = total_norm = None
+    if window is None:
+        carry, carry_norm, documents, *_ = _carry(call, seed, None, None)
+        total, total_norm = call.scratch()
+    dsums = torch.empty(call.B, call.T, call.H, 2, call.E, device=query.device)
+    dnorm = torch.empty(call.B, call.T, call.H, device=query.device)
+    pointers = (call.mask_pointer, call.segment_pointer)
+    _backward_sums_kernel[call.grid](
+        *call.tensors, *pointers, *(query if x is None else x for x in (carry, carry_norm, documents)),
+        grad.contiguous(), grads[0], dsums, dnorm, *(query if x is None else x for x in (total, total_norm)),
+        seed, dropout, call.scale, EPS, call.T, call.H, call.N, *call.query_strides, *call.strides,
+        W=call.W, **call.flags,
+    )  # fmt: skip
+    if window is None:
+        # The same running sum from the end: what the chunks after each one hand back.
+        last, first = (None, None) if call.segments is None else call.ends()
+        running = _running(total.flip(1), total_norm.flip(1), None if first is None else first.flip(1))
+        carry, carry_norm = (x.flip(1).contiguous() for x in _before(*running))
+        if first is not None:
+            documents = torch.cat([first[:, 1:], last[:, -1:]], dim=1).contiguous()
+    _backward_inputs_kernel[call.grid](
+        *call.tensors[1:], *pointers, dsums, dnorm, *(query if x is None else x for x in (carry, carry_norm, documents)),
+        grads[1], dkey, grads[2], seed, dropout, call.scale, call.T, call.H, call.N, *call.strides,
+        W=call.W, ROTATED=key is not None, **call.flags,
+    )  # fmt: skip
+    return grads
+
+
+@_leap_backward.register_fake
+def _(grad, query, focus, key, key_value, window, dropout, seed, mask, segment_ids):
+    like = [query, focus, key_value] + ([] if key is None else [key])
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+
+
+def _save(ctx, inputs, output):
+    query, focus, key, key_value, window, dropout, seed, mask, segment_ids, _, _ = inputs
+    ctx.save_for_backward(query, focus, key, key_value, mask, segment_ids)
+    ctx.arguments = window, dropout, seed
+
+
+def _differentiate(ctx, grads):
+    query, focus, key, key_value, mask, segment_ids = ctx.saved_tensors
+    dquery, dfocus, dkey_value, *rest = _leap_backward(
+        grads[0], query, focus, key, key_value, *ctx.arguments, mask, segment_ids
+    )
+    return dquery, dfocus, rest[0] if rest else None, dkey_value, *[None] * 7
+
+
+_leap_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def leap_kernel(query, focus, key, key_value, window, dropout, mask, segment_ids, state):
+    """Run the kernels on CUDA tensors; arguments as for `leap_mechanism`.
+
+    `key` is None where the averaged keys make the focus logits, too. `state` is that of a global layer, or None.
+    Returns the output (B, T, H, E) and the state after the row (global layers; None for a window).
+    """
+    seed = int(torch.randint(2**31 - 1, ())) if dropout else 0
+    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, focus, key, key_value)]
+    out, *final = _leap_forward(*tensors, window, dropout, seed, mask, segment_ids, *(state or (None, None)))
+    return out, tuple(final) or None

@@ -1,0 +1,161 @@
+"""Triton kernels of LEAP against float64: the error is at most twice that of plain PyTorch in the same dtype."""
+
+import pytest
+import torch
+
+from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.leap_mechanism import leap_mechanism
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+LENGTHS = [2, 15, 63, 64, 65, 500, 1000]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(length, head=64, dtype=torch.float32, batch=2, heads=3, masked=False, packed=False):
+    generator = torch.Generator().manual_seed(length + head)
+    width = heads * head
+    # One tensor with all projections, as the model makes it: the kernels must honour its strides.
+    projected = torch.randn(batch, length, 4 * width, generator=generator).to("cuda", dtype)
+    arguments = {}
+    if masked:
+        arguments["mask"] = (torch.rand(batch, length, generator=generator) < 0.7).cuda()
+    if packed:
+        arguments["segment_ids"] = (torch.rand(batch, length, generator=generator) < 0.02).long().cumsum(1).cuda()
+    return projected, heads, head, arguments
+
+
+def run(projected, heads, head, window, arguments, rotated=False):
+    projected = projected.detach().requires_grad_()
+    width = heads * head
+    query, focus, key_value = projected.split([width, width, 2 * width], -1)
+    query, focus = query.unflatten(-1, (heads, head)), focus.unflatten(-1, (heads, head))
+    key_value = key_value.unflatten(-1, (2, heads, head))
+    key = None
+    if rotated:
+        key = key_value[:, :, 0]
+        key_value = torch.stack([key.flip(-1), key_value[:, :, 1]], 2)
+    out, _ = leap_mechanism(query, focus, key_value, window, unrotated_key=key, **arguments)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    out.backward(grad)
+    return out.detach().double(), projected.grad.double()
+
+
+def compare(projected, heads, head, window, arguments, rotated=False):
+    exact = run(projected.double(), heads, head, window, arguments, rotated)
+    with use_backend("torch"):
+        plain = run(projected, heads, head, window, arguments, rotated)
+    with use_backend("triton"):
+        torch.empty(exact[1].numel() * 2, device="cuda").fill_(float("nan"))  # poison what the allocator hands out next
+        ours = run(projected, heads, head, window, arguments, rotated)
+    for name, a, b, reference in zip(("output", "gradient"), ours, plain, exact):
+        assert torch.isfinite(a).all(), name
+        error, allowed = (a - reference).norm() / reference.norm(), (b - reference).norm() / reference.norm()
+        assert error <= 2 * allowed + 1e-6, f"{name}: {error:.2e} against {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("window", [None, 1, 4, 16, 64, 65])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lengths(length, window, dtype):
+    projected, heads, head, arguments = make(length, dtype=dtype)
+    compare(projected, heads, head, window, arguments)
+
+
+@pytest.mark.parametrize("head", [16, 60, 64, 100, 128])
+@pytest.mark.parametrize("window", [None, 8])
+def test_head_sizes(head, window):
+    projected, heads, head, arguments = make(200, head)
+    compare(projected, heads, head, window, arguments)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [None, 8])
+def test_masks_documents_rotation(window, masked, packed, rotated):
+    for length in (50, 333):
+        projected, heads, head, arguments = make(length, masked=masked, packed=packed)
+        compare(projected, heads, head, window, arguments, rotated)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_long(window):
+    projected, heads, head, arguments = make(16384, dtype=torch.bfloat16, batch=1, heads=2)
+    compare(projected, heads, head, window, arguments)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [None, 8])
+def test_states(window, masked, packed):
+    projected, heads, head, arguments = make(300, masked=masked, packed=packed)
+    width = heads * head
+
+    def go(part, state, backend, **arguments):
+        query, focus, key_value = part.split([width, width, 2 * width], -1)
+        with use_backend(backend):
+            return leap_mechanism(
+                query.unflatten(-1, (heads, head)),
+                focus.unflatten(-1, (heads, head)),
+                key_value.unflatten(-1, (2, heads, head)),
+                window,
+                initial_state=state,
+                return_state=True,
+                **arguments,
+            )
+
+    first = {k: v[:, :177] for k, v in arguments.items()}
+    second = {k: v[:, 177:] for k, v in arguments.items()}
+    expected, state = go(projected[:, :177].double(), None, "torch", **first)
+    ours, ours_state = go(projected[:, :177], None, "auto", **first)
+    more, more_state = go(projected[:, 177:].double(), state, "torch", **second)
+    ours_more, ours_more_state = go(projected[:, 177:], ours_state, "auto", **second)
+    torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(ours_more.double(), more, atol=2e-5, rtol=1e-4)
+    for mine, exact in zip((*ours_state, *ours_more_state), (*state, *more_state)):
+        if mine.dim() == 5:  # places of a window that nothing was written to have no weight; their values do not count
+            continue
+        torch.testing.assert_close(mine.double(), exact, atol=1e-3, rtol=1e-4)
+
+
+def test_dropout_is_the_same_forward_and_backward():
+    """The gradient is that of the very entries that forward kept: compare with a numerical derivative along one direction."""
+    projected, heads, head, _ = make(100, 16, batch=1, heads=1)
+    direction = torch.randn_like(projected)
+
+    def loss(x):
+        torch.manual_seed(3)
+        query, focus, key_value = x.split([16, 16, 32], -1)
+        out, _ = leap_mechanism(
+            query.unflatten(-1, (1, 16)),
+            focus.unflatten(-1, (1, 16)),
+            key_value.unflatten(-1, (2, 1, 16)),
+            8,
+            dropout=0.3,
+        )
+        return out.double().square().sum()
+
+    with use_backend("triton"):
+        x = projected.clone().requires_grad_()
+        loss(x).backward()
+        step = 1e-3
+        numeric = (loss(projected + step * direction) - loss(projected - step * direction)) / (2 * step)
+        analytic = (x.grad * direction).sum()
+        dropped = (x.grad == 0).float().mean()
+    assert abs(numeric - analytic) < 2e-2 * abs(numeric)
+    assert 0.1 < dropped < 0.5
+
+
+def test_compiles_as_one_graph():
+    projected, heads, head, _ = make(200, dtype=torch.bfloat16)
+    compiled = torch.compile(run, fullgraph=False)
+    with use_backend("triton"):
+        expected = run(projected, heads, head, 8, {})
+        ours = compiled(projected, heads, head, 8, {})
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
