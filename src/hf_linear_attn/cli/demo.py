@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..training.text_data import EXCERPT_FOLDER
 from .parser import Parser
 
 DESCRIPTION = """\
@@ -36,7 +37,17 @@ SHARED = {
     "block-length": 512,
     "batch-size": 4,
     "learning-rate": 2e-3,
+    "eval-tokens": 30_000,
     "final-eval-tokens": 100_000,
+}
+TINY = {
+    "hidden-size": 32,
+    "num-hidden-layers": 2,
+    "num-attention-heads": 1,
+    "vocab-size": 512,
+    "eval-tokens": 2048,
+    "final-eval-tokens": 2048,
+    "data": EXCERPT_FOLDER,
 }
 TITLES = {"leap": "LEAP, windows global, 4, 8, 16", "gpt2": "GPT-2 of the same size, on the same batches"}
 COLUMNS = {
@@ -62,6 +73,7 @@ def parser() -> Parser:
     )
     made.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: all cores, at most 8)")
     made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of weights and batches (default: 0)")
+    made.add_argument("--tiny", action="store_true", help="models and a text so small that it takes half a minute")
     return made
 
 
@@ -93,10 +105,16 @@ def run(arguments: list[str]) -> int:
 def _train(family: str, folder: Path, given: dict, threads: int) -> int:
     """One run as a process of its own, so that its peak memory is its own and the command can be shown."""
     words = ["train", "--family", family]
-    for name, value in (SHARED | {"steps": given["steps"], "seed": given["seed"], "threads": threads}).items():
+    sizes = SHARED | (TINY if given["tiny"] else {})
+    for name, value in (sizes | {"steps": given["steps"], "seed": given["seed"], "threads": threads}).items():
         words += [f"--{name}", str(value)]
     words += ["--cpu", "--output", str(folder), "--overwrite"]
     print(f"$ hf-linear-attn {shlex.join(words)}", flush=True)
+    return run_as_process(words)
+
+
+def run_as_process(words: list[str]) -> int:
+    """Run `hf-linear-attn WORDS` in a new process; returns its exit code."""
     with subprocess.Popen([sys.executable, "-m", "hf_linear_attn", *words]) as process:
         while True:
             try:
