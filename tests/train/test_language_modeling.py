@@ -142,7 +142,7 @@ def test_killed_process_resumes_from_its_last_complete_checkpoint(tiny, tmp_path
 def test_resume_refuses_what_would_bend_the_curve(tiny, tmp_path):
     options = tiny()
     train_language_model(options)
-    with pytest.raises(ValueError, match=r"learning_rate=0\.002.*learning_rate=0\.5"):
+    with pytest.raises(ValueError, match=r"learning_rate=0\.003.*learning_rate=0\.5"):
         TrainingOptions.for_resume({"output": options.output, "learning_rate": 0.5})
     assert TrainingOptions.for_resume({"output": options.output, "quiet": True}).hidden_size == 16
     with pytest.raises(ValueError, match="no run to resume"):

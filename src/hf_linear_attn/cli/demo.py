@@ -23,7 +23,7 @@ Under ten minutes on two cores.
 EXAMPLES = """\
 examples:
   hf-linear-attn demo
-  hf-linear-attn demo --steps 100 --output outputs/quick      a shorter one
+  hf-linear-attn demo --steps 200 --output outputs/quick      a shorter one
 Every step prints the `hf-linear-attn train` or `generate` command that does the same.
 """
 
@@ -35,9 +35,10 @@ SHARED = {
     "num-attention-heads": 2,
     "vocab-size": 4096,
     "block-length": 512,
-    "batch-size": 4,
-    "learning-rate": 2e-3,
+    "batch-size": 2,
+    "learning-rate": 3e-3,
     "eval-tokens": 30_000,
+    "log-every": 50,
     "final-eval-tokens": 100_000,
 }
 TINY = {
@@ -66,7 +67,7 @@ def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn demo", description=DESCRIPTION, epilog=EXAMPLES)
     made.add_argument(
-        "--steps", type=int, default=500, metavar="INT", help="optimizer steps of each model (default: 500)"
+        "--steps", type=int, default=1000, metavar="INT", help="optimizer steps of each model (default: 1000)"
     )
     made.add_argument(
         "--output", default="outputs/demo", metavar="FOLDER", help="results, deleted first (default: outputs/demo)"
@@ -96,7 +97,7 @@ def run(arguments: list[str]) -> int:
     print("\n== Side by side\n")
     print(comparison(reports, output))
     print("\n== Back from disk through AutoModelForCausalLM, and writing\n", flush=True)
-    _write(output / "leap", given["seed"], threads)
+    _write(output, given["seed"], threads)
     minutes = (time.perf_counter() - started) / 60
     print(f"\nThe whole demo took {minutes:.1f} minutes. Models, curves and reports: {output}")
     return 0
@@ -158,7 +159,8 @@ def comparison(reports: dict[str, dict], output: Path) -> str:
     )
 
 
-def _write(folder: Path, seed: int, threads: int) -> None:
+def _write(output: Path, seed: int, threads: int) -> None:
+    """LEAP writes a paragraph; the state it needed stands beside the cache that GPT-2 needs for the same tokens."""
     import torch
 
     from .generate import figures, load, write_text
@@ -166,6 +168,13 @@ def _write(folder: Path, seed: int, threads: int) -> None:
 
     quiet_libraries()
     torch.set_num_threads(threads)
-    print(f'$ hf-linear-attn generate {folder} "{PROMPT}" --seed {seed}\n')
-    model, tokenizer = load(str(folder), "cpu")
-    print(figures(write_text(model, tokenizer, PROMPT, max_new_tokens=150, seed=seed)))
+    print(f'$ hf-linear-attn generate {output / "leap"} "{PROMPT}" --max-new-tokens 150 --seed {seed}\n')
+    model, tokenizer = load(str(output / "leap"), "cpu")
+    result = write_text(model, tokenizer, PROMPT, max_new_tokens=150, seed=seed)
+    print(figures(result))
+    baseline, _ = load(str(output / "gpt2"), "cpu")
+    tokens = result["prompt_tokens"] + result["new_tokens"]
+    with torch.no_grad():
+        cache = baseline(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    print(f"GPT-2's cache after as many tokens: {size / 1024:.1f} KiB, and it grows with every token")
