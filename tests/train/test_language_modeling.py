@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ pytest.importorskip("datasets", reason="the extra `train` is not installed")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from hf_linear_attn.cli import demo
+from hf_linear_attn.cli import main as cli
 from hf_linear_attn.training import language_modeling
 from hf_linear_attn.training.checkpoints import StopOnSignal, last_complete_checkpoint
 from hf_linear_attn.training.language_modeling import TrainingInterrupted, train_language_model
@@ -139,7 +142,7 @@ def test_killed_process_resumes_from_its_last_complete_checkpoint(tiny, tmp_path
 def test_resume_refuses_what_would_bend_the_curve(tiny, tmp_path):
     options = tiny()
     train_language_model(options)
-    with pytest.raises(ValueError, match=r"learning_rate=0\.002.*learning_rate=0\.5"):
+    with pytest.raises(ValueError, match=r"learning_rate=0\.003.*learning_rate=0\.5"):
         TrainingOptions.for_resume({"output": options.output, "learning_rate": 0.5})
     assert TrainingOptions.for_resume({"output": options.output, "quiet": True}).hidden_size == 16
     with pytest.raises(ValueError, match="no run to resume"):
@@ -187,3 +190,51 @@ def test_other_ways_to_train(tiny, changes):
     report = train_language_model(tiny(**changes))
     assert report["steps"] > 1
     assert math.isfinite(report["test"]["loss"])
+
+
+@pytest.mark.parametrize("family", ["leap", "fastformer"])
+def test_our_families_train_resume_and_write(tiny, tmp_path, family, capsys):
+    changes = {"family": family, "hidden_size": 32, "num_attention_heads": 1, "dropout": 0.1, "block_length": 40}
+    output = str(tmp_path / "leap")
+    report = train_language_model(tiny(output=output, **changes))
+    assert math.isfinite(report["test"]["loss"])
+    assert cli.main(["generate", output, "The people", "--max-new-tokens", "12"]) == 0
+    written = capsys.readouterr().out
+    assert "The people" in written
+    assert "12 tokens" in written
+    after_prompt, at_end = re.search(
+        r"state ([\d.]+) KiB after the prompt .*, ([\d.]+) KiB at the end", written
+    ).groups()
+    assert after_prompt == at_end
+    assert cli.main(["generate", output, "The people", "--max-new-tokens", "100"]) == 1
+    assert "positions" in capsys.readouterr().err
+
+
+def test_windows_reach_the_model(tiny, tmp_path):
+    small = {"family": "leap", "hidden_size": 32, "num_attention_heads": 1, "steps": 1}
+    train_language_model(tiny(windows="3,global", output=str(tmp_path / "a"), **small))
+    train_language_model(tiny(all_global=True, output=str(tmp_path / "b"), config=["focus_function=exp"], **small))
+    configs = [AutoModelForCausalLM.from_pretrained(tmp_path / name).config for name in "ab"]
+    assert [config.layer_windows for config in configs] == [[3, None], [None, None]]
+    assert configs[1].focus_function == "exp"
+
+
+def test_demo_compares_two_models_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run_as_process", cli.main)  # spares the time of two starts
+    threads, output = torch.get_num_threads(), tmp_path / "demo"
+    words = ["demo", "--steps", "2", "--threads", "1", "--output", str(output), "--tiny"]
+    assert cli.main(words) == 0
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    for expected in (
+        "validation loss",
+        "leap ",
+        "gpt2 ",
+        "bits/byte",
+        "KiB at the end",
+        "hf-linear-attn train --family gpt2",
+    ):
+        assert expected in printed
+    assert (output / "learning_curve.png").stat().st_size > 0
+    reports = json.loads((output / "comparison.json").read_text())
+    assert reports["leap"]["training_tokens"] == reports["gpt2"]["training_tokens"]

@@ -1,6 +1,7 @@
 """Where the text comes from and how it becomes blocks of ids."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -156,3 +157,9 @@ def test_blocks_cover_the_run_in_order_and_a_sample_spans_it():
         TokenBlocks(np.arange(103), 10).keep_multiple_of(11)
     with pytest.raises(ValueError, match=r"test split has 5 tokens.*block_length=10"):
         TokenBlocks(np.arange(5), 10, name="test")
+
+
+def test_missing_datasets_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'hf-linear-attn\[train\]'"):
+        text_data.load_speeches()

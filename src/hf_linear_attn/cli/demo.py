@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..training.text_data import EXCERPT_FOLDER
 from .parser import Parser
 
 DESCRIPTION = """\
@@ -22,7 +23,7 @@ Under ten minutes on two cores.
 EXAMPLES = """\
 examples:
   hf-linear-attn demo
-  hf-linear-attn demo --steps 100 --output outputs/quick      a shorter one
+  hf-linear-attn demo --steps 200 --output outputs/quick      a shorter one
 Every step prints the `hf-linear-attn train` or `generate` command that does the same.
 """
 
@@ -34,9 +35,20 @@ SHARED = {
     "num-attention-heads": 2,
     "vocab-size": 4096,
     "block-length": 512,
-    "batch-size": 4,
-    "learning-rate": 2e-3,
+    "batch-size": 2,
+    "learning-rate": 3e-3,
+    "eval-tokens": 30_000,
+    "log-every": 50,
     "final-eval-tokens": 100_000,
+}
+TINY = {
+    "hidden-size": 32,
+    "num-hidden-layers": 2,
+    "num-attention-heads": 1,
+    "vocab-size": 512,
+    "eval-tokens": 2048,
+    "final-eval-tokens": 2048,
+    "data": EXCERPT_FOLDER,
 }
 TITLES = {"leap": "LEAP, windows global, 4, 8, 16", "gpt2": "GPT-2 of the same size, on the same batches"}
 COLUMNS = {
@@ -55,13 +67,14 @@ def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn demo", description=DESCRIPTION, epilog=EXAMPLES)
     made.add_argument(
-        "--steps", type=int, default=500, metavar="INT", help="optimizer steps of each model (default: 500)"
+        "--steps", type=int, default=1000, metavar="INT", help="optimizer steps of each model (default: 1000)"
     )
     made.add_argument(
         "--output", default="outputs/demo", metavar="FOLDER", help="results, deleted first (default: outputs/demo)"
     )
     made.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: all cores, at most 8)")
     made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of weights and batches (default: 0)")
+    made.add_argument("--tiny", action="store_true", help="models and a text so small that it takes half a minute")
     return made
 
 
@@ -84,7 +97,7 @@ def run(arguments: list[str]) -> int:
     print("\n== Side by side\n")
     print(comparison(reports, output))
     print("\n== Back from disk through AutoModelForCausalLM, and writing\n", flush=True)
-    _write(output / "leap", given["seed"], threads)
+    _write(output, given["seed"], threads)
     minutes = (time.perf_counter() - started) / 60
     print(f"\nThe whole demo took {minutes:.1f} minutes. Models, curves and reports: {output}")
     return 0
@@ -93,10 +106,16 @@ def run(arguments: list[str]) -> int:
 def _train(family: str, folder: Path, given: dict, threads: int) -> int:
     """One run as a process of its own, so that its peak memory is its own and the command can be shown."""
     words = ["train", "--family", family]
-    for name, value in (SHARED | {"steps": given["steps"], "seed": given["seed"], "threads": threads}).items():
+    sizes = SHARED | (TINY if given["tiny"] else {})
+    for name, value in (sizes | {"steps": given["steps"], "seed": given["seed"], "threads": threads}).items():
         words += [f"--{name}", str(value)]
     words += ["--cpu", "--output", str(folder), "--overwrite"]
     print(f"$ hf-linear-attn {shlex.join(words)}", flush=True)
+    return run_as_process(words)
+
+
+def run_as_process(words: list[str]) -> int:
+    """Run `hf-linear-attn WORDS` in a new process; returns its exit code."""
     with subprocess.Popen([sys.executable, "-m", "hf_linear_attn", *words]) as process:
         while True:
             try:
@@ -140,7 +159,8 @@ def comparison(reports: dict[str, dict], output: Path) -> str:
     )
 
 
-def _write(folder: Path, seed: int, threads: int) -> None:
+def _write(output: Path, seed: int, threads: int) -> None:
+    """LEAP writes a paragraph; the state it needed stands beside the cache that GPT-2 needs for the same tokens."""
     import torch
 
     from .generate import figures, load, write_text
@@ -148,6 +168,13 @@ def _write(folder: Path, seed: int, threads: int) -> None:
 
     quiet_libraries()
     torch.set_num_threads(threads)
-    print(f'$ hf-linear-attn generate {folder} "{PROMPT}" --seed {seed}\n')
-    model, tokenizer = load(str(folder), "cpu")
-    print(figures(write_text(model, tokenizer, PROMPT, max_new_tokens=150, seed=seed)))
+    print(f'$ hf-linear-attn generate {output / "leap"} "{PROMPT}" --max-new-tokens 150 --seed {seed}\n')
+    model, tokenizer = load(str(output / "leap"), "cpu")
+    result = write_text(model, tokenizer, PROMPT, max_new_tokens=150, seed=seed)
+    print(figures(result))
+    baseline, _ = load(str(output / "gpt2"), "cpu")
+    tokens = result["prompt_tokens"] + result["new_tokens"]
+    with torch.no_grad():
+        cache = baseline(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    print(f"GPT-2's cache after as many tokens: {size / 1024:.1f} KiB, and it grows with every token")

@@ -82,9 +82,9 @@ class TrainingOptions:
     # The optimisation.
     steps: int | None = option(None, "optimisation", "optimizer steps (default: one epoch)", int)
     epochs: float | None = option(None, "optimisation", "passes over the training text, instead of --steps", float)
-    batch_size: int = option(4, "optimisation", "rows in one step on a device", int)
+    batch_size: int = option(2, "optimisation", "rows in one step on a device", int)
     accumulate: int = option(1, "optimisation", "batches added up before an optimizer step", int)
-    learning_rate: float = option(2e-3, "optimisation", "peak learning rate of AdamW", float)
+    learning_rate: float = option(3e-3, "optimisation", "peak learning rate of AdamW", float)
     schedule: str = option("linear", "optimisation", "decay of the learning rate", choices=SCHEDULES)
     warmup: float = option(0.05, "optimisation", "share of the steps in which the rate rises, 0 <= w < 1", float)
     weight_decay: float = option(0.01, "optimisation", "weight decay of AdamW", float)

@@ -1,0 +1,112 @@
+"""A training loop in sixty lines, for machines with PyTorch and Transformers alone: token ids from one .npz file, no `datasets`.
+
+The optimisation is that of Transformers' Trainer (AdamW without decay on biases and norms, warm-up and decay of the rate,
+clipping), and the order of the batches depends on the seed alone, so all models of a seed see the same.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from hf_linear_attn.training.tokenized_text import TokenBlocks, TokenizedText
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. precision: autocast of the forward pass, bfloat16 or float32. warmup: share of the steps."""
+
+    length: int = 2048
+    batch_size: int = 2
+    epochs: int = 8
+    learning_rate: float = 5e-4
+    schedule: str = "linear"
+    warmup: float = 0.0
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    precision: str = "bfloat16"
+    compile: bool = False
+    max_steps: int | None = None  # a shorter run, for trying things out
+
+
+def train(model: torch.nn.Module, text: TokenizedText, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
+    """Train and evaluate; returns losses, perplexities, bits per byte, the curve, seconds and tokens per second."""
+    blocks = {split: _on_device(text, split, recipe.length, device) for split in ("train", "validation", "test")}
+    model = model.to(device)
+    run = torch.compile(model) if recipe.compile else model
+    optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.learning_rate, fused=True)
+    steps_per_epoch = len(blocks["train"]) // recipe.batch_size
+    steps = min(steps_per_epoch * recipe.epochs, recipe.max_steps or 10**9)
+    scheduler = get_scheduler(recipe.schedule, optimizer, int(recipe.warmup * steps), steps)
+    order = torch.Generator().manual_seed(seed)
+    curve, losses, seconds, step = [], [], 0.0, 0
+    while step < steps:
+        model.train()
+        started = time.perf_counter()
+        shuffled = torch.randperm(len(blocks["train"]), generator=order)[: steps_per_epoch * recipe.batch_size]
+        for rows in shuffled.split(recipe.batch_size):
+            ids = blocks["train"][rows.to(device)]
+            with _autocast(recipe, device):
+                loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            step += 1
+            if step == steps:
+                break
+        training_loss = torch.stack(losses).mean().item()  # waits for the device, so the clock is right
+        seconds += time.perf_counter() - started
+        losses.clear()
+        curve.append(
+            {"step": step, "training": training_loss, "validation": mean_loss(run, blocks["validation"], recipe)}
+        )
+        print(
+            f"step {step}/{steps}: training {training_loss:.4f}, validation {curve[-1]['validation']:.4f}", flush=True
+        )
+    return {
+        "validation": _metrics(curve[-1]["validation"], text, "validation"),
+        "test": _metrics(mean_loss(run, blocks["test"], recipe), text, "test"),
+        "curve": curve,
+        "steps": step,
+        "training_seconds": seconds,
+        "tokens_per_second": step * recipe.batch_size * recipe.length / seconds,
+        "peak_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if device.startswith("cuda") else None,
+    }
+
+
+@torch.no_grad()
+def mean_loss(model, blocks: torch.Tensor, recipe: Recipe) -> float:
+    """Mean loss in nats per token over all blocks."""
+    model.eval()
+    total = torch.zeros((), device=blocks.device)
+    for ids in blocks.split(recipe.batch_size):
+        with _autocast(recipe, blocks.device.type):
+            total += model(input_ids=ids, labels=ids, use_cache=False).loss.float() * len(ids)
+    return (total / len(blocks)).item()
+
+
+def _on_device(text: TokenizedText, split: str, length: int, device: str) -> torch.Tensor:
+    blocks = TokenBlocks(text.ids[split], length, name=split).blocks
+    return torch.from_numpy(blocks.astype("int64")).to(device)
+
+
+def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms, which are vectors, do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _autocast(recipe: Recipe, device: str):
+    kind = device.split(":")[0]
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+
+def _metrics(loss: float, text: TokenizedText, split: str) -> dict[str, float]:
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": text.bits_per_byte(split, loss)}

@@ -1,0 +1,161 @@
+"""The benchmarks run at tiny sizes, and compare what they say they compare."""
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cpu_speed, measure, paper_wikitext, suites
+from benchmarks.light_training import Recipe, mean_loss, train
+from benchmarks.published_leap import PublishedLeap
+from hf_linear_attn.conversion import from_published
+from hf_linear_attn.training.tokenized_text import TokenizedText
+
+TINY = suites.Settings(hidden_size=32, num_layers=2, num_heads=1, vocab_size=50, lengths=(12,))
+
+
+@pytest.fixture
+def text():
+    """Ids in a pattern that a model can learn."""
+    ids = np.tile(np.arange(3, 23), 30)
+    return TokenizedText(
+        {"train": ids, "validation": ids[:100], "test": ids[:100]},
+        dict.fromkeys(("train", "validation", "test"), 300),
+        40,
+    )
+
+
+def test_published_form_is_the_function_that_our_model_computes():
+    torch.manual_seed(0)
+    published = PublishedLeap(50, 32, 1, [None, 3], positions=20).double().eval()
+    config = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "n_head": 1,
+        "n_layer": 2,
+        "window_sizes": [20, 3],
+        "n_positions": 20,
+    }
+    ours = from_published("leap", config, published.state_dict()).double().eval()
+    ids = torch.randint(0, 50, (2, 20))
+    torch.testing.assert_close(ours(ids, labels=ids).logits, published(ids), atol=1e-10, rtol=0)
+    torch.testing.assert_close(ours(ids, labels=ids).loss, published(ids, labels=ids), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_contenders_of_a_suite_run_alternately_and_fill_a_table(suite):
+    jobs = suites.SUITES[suite](TINY)
+    assert len(jobs) == 1
+    times = measure.time_alternately(jobs[0], rounds=2, threads=1, min_seconds=0)
+    assert {len(seconds) for seconds in times.values()} == {2}
+    rows = measure.summarize(jobs[0], times, {})
+    assert rows[0]["speed_ratio"] == 1
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert len(measure.markdown(rows).splitlines()) == 2 + len(times)
+
+
+def test_ratio_is_our_speed_over_theirs():
+    job = measure.Job("job", {})
+    rows = measure.summarize(job, {"ours": [1.0, 1.0, 1.0], "theirs": [2.0, 2.0, 3.0]}, {"theirs": 5.0})
+    assert rows[1]["speed_ratio"] == 2.0
+    assert rows[1]["peak_memory_mb"] == 5.0
+    assert rows[1]["speed_ratio_quartiles"] == [2.0, 2.5]
+
+
+def test_decoding_from_a_state_does_the_same_work_every_time():
+    job = suites.SUITES["leap-decode"](TINY)[0]
+    for name in ("LEAP (ours), state", "GPT-2, cache"):
+        contender = job.contenders[name]()
+        for _ in range(3):
+            contender.run()
+        assert contender.cache.get_seq_length() <= 12 + 16
+
+
+def test_speed_command_writes_a_table(tmp_path, monkeypatch, capsys):
+    words = (
+        "leap-train --lengths 12 --rounds 1 --hidden-size 32 --num-layers 1 --num-heads 1 --vocab-size 50 --no-memory"
+    )
+    monkeypatch.setattr(sys, "argv", ["cpu_speed", *words.split(), "--threads", "1", "--output", str(tmp_path)])
+    threads = torch.get_num_threads()
+    cpu_speed.main()
+    torch.set_num_threads(threads)
+    assert "| GPT-2 |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "leap-train.json").read_text())
+    assert result["machine"]["threads"] == 1
+    assert len(result["rows"]) == 3
+    assert "| LEAP (ours) |" in (tmp_path / "leap-train.md").read_text()
+
+
+def test_light_loop_learns_and_reports(text):
+    torch.manual_seed(0)
+    setting = paper_wikitext.Setting(32, 2, 1, 0.1, Recipe(length=20, batch_size=4, epochs=12, learning_rate=1e-2))
+    for name in paper_wikitext.MODELS:
+        model = paper_wikitext.build(name, setting, text.vocab_size)
+        result = train(model, text, setting.recipe, seed=0, device="cpu")
+        assert result["steps"] == 12 * (600 // 20 // 4)
+        assert result["test"]["perplexity"] < 10  # of 40 tokens
+        assert result["curve"][-1]["validation"] == result["validation"]["loss"]
+
+
+def test_light_loop_shows_all_models_of_a_seed_the_same_batches(text):
+    class Recorder(torch.nn.Linear):
+        def forward(self, input_ids, labels, use_cache):
+            self.seen.append(input_ids.clone())
+            return Namespace(loss=self.weight.sum())
+
+    seen = []
+    for _ in range(2):
+        model = Recorder(1, 1)
+        model.seen = []
+        train(model, text, Recipe(length=18, batch_size=4, epochs=2, precision="float32"), seed=3, device="cpu")
+        seen.append(torch.stack([ids for ids in model.seen if len(ids) == 4]))
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0][0], seen[0][7])
+
+
+def test_windowed_and_global_differ_only_in_their_windows():
+    setting = paper_wikitext.PRESETS["paper"]
+    windowed, all_global = (paper_wikitext.build(name, setting, 300) for name in ("windowed", "all-global"))
+    assert windowed.config.layer_windows == [None, 4, 8, 16, None, 4]
+    assert all_global.config.layer_windows == [None] * 6
+    assert windowed.config.attention_dropout == all_global.config.hidden_dropout_prob == 0.1
+    gpt2 = paper_wikitext.build("gpt2", setting, 300)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (windowed, all_global, gpt2)]
+    assert max(sizes) < 1.01 * min(sizes)
+
+
+def test_a_grid_of_runs_is_not_repeated_and_makes_a_table(tmp_path, monkeypatch, capsys, text):
+    setting = paper_wikitext.PRESETS["paper"]
+    tiny = replace(setting, hidden_size=32, num_layers=1, num_heads=1, recipe=Recipe(length=20, epochs=1))
+    monkeypatch.setitem(paper_wikitext.PRESETS, "paper", tiny)
+    text.save(tmp_path / "tokens.npz")
+    options = Namespace(
+        output=tmp_path,
+        data=tmp_path / "tokens.npz",
+        preset="paper",
+        models=["windowed", "gpt2"],
+        seeds=[0, 1],
+        jobs=1,
+        threads=torch.get_num_threads(),
+        device="cpu",
+        max_steps=2,
+        compile=False,
+    )
+    paper_wikitext.run(options)
+    assert len(list(tmp_path.glob("paper-*-seed*.json"))) == 4
+    monkeypatch.setattr(paper_wikitext, "train_one", None)  # would fail if a run was repeated
+    paper_wikitext.run(options)
+    assert "4 runs, of which 4 are done" in capsys.readouterr().out
+
+
+def test_mean_loss_weighs_a_short_last_batch_by_its_rows():
+    class First(torch.nn.Module):
+        def forward(self, input_ids, labels, use_cache):
+            return Namespace(loss=input_ids.float().mean())
+
+    blocks = torch.arange(5).repeat_interleave(4).view(5, 4)
+    assert mean_loss(First(), blocks, Recipe(batch_size=2, precision="float32")) == pytest.approx(2.0)
