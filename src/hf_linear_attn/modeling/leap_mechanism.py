@@ -22,12 +22,10 @@ def focus_weights(
 
 
 def leap_mechanism(
-    query: torch.Tensor,
-    focus: torch.Tensor,
-    key_value: torch.Tensor,
+    projected: torch.Tensor,
     window: int | None = None,
     *,
-    unrotated_key: torch.Tensor | None = None,
+    rotated: tuple[torch.Tensor, torch.Tensor] | None = None,
     exponential: bool = False,
     dropout: float = 0.0,
     mask: torch.Tensor | None = None,
@@ -38,32 +36,37 @@ def leap_mechanism(
     """Focus-weighted means of keys and values, gated by the alignment of each query. O(T) time and memory.
 
     Args:
-        query, focus (`torch.Tensor` of shape `(B, T, H, E)`).
-        key_value (`torch.Tensor` of shape `(B, T, 2, H, E)`): keys and values, what is averaged.
+        projected (`torch.Tensor` of shape `(B, T, 4, H, E)`): queries, focus, keys and values.
         window (`int`, *optional*): tokens averaged, the token itself included; `None` for all so far.
-        unrotated_key (`torch.Tensor` of shape `(B, T, H, E)`, *optional*): the keys that make the focus logits, where
-            `query` and the averaged keys are rotated.
+        rotated (`tuple` of two `torch.Tensor` of shape `(B, T, H, E)`, *optional*): queries and keys after rotation, which
+            take the place of the projected ones everywhere but in the focus logits.
         exponential (`bool`): weights exp(l) instead of elu(l) + 1.
-        dropout (`float`): probability of dropping entries of query, focus, value and the focus logits.
+        dropout (`float`): probability of dropping entries of queries, focus, values and the focus logits.
         mask, segment_ids, initial_state, return_state: as in `windowed_mean`, whose state this is, too.
 
     Returns:
         `tuple`: the output (B, T, H, E) in the inputs' dtype, and the state or None.
     """
-    inputs = query, focus, key_value, unrotated_key
-    obstacle = _kernel_obstacle(query, window, exponential, mask, initial_state, return_state)
+    obstacle = _kernel_obstacle(projected, window, exponential, mask, initial_state, return_state)
     arguments = {"mask": mask, "segment_ids": segment_ids, "initial_state": initial_state, "return_state": return_state}
-    if query.shape[1] > 1 and runs_triton(query, obstacle):
-        return _with_kernel(*inputs, window, dropout, **arguments)
-    return _with_torch(*inputs, window, dropout, exponential, **arguments)
+    if projected.shape[1] > 1 and runs_triton(projected, obstacle):
+        return _with_kernel(projected, rotated, window, dropout, **arguments)
+    return _with_torch(projected, rotated, window, dropout, exponential, **arguments)
 
 
-def _with_torch(query, focus, key_value, key, window, dropout, exponential=False, **arguments):
-    dtype = compute_dtype(query.dtype)
-    key = key_value[:, :, 0] if key is None else key
+def averaged(projected: torch.Tensor, rotated: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Keys and values as they are averaged, (B, T, 2, H, E); a view unless keys are rotated."""
+    return projected[:, :, 2:] if rotated is None else torch.stack([rotated[1], projected[:, :, 3]], dim=2)
+
+
+def _with_torch(projected, rotated, window, dropout, exponential=False, **arguments):
+    dtype = compute_dtype(projected.dtype)
+    query, focus, key, value = projected.unbind(2)
+    query = query if rotated is None else rotated[0]
+    key_value = averaged(projected, rotated)
     if dropout:
         query, focus = F.dropout(query, dropout), F.dropout(focus, dropout)
-        key_value = torch.stack([key_value[:, :, 0], F.dropout(key_value[:, :, 1], dropout)], dim=2)
+        key_value = torch.stack([key_value[:, :, 0], F.dropout(value, dropout)], dim=2)
     weights = focus_weights(focus, key, exponential, dropout)
     means, state = windowed_mean(key_value.to(dtype), weights, window, log_weights=exponential, **arguments)
     focused_key, focused_value = means.unbind(2)  # (B, T, H, E) each
@@ -71,11 +74,11 @@ def _with_torch(query, focus, key_value, key, window, dropout, exponential=False
     return (alignment * focused_value).to(query.dtype), state
 
 
-def _with_kernel(query, focus, key_value, key, window, dropout, mask, segment_ids, initial_state, return_state):
+def _with_kernel(projected, rotated, window, dropout, mask, segment_ids, initial_state, return_state):
     from .leap_mechanism_triton import leap_kernel
 
     if window is None:
-        out, state = leap_kernel(query, focus, key, key_value, None, dropout, mask, segment_ids, initial_state)
+        out, state = leap_kernel(projected, rotated, None, dropout, mask, segment_ids, initial_state)
         return out, state if return_state else None
     documents = segment_ids
     rank = counts = real = None
@@ -84,51 +87,50 @@ def _with_kernel(query, focus, key_value, key, window, dropout, mask, segment_id
         mask = mask.bool()
         counts, rank = mask.sum(1), mask.long().cumsum(1) - 1
         order = torch.argsort(~mask, dim=1, stable=True)
-        query, focus, key_value, key, documents = (
-            None if x is None else take_rows(x, order) for x in (query, focus, key_value, key, documents)
-        )
+        projected, documents = take_rows(projected, order), None if documents is None else take_rows(documents, order)
+        rotated = None if rotated is None else tuple(take_rows(x, order) for x in rotated)
         real = torch.arange(mask.shape[1], device=mask.device) < counts[:, None]
-    inputs = query, focus, key_value, key
-    out, _ = leap_kernel(query, focus, key, key_value, window, dropout, real, documents, None)
+    out, _ = leap_kernel(projected, rotated, window, dropout, real, documents, None)
     if initial_state is not None and window > 1:
         # Only the first W - 1 tokens still see what came before this call.
-        near = [None if x is None else x[:, : window - 1] for x in (*inputs, documents)]
-        start, _ = _with_torch(*near[:4], window, 0.0, segment_ids=near[4], initial_state=initial_state)
+        near = slice(0, window - 1)
+        start, _ = _with_torch(
+            projected[:, near],
+            None if rotated is None else tuple(x[:, near] for x in rotated),
+            window,
+            0.0,
+            segment_ids=None if documents is None else documents[:, near],
+            initial_state=initial_state,
+        )
         out = torch.cat([start, out[:, window - 1 :]], dim=1)
     state = None
     if return_state:
         last_document = None if segment_ids is None else segment_ids[:, -1:]
-        state = _window_state(inputs, window, counts, documents, last_document, initial_state)
+        state = _window_state(projected, rotated, window, counts, documents, last_document, initial_state)
     if rank is not None:
         out = take_rows(out, rank.clamp(min=0)).masked_fill(~mask[..., None, None], 0.0)
     return out, state
 
 
-def _window_state(inputs, window, counts, documents, last_document, initial_state):
+def _window_state(projected, rotated, window, counts, documents, last_document, initial_state):
     """The last W - 1 real tokens of the open document, from the row and, where it is shorter, the state before it."""
-    _, focus, key_value, key = inputs
-    key = key_value[:, :, 0] if key is None else key
-    kept = window - 1
-    end = key.new_full((key.shape[0],), key.shape[1], dtype=torch.long) if counts is None else counts
-    place = end[:, None] - kept + torch.arange(kept, device=key.device)
+    batch, length, kept = *projected.shape[:2], window - 1
+    end = torch.full((batch,), length, device=projected.device) if counts is None else counts
+    place = end[:, None] - kept + torch.arange(kept, device=projected.device)
     here, place = place >= 0, place.clamp(min=0)
     if documents is not None:
         here = here & (take_rows(documents, place) == last_document)
         if initial_state is not None:
             still_open = (documents[:, :1] == last_document)[..., None]
             initial_state = initial_state[0], initial_state[1] * still_open
-    weights = focus_weights(take_rows(focus, place), take_rows(key, place))
-    return windowed_mean(
-        take_rows(key_value, place).to(weights.dtype),
-        weights,
-        window,
-        mask=here,
-        initial_state=initial_state,
-        return_state=True,
-    )[1]
+    projected = take_rows(projected, place)
+    rotated = None if rotated is None else tuple(take_rows(x, place) for x in rotated)
+    weights = focus_weights(projected[:, :, 1], projected[:, :, 2])
+    key_value = averaged(projected, rotated).to(weights.dtype)
+    return windowed_mean(key_value, weights, window, mask=here, initial_state=initial_state, return_state=True)[1]
 
 
-def _kernel_obstacle(query, window, exponential, mask, initial_state, return_state) -> str | None:
+def _kernel_obstacle(projected, window, exponential, mask, initial_state, return_state) -> str | None:
     """Why the Triton kernel cannot do this call, or None."""
     if exponential:
         return "it has no exp focus"
@@ -136,10 +138,10 @@ def _kernel_obstacle(query, window, exponential, mask, initial_state, return_sta
         return f"its windows end at {LARGEST_KERNEL_WINDOW} tokens (or are global), this one has {window}"
     if window is not None and mask is not None and initial_state is not None:
         return "it does not take padding and an earlier state together in a windowed layer"
-    if query.shape[-1] > LARGEST_KERNEL_HEAD:
-        return f"its heads end at {LARGEST_KERNEL_HEAD} features, these have {query.shape[-1]}"
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it takes float32, bfloat16 and float16, not {query.dtype}"
+    if projected.shape[-1] > LARGEST_KERNEL_HEAD:
+        return f"its heads end at {LARGEST_KERNEL_HEAD} features, these have {projected.shape[-1]}"
+    if projected.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {projected.dtype}"
     if torch.is_grad_enabled() and (return_state or initial_state is not None):
         return "it gives no gradient to states"
     return None

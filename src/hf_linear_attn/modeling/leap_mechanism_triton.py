@@ -45,15 +45,16 @@ def _focus(f, k, scale, kept, real):
 
 @triton.jit
 def _load_chunk(
-    f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
-    sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
-    E: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
+    E: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """What tokens t write: focus f, key for the logits, averaged key and value (C, E), weight, slope, document (C,)."""
-    f = _rows(f_ptr, b, t, h, T, sf_b, sf_t, sf_h, features, E)
-    key = _rows(key_ptr, b, t, h, T, sk_b, sk_t, sk_h, features, E)
-    k = _rows(kv_ptr, b, t, h, T, skv_b, skv_t, skv_h, features, E)
-    v = _rows(kv_ptr + skv_2, b, t, h, T, skv_b, skv_t, skv_h, features, E)
+    f = _rows(x_ptr + sx_4, b, t, h, T, sx_b, sx_t, sx_h, features, E)
+    key = _rows(x_ptr + 2 * sx_4, b, t, h, T, sx_b, sx_t, sx_h, features, E)
+    v = _rows(x_ptr + 3 * sx_4, b, t, h, T, sx_b, sx_t, sx_h, features, E)
+    k = key
+    if ROTATED:
+        k = _rows(k_ptr, b, t, h, T, sk_b, sk_t, sk_h, features, E)
     inside = (t >= 0) & (t < T)
     real = inside
     if MASKED:
@@ -73,10 +74,10 @@ def _load_chunk(
 
 @triton.jit
 def _sums(
-    k, v, weight, document, t, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
-    seed, p, scale, b, c, h, T, H, N, sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
-    W: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
+    seed, p, scale, b, c, h, T, H, N, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
+    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums of keys and values (C, EP) and of weights (C,) over each token's window."""
     gap = t[:, None] - t[None, :]
@@ -86,22 +87,21 @@ def _sums(
     if PACKED:
         visible = visible & (document[:, None] == document[None, :])
     table = tl.where(visible, weight[None, :], 0.0)
-    sum_k = tl.dot(table, k, input_precision="tf32x3")
-    sum_v = tl.dot(table, v, input_precision="tf32x3")
+    sum_k = tl.dot(table, k, input_precision=PRECISION)
+    sum_v = tl.dot(table, v, input_precision=PRECISION)
     norm = tl.sum(table, axis=1)
     if W > 1:
-        earlier = t - C
+        earlier = c * C - L + tl.arange(0, L)
         _, _, k0, v0, weight0, _, document0 = _load_chunk(
-            f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, earlier, h, T, H,
-            sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
-            E, MASKED, PACKED, DROPOUT,
+            x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, earlier, h, T, H,
+            sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
         )  # fmt: skip
         visible = (t[:, None] - earlier[None, :]) < W
         if PACKED:
             visible = visible & (document[:, None] == document0[None, :])
         table = tl.where(visible, weight0[None, :], 0.0)
-        sum_k += tl.dot(table, k0, input_precision="tf32x3")
-        sum_v += tl.dot(table, v0, input_precision="tf32x3")
+        sum_k += tl.dot(table, k0, input_precision=PRECISION)
+        sum_v += tl.dot(table, v0, input_precision=PRECISION)
         norm += tl.sum(table, axis=1)
     if W == 0:
         place = (b * N + c) * H + h
@@ -118,18 +118,17 @@ def _sums(
 
 @triton.jit
 def _totals_kernel(
-    f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, total_ptr, total_norm_ptr, seed, p, scale, T, H, N,
-    sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h,
+    x_ptr, k_ptr, mask_ptr, segment_ptr, total_ptr, total_norm_ptr, seed, p, scale, T, H, N,
+    sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
     E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """What each chunk hands on: the sums over the document that is open at its end."""
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
     _, _, k, v, weight, _, document = _load_chunk(
-        f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
-        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
-        E, MASKED, PACKED, DROPOUT,
+        x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
     if PACKED:
         last = tl.minimum(c * C + C - 1, T - 1)
@@ -142,24 +141,23 @@ def _totals_kernel(
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, out_ptr,
-    seed, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h,
-    W: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, out_ptr,
+    seed, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
+    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """out_i = sigmoid(<q_i, K_i> / sqrt(E)) V_i; 0 at padding."""
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
     _, _, k, v, weight, _, document = _load_chunk(
-        f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
-        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
-        E, MASKED, PACKED, DROPOUT,
+        x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
     sum_k, sum_v, norm = _sums(
-        k, v, weight, document, t, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr,
+        k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr,
         carry_ptr, carry_norm_ptr, carry_doc_ptr, seed, p, scale, b, c, h, T, H, N,
-        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
-        W, E, EP, C, MASKED, PACKED, DROPOUT,
+        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
+        W, L, E, EP, C, PRECISION, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
     q = _rows(q_ptr, b, t, h, T, sq_b, sq_t, sq_h, features, E)
     if DROPOUT:
@@ -177,25 +175,24 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_sums_kernel(
-    q_ptr, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, grad_ptr,
-    dq_ptr, ds_ptr, dnorm_ptr, total_ptr, total_norm_ptr,
-    seed, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h,
-    W: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, grad_ptr,
+    dq_ptr, ds_ptr, dnorm_ptr, total_ptr, total_norm_ptr, dq_t,
+    seed, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
+    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries, and of the sums (for the second kernel), with each chunk's totals for a global layer."""
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
     _, _, k, v, weight, _, document = _load_chunk(
-        f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
-        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
-        E, MASKED, PACKED, DROPOUT,
+        x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
     sum_k, sum_v, norm = _sums(
-        k, v, weight, document, t, f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr,
+        k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr,
         carry_ptr, carry_norm_ptr, carry_doc_ptr, seed, p, scale, b, c, h, T, H, N,
-        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
-        W, E, EP, C, MASKED, PACKED, DROPOUT,
+        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
+        W, L, E, EP, C, PRECISION, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
     inside = t < T
     real = inside
@@ -216,7 +213,8 @@ def _backward_sums_kernel(
     dq = dscore[:, None] * mean_k
     if DROPOUT:
         dq *= kept_q
-    tl.store(dq_ptr + here, dq.to(dq_ptr.dtype.element_ty), mask=within)
+    there = (b * T + t[:, None]) * dq_t + h * E + features[None, :]
+    tl.store(dq_ptr + there, dq.to(dq_ptr.dtype.element_ty), mask=within)
     dsum_k = dscore[:, None] * q * share[:, None]
     dsum_v = (gate * share)[:, None] * grad
     dnorm = -(tl.sum(dsum_k * mean_k, axis=1) + tl.sum(dsum_v * mean_v, axis=1))
@@ -237,19 +235,17 @@ def _backward_sums_kernel(
 
 @triton.jit
 def _backward_inputs_kernel(
-    f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, ds_ptr, dnorm_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
-    df_ptr, dkey_ptr, dkv_ptr, seed, p, scale, T, H, N,
-    sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h,
-    W: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
+    x_ptr, k_ptr, mask_ptr, segment_ptr, ds_ptr, dnorm_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
+    dx_ptr, dk_ptr, seed, p, scale, T, H, N, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
+    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of focus, keys and values from those of the sums of every token that sees them."""
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
     f, key, k, v, weight, slope, document = _load_chunk(
-        f_ptr, key_ptr, kv_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
-        sf_b, sf_t, sf_h, sk_b, sk_t, sk_h, skv_b, skv_t, skv_2, skv_h, features,
-        E, MASKED, PACKED, DROPOUT,
+        x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
     ds_t, ds_b = H * 2 * E, T * H * 2 * E
     dsum_k = _rows(ds_ptr, b, t, h, T, ds_b, ds_t, 2 * E, features, E)
@@ -262,11 +258,11 @@ def _backward_inputs_kernel(
     if PACKED:
         visible = visible & (document[:, None] == document[None, :])
     table = tl.where(visible, 1.0, 0.0)
-    back_k = tl.dot(table, dsum_k, input_precision="tf32x3")
-    back_v = tl.dot(table, dsum_v, input_precision="tf32x3")
+    back_k = tl.dot(table, dsum_k, input_precision=PRECISION)
+    back_v = tl.dot(table, dsum_v, input_precision=PRECISION)
     back_norm = tl.sum(table * dnorm[None, :], axis=1)
     if W > 1:
-        later = t + C
+        later = (c + 1) * C + tl.arange(0, L)
         dsum_k = _rows(ds_ptr, b, later, h, T, ds_b, ds_t, 2 * E, features, E)
         dsum_v = _rows(ds_ptr + E, b, later, h, T, ds_b, ds_t, 2 * E, features, E)
         dnorm = tl.load(dnorm_ptr + (b * T + later) * H + h, mask=later < T, other=0.0)
@@ -275,8 +271,8 @@ def _backward_inputs_kernel(
             document1 = tl.load(segment_ptr + b * T + later, mask=later < T, other=-1).to(tl.int32)
             visible = visible & (document[:, None] == document1[None, :])
         table = tl.where(visible, 1.0, 0.0)
-        back_k += tl.dot(table, dsum_k, input_precision="tf32x3")
-        back_v += tl.dot(table, dsum_v, input_precision="tf32x3")
+        back_k += tl.dot(table, dsum_k, input_precision=PRECISION)
+        back_v += tl.dot(table, dsum_v, input_precision=PRECISION)
         back_norm += tl.sum(table * dnorm[None, :], axis=1)
     if W == 0:
         place = (b * N + c) * H + h
@@ -295,56 +291,64 @@ def _backward_inputs_kernel(
     if DROPOUT:
         df *= _kept(seed, b, t, h, 1, features, T, H, p, E)
         dv *= _kept(seed, b, t, h, 2, features, T, H, p, E)
-    here = ((b * T + t[:, None]) * H + h) * E + features[None, :]
     within = (t[:, None] < T) & (features[None, :] < E)
-    tl.store(df_ptr + here, df.to(df_ptr.dtype.element_ty), mask=within)
     if ROTATED:
-        tl.store(dkey_ptr + here, dkey.to(dkey_ptr.dtype.element_ty), mask=within)
+        here = ((b * T + t[:, None]) * H + h) * E + features[None, :]
+        tl.store(dk_ptr + here, dk.to(dk_ptr.dtype.element_ty), mask=within)
+        dk = dkey
     else:
         dk += dkey
-    there = ((b * T + t[:, None]) * 2 * H + h) * E + features[None, :]
-    tl.store(dkv_ptr + there, dk.to(dkv_ptr.dtype.element_ty), mask=within)
-    tl.store(dkv_ptr + there + H * E, dv.to(dkv_ptr.dtype.element_ty), mask=within)
+    there = ((b * T + t[:, None]) * 4 * H + h) * E + features[None, :]
+    tl.store(dx_ptr + there + H * E, df.to(dx_ptr.dtype.element_ty), mask=within)
+    tl.store(dx_ptr + there + 2 * H * E, dk.to(dx_ptr.dtype.element_ty), mask=within)
+    tl.store(dx_ptr + there + 3 * H * E, dv.to(dx_ptr.dtype.element_ty), mask=within)
 
 
 class _Call:
     """Sizes, strides and flags of one call, as the kernels take them."""
 
-    def __init__(self, query, focus, key, key_value, window, dropout, mask, segment_ids):
-        self.B, self.T, self.H, self.E = query.shape
+    def __init__(self, projected, query, key, window, dropout, mask, segment_ids):
+        self.B, self.T, _, self.H, self.E = projected.shape
         self.N = triton.cdiv(self.T, CHUNK)
         self.grid = (self.N, self.H, self.B)
         self.EP = max(16, triton.next_power_of_2(self.E))
-        self.window, self.dropout = window, dropout
+        self.dropout, self.scale = dropout, self.E**-0.5
         self.mask = None if mask is None else mask.to(torch.uint8).contiguous()
         self.segments = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
-        self.tensors = (query, focus, key_value[:, :, 0] if key is None else key, key_value)
-        q, f, k, kv = self.tensors
-        self.query_strides = q.stride()[:3]
-        self.strides = (*f.stride()[:3], *k.stride()[:3], kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3))
-        self.scale = self.E**-0.5
+        rotated = key is not None
+        self.query = query if rotated else projected[:, :, 0]
+        self.query_strides = self.query.stride()[:3]
+        self.strides = (*projected.stride()[:4], *(key if rotated else self.query).stride()[:3])
         # A kernel never touches a pointer whose flag is off; any tensor will do.
-        self.mask_pointer = q if self.mask is None else self.mask
-        self.segment_pointer = q if self.segments is None else self.segments
-        self.flags = {
+        self.inputs = (
+            projected,
+            key if rotated else projected,
+            projected if mask is None else self.mask,
+            projected if segment_ids is None else self.segments,
+        )
+        self.load_flags = {
             "E": self.E,
             "EP": self.EP,
             "C": CHUNK,
             "MASKED": mask is not None,
             "PACKED": segment_ids is not None,
             "DROPOUT": dropout > 0,
-            "num_warps": 4 if self.EP <= 64 else 8,
+            "ROTATED": rotated,
+            "num_warps": 4 if self.EP < 64 else 8,
             "num_stages": 1,
         }
-
-    @property
-    def W(self):
-        """The window as the kernels take it: 0 for a global layer."""
-        return 0 if self.window is None else self.window
+        lookback = 16 if window is None else min(CHUNK, max(16, triton.next_power_of_2(window - 1)))
+        self.flags = {
+            **self.load_flags,
+            "W": 0 if window is None else window,  # 0 is a global layer
+            "L": lookback,
+            # Inputs of half precision are exact in TF32, and its rounding of weights and gradients lies below theirs.
+            "PRECISION": "tf32x3" if projected.dtype == torch.float32 else "tf32",
+        }
 
     def scratch(self):
         """Empty totals of all chunks: (B, N, H, 2, EP) and (B, N, H)."""
-        device = self.tensors[0].device
+        device = self.query.device
         total = torch.empty(self.B, self.N, self.H, 2, self.EP, device=device)
         return total, torch.empty(self.B, self.N, self.H, device=device)
 
@@ -352,6 +356,10 @@ class _Call:
         """Document at the last and at the first place of each chunk, (B, N) each."""
         place = torch.arange(self.N, device=self.segments.device) * CHUNK
         return self.segments[:, (place + CHUNK - 1).clamp(max=self.T - 1)], self.segments[:, place]
+
+    def carried(self, *tensors):
+        """Pointers of what a global layer carries."""
+        return tuple(self.query if x is None else x for x in tensors)
 
 
 def _running(total, norm, documents):
@@ -375,8 +383,7 @@ def _carry(call, seed, state_sum, state_norm):
     """What came before each chunk of a global layer, the document it belongs to, and the state after the row."""
     total, norm = call.scratch()
     _totals_kernel[call.grid](
-        *call.tensors[1:], call.mask_pointer, call.segment_pointer, total, norm,
-        seed, call.dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.flags,
+        *call.inputs, total, norm, seed, call.dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.load_flags,
     )  # fmt: skip
     last, first = (None, None) if call.segments is None else call.ends()
     running, running_norm = _running(total, norm, last)
@@ -401,10 +408,9 @@ def _carry(call, seed, state_sum, state_norm):
 
 @torch.library.custom_op("hf_linear_attn::leap_forward", mutates_args=())
 def _leap_forward(
-    query: torch.Tensor,
-    focus: torch.Tensor,
+    projected: torch.Tensor,
+    query: torch.Tensor | None,
     key: torch.Tensor | None,
-    key_value: torch.Tensor,
     window: int | None,
     dropout: float,
     seed: int,
@@ -413,60 +419,59 @@ def _leap_forward(
     state_sum: torch.Tensor | None,
     state_norm: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    call = _Call(query, focus, key, key_value, window, dropout, mask, segment_ids)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    call = _Call(projected, query, key, window, dropout, mask, segment_ids)
+    out = projected.new_empty(call.B, call.T, call.H, call.E)
     carry = carry_norm = documents = None
     final = []
     if window is None:
         carry, carry_norm, documents, *final = _carry(call, seed, state_sum, state_norm)
     _forward_kernel[call.grid](
-        *call.tensors, call.mask_pointer, call.segment_pointer,
-        *(query if x is None else x for x in (carry, carry_norm, documents)), out,
-        seed, dropout, call.scale, EPS, call.T, call.H, call.N, *call.query_strides, *call.strides,
-        W=call.W, **call.flags,
+        call.query, *call.inputs, *call.carried(carry, carry_norm, documents), out,
+        seed, dropout, call.scale, EPS, call.T, call.H, call.N, *call.query_strides, *call.strides, **call.flags,
     )  # fmt: skip
     return [out, *final]
 
 
 @_leap_forward.register_fake
-def _(query, focus, key, key_value, window, dropout, seed, mask, segment_ids, state_sum, state_norm):
-    batch, _, heads, width = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+def _(projected, query, key, window, dropout, seed, mask, segment_ids, state_sum, state_norm):
+    batch, length, _, heads, width = projected.shape
+    new = projected.new_empty
+    out = new(batch, length, heads, width)
     if window is not None:
         return [out]
-    new = query.new_empty
     return [out, new(batch, 2, heads, width, dtype=torch.float32), new(batch, heads, dtype=torch.float32)]
 
 
 @torch.library.custom_op("hf_linear_attn::leap_backward", mutates_args=())
 def _leap_backward(
     grad: torch.Tensor,
-    query: torch.Tensor,
-    focus: torch.Tensor,
+    projected: torch.Tensor,
+    query: torch.Tensor | None,
     key: torch.Tensor | None,
-    key_value: torch.Tensor,
     window: int | None,
     dropout: float,
     seed: int,
     mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    call = _Call(query, focus, key, key_value, window, dropout, mask, segment_ids)
-    like = [query, focus, key_value] + ([] if key is None else [key])
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
-    dkey = query if key is None else grads[3]
+    call = _Call(projected, query, key, window, dropout, mask, segment_ids)
+    rotated = key is not None
+    dx = torch.empty_like(projected, memory_format=torch.contiguous_format)
+    grads = [dx]
+    if rotated:
+        dx[:, :, 0] = 0
+        grads += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key)]
     carry = carry_norm = documents = total = total_norm = None
     if window is None:
         carry, carry_norm, documents, *_ = _carry(call, seed, None, None)
         total, total_norm = call.scratch()
-    dsums = torch.empty(call.B, call.T, call.H, 2, call.E, device=query.device)
-    dnorm = torch.empty(call.B, call.T, call.H, device=query.device)
-    pointers = (call.mask_pointer, call.segment_pointer)
+    dsums = torch.empty(call.B, call.T, call.H, 2, call.E, device=projected.device)
+    dnorm = torch.empty(call.B, call.T, call.H, device=projected.device)
     _backward_sums_kernel[call.grid](
-        *call.tensors, *pointers, *(query if x is None else x for x in (carry, carry_norm, documents)),
-        grad.contiguous(), grads[0], dsums, dnorm, *(query if x is None else x for x in (total, total_norm)),
-        seed, dropout, call.scale, EPS, call.T, call.H, call.N, *call.query_strides, *call.strides,
-        W=call.W, **call.flags,
+        call.query, *call.inputs, *call.carried(carry, carry_norm, documents), grad.contiguous(),
+        grads[1] if rotated else dx, dsums, dnorm, *call.carried(total, total_norm),
+        call.H * call.E * (1 if rotated else 4), seed, dropout, call.scale, EPS, call.T, call.H, call.N,
+        *call.query_strides, *call.strides, **call.flags,
     )  # fmt: skip
     if window is None:
         # The same running sum from the end: what the chunks after each one hand back.
@@ -476,43 +481,43 @@ def _leap_backward(
         if first is not None:
             documents = torch.cat([first[:, 1:], last[:, -1:]], dim=1).contiguous()
     _backward_inputs_kernel[call.grid](
-        *call.tensors[1:], *pointers, dsums, dnorm, *(query if x is None else x for x in (carry, carry_norm, documents)),
-        grads[1], dkey, grads[2], seed, dropout, call.scale, call.T, call.H, call.N, *call.strides,
-        W=call.W, ROTATED=key is not None, **call.flags,
+        *call.inputs, dsums, dnorm, *call.carried(carry, carry_norm, documents), dx, grads[2] if rotated else dx,
+        seed, dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.flags,
     )  # fmt: skip
     return grads
 
 
 @_leap_backward.register_fake
-def _(grad, query, focus, key, key_value, window, dropout, seed, mask, segment_ids):
-    like = [query, focus, key_value] + ([] if key is None else [key])
+def _(grad, projected, query, key, window, dropout, seed, mask, segment_ids):
+    like = [projected] if key is None else [projected, query, key]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
 def _save(ctx, inputs, output):
-    query, focus, key, key_value, window, dropout, seed, mask, segment_ids, _, _ = inputs
-    ctx.save_for_backward(query, focus, key, key_value, mask, segment_ids)
+    projected, query, key, window, dropout, seed, mask, segment_ids, _, _ = inputs
+    ctx.save_for_backward(projected, query, key, mask, segment_ids)
     ctx.arguments = window, dropout, seed
 
 
 def _differentiate(ctx, grads):
-    query, focus, key, key_value, mask, segment_ids = ctx.saved_tensors
-    dquery, dfocus, dkey_value, *rest = _leap_backward(
-        grads[0], query, focus, key, key_value, *ctx.arguments, mask, segment_ids
-    )
-    return dquery, dfocus, rest[0] if rest else None, dkey_value, *[None] * 7
+    projected, query, key, mask, segment_ids = ctx.saved_tensors
+    dx, *rotated = _leap_backward(grads[0], projected, query, key, *ctx.arguments, mask, segment_ids)
+    return dx, *(rotated or (None, None)), *[None] * 7
 
 
 _leap_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def leap_kernel(query, focus, key, key_value, window, dropout, mask, segment_ids, state):
-    """Run the kernels on CUDA tensors; arguments as for `leap_mechanism`.
+def leap_kernel(projected, rotated, window, dropout, mask, segment_ids, state):
+    """Run the kernels on CUDA tensors; arguments as for `leap_mechanism`. `state` is that of a global layer, or None.
 
-    `key` is None where the averaged keys make the focus logits, too. `state` is that of a global layer, or None.
     Returns the output (B, T, H, E) and the state after the row (global layers; None for a window).
     """
     seed = int(torch.randint(2**31 - 1, ())) if dropout else 0
-    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, focus, key, key_value)]
-    out, *final = _leap_forward(*tensors, window, dropout, seed, mask, segment_ids, *(state or (None, None)))
+    projected, query, key = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (projected, *(rotated or (None, None)))
+    )
+    out, *final = _leap_forward(
+        projected, query, key, window, dropout, seed, mask, segment_ids, *(state or (None, None))
+    )
     return out, tuple(final) or None

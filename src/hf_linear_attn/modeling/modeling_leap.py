@@ -21,7 +21,7 @@ from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, begin, embed_
 from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, merge_with_config_defaults
 from .configuration_leap import LeapConfig
 from .layer_output import LayerOutput
-from .leap_mechanism import focus_weights, leap_mechanism
+from .leap_mechanism import averaged, focus_weights, leap_mechanism
 from .rotary_embedding import rotate
 from .sequence_inputs import prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
@@ -91,22 +91,17 @@ class LeapAttention(nn.Module):
             sequence = prepare_sequence(hidden_states, attention_mask, seq_idx=segment_ids)
             attention_mask, position_ids = sequence.mask, sequence.position_ids
 
-        # query, focus: (B, T, H, E); keys and values lie side by side as (B, T, 2, H, E), since they share their weights
-        query, focus, key_value = self._project(hidden_states)
-        unrotated_key = None
+        # queries, focus, keys, values: (B, T, 4, H, E)
+        projected = self.qfkv_proj(hidden_states).unflatten(-1, (4, self.num_heads, self.head_dim))
+        rotated = None
         if self.rope_theta is not None:
-            unrotated_key, value = key_value.unbind(2)
-            query = rotate(query, position_ids, self.rope_theta)
-            key_value = torch.stack([rotate(unrotated_key, position_ids, self.rope_theta), value], dim=2)
-        dropout = self.dropout.p if self.training else 0.0
+            rotated = tuple(rotate(projected[:, :, i], position_ids, self.rope_theta) for i in (0, 2))
         mixed, state = leap_mechanism(
-            query,
-            focus,
-            key_value,
+            projected,
             self.window,
-            unrotated_key=unrotated_key,
+            rotated=rotated,
             exponential=self.exponential,
-            dropout=dropout,
+            dropout=self.dropout.p if self.training else 0.0,
             mask=attention_mask,
             segment_ids=segment_ids,
             initial_state=state,
@@ -114,10 +109,9 @@ class LeapAttention(nn.Module):
         )
         weights = rows = seen_weights = None
         if output_attentions or output_focus_weights or (layer_cache is not None and layer_cache.record_past):
-            key = key_value[:, :, 0] if unrotated_key is None else unrotated_key
-            weights = focus_weights(focus, key, self.exponential)  # (B, T, H)
+            weights = focus_weights(projected[:, :, 1], projected[:, :, 2], self.exponential)  # (B, T, H)
         if layer_cache is not None:
-            inputs = (key_value, weights, attention_mask, segment_ids)
+            inputs = (averaged(projected, rotated), weights, attention_mask, segment_ids)
             layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay=(self._advance, inputs))
         if output_attentions:
             rows = attention_rows(
@@ -128,12 +122,6 @@ class LeapAttention(nn.Module):
             if attention_mask is not None:
                 seen_weights = seen_weights * attention_mask[:, None].to(seen_weights.dtype)
         return LayerOutput(mixed.flatten(2), rows, seen_weights, state if return_state else None)
-
-    def _project(self, hidden_states):
-        width = self.num_heads * self.head_dim
-        query, focus, key_value = self.qfkv_proj(hidden_states).split([width, width, 2 * width], dim=-1)
-        heads = (self.num_heads, self.head_dim)
-        return query.unflatten(-1, heads), focus.unflatten(-1, heads), key_value.unflatten(-1, (2, *heads))
 
     def _advance(self, state, key_value, weights, mask, segment_ids):
         """The state after more inputs alone: how a cache undoes tokens (it runs the ones that stay again)."""
