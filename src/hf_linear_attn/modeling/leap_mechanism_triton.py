@@ -118,12 +118,13 @@ def _sums(
 
 @triton.jit
 def _totals_kernel(
-    x_ptr, k_ptr, mask_ptr, segment_ptr, total_ptr, total_norm_ptr, seed, p, scale, T, H, N,
+    x_ptr, k_ptr, mask_ptr, segment_ptr, total_ptr, total_norm_ptr, seed_ptr, p, scale, T, H, N,
     sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
     E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """What each chunk hands on: the sums over the document that is open at its end."""
+    seed = tl.load(seed_ptr) if DROPOUT else 0
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
     _, _, k, v, weight, _, document = _load_chunk(
@@ -142,11 +143,12 @@ def _totals_kernel(
 @triton.jit
 def _forward_kernel(
     q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, out_ptr,
-    seed, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
+    seed_ptr, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
     W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """out_i = sigmoid(<q_i, K_i> / sqrt(E)) V_i; 0 at padding."""
+    seed = tl.load(seed_ptr) if DROPOUT else 0
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
     _, _, k, v, weight, _, document = _load_chunk(
@@ -177,11 +179,12 @@ def _forward_kernel(
 def _backward_sums_kernel(
     q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, grad_ptr,
     dq_ptr, ds_ptr, dnorm_ptr, total_ptr, total_norm_ptr, dq_t,
-    seed, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
+    seed_ptr, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
     W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries, and of the sums (for the second kernel), with each chunk's totals for a global layer."""
+    seed = tl.load(seed_ptr) if DROPOUT else 0
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
     _, _, k, v, weight, _, document = _load_chunk(
@@ -236,11 +239,12 @@ def _backward_sums_kernel(
 @triton.jit
 def _backward_inputs_kernel(
     x_ptr, k_ptr, mask_ptr, segment_ptr, ds_ptr, dnorm_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
-    dx_ptr, dk_ptr, seed, p, scale, T, H, N, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
+    dx_ptr, dk_ptr, seed_ptr, p, scale, T, H, N, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
     W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of focus, keys and values from those of the sums of every token that sees them."""
+    seed = tl.load(seed_ptr) if DROPOUT else 0
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
     f, key, k, v, weight, slope, document = _load_chunk(
@@ -357,8 +361,8 @@ class _Call:
         place = torch.arange(self.N, device=self.segments.device) * CHUNK
         return self.segments[:, (place + CHUNK - 1).clamp(max=self.T - 1)], self.segments[:, place]
 
-    def carried(self, *tensors):
-        """Pointers of what a global layer carries."""
+    def pointers(self, *tensors):
+        """Pointers of tensors that only some calls have."""
         return tuple(self.query if x is None else x for x in tensors)
 
 
@@ -383,7 +387,7 @@ def _carry(call, seed, state_sum, state_norm):
     """What came before each chunk of a global layer, the document it belongs to, and the state after the row."""
     total, norm = call.scratch()
     _totals_kernel[call.grid](
-        *call.inputs, total, norm, seed, call.dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.load_flags,
+        *call.inputs, total, norm, *call.pointers(seed), call.dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.load_flags,
     )  # fmt: skip
     last, first = (None, None) if call.segments is None else call.ends()
     running, running_norm = _running(total, norm, last)
@@ -413,7 +417,7 @@ def _leap_forward(
     key: torch.Tensor | None,
     window: int | None,
     dropout: float,
-    seed: int,
+    seed: torch.Tensor | None,
     mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
     state_sum: torch.Tensor | None,
@@ -426,8 +430,8 @@ def _leap_forward(
     if window is None:
         carry, carry_norm, documents, *final = _carry(call, seed, state_sum, state_norm)
     _forward_kernel[call.grid](
-        call.query, *call.inputs, *call.carried(carry, carry_norm, documents), out,
-        seed, dropout, call.scale, EPS, call.T, call.H, call.N, *call.query_strides, *call.strides, **call.flags,
+        call.query, *call.inputs, *call.pointers(carry, carry_norm, documents), out,
+        *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H, call.N, *call.query_strides, *call.strides, **call.flags,
     )  # fmt: skip
     return [out, *final]
 
@@ -450,7 +454,7 @@ def _leap_backward(
     key: torch.Tensor | None,
     window: int | None,
     dropout: float,
-    seed: int,
+    seed: torch.Tensor | None,
     mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
 ) -> list[torch.Tensor]:
@@ -468,9 +472,9 @@ def _leap_backward(
     dsums = torch.empty(call.B, call.T, call.H, 2, call.E, device=projected.device)
     dnorm = torch.empty(call.B, call.T, call.H, device=projected.device)
     _backward_sums_kernel[call.grid](
-        call.query, *call.inputs, *call.carried(carry, carry_norm, documents), grad.contiguous(),
-        grads[1] if rotated else dx, dsums, dnorm, *call.carried(total, total_norm),
-        call.H * call.E * (1 if rotated else 4), seed, dropout, call.scale, EPS, call.T, call.H, call.N,
+        call.query, *call.inputs, *call.pointers(carry, carry_norm, documents), grad.contiguous(),
+        grads[1] if rotated else dx, dsums, dnorm, *call.pointers(total, total_norm),
+        call.H * call.E * (1 if rotated else 4), *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H, call.N,
         *call.query_strides, *call.strides, **call.flags,
     )  # fmt: skip
     if window is None:
@@ -481,8 +485,8 @@ def _leap_backward(
         if first is not None:
             documents = torch.cat([first[:, 1:], last[:, -1:]], dim=1).contiguous()
     _backward_inputs_kernel[call.grid](
-        *call.inputs, dsums, dnorm, *call.carried(carry, carry_norm, documents), dx, grads[2] if rotated else dx,
-        seed, dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.flags,
+        *call.inputs, dsums, dnorm, *call.pointers(carry, carry_norm, documents), dx, grads[2] if rotated else dx,
+        *call.pointers(seed), dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.flags,
     )  # fmt: skip
     return grads
 
@@ -495,13 +499,13 @@ def _(grad, projected, query, key, window, dropout, seed, mask, segment_ids):
 
 def _save(ctx, inputs, output):
     projected, query, key, window, dropout, seed, mask, segment_ids, _, _ = inputs
-    ctx.save_for_backward(projected, query, key, mask, segment_ids)
-    ctx.arguments = window, dropout, seed
+    ctx.save_for_backward(projected, query, key, seed, mask, segment_ids)
+    ctx.arguments = window, dropout
 
 
 def _differentiate(ctx, grads):
-    projected, query, key, mask, segment_ids = ctx.saved_tensors
-    dx, *rotated = _leap_backward(grads[0], projected, query, key, *ctx.arguments, mask, segment_ids)
+    projected, query, key, seed, mask, segment_ids = ctx.saved_tensors
+    dx, *rotated = _leap_backward(grads[0], projected, query, key, *ctx.arguments, seed, mask, segment_ids)
     return dx, *(rotated or (None, None)), *[None] * 7
 
 
@@ -513,7 +517,7 @@ def leap_kernel(projected, rotated, window, dropout, mask, segment_ids, state):
 
     Returns the output (B, T, H, E) and the state after the row (global layers; None for a window).
     """
-    seed = int(torch.randint(2**31 - 1, ())) if dropout else 0
+    seed = torch.randint(2**31 - 1, (), device=projected.device) if dropout else None
     projected, query, key = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (projected, *(rotated or (None, None)))
     )
