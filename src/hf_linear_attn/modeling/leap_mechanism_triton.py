@@ -16,6 +16,7 @@ import triton.language as tl
 from .windowed_mean import EPS, sum_over_chunks
 
 CHUNK = 64
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -41,6 +42,29 @@ def _focus(f, k, scale, kept, real):
     weight = tl.where(logits > 0, logits + 1.0, grown)
     slope = tl.where(logits > 0, 1.0, grown)
     return tl.where(real, weight, 0.0), tl.where(real, slope, 0.0)
+
+
+@triton.jit
+def _weighted(table, x, BF16: tl.constexpr):
+    """table @ x to float32 precision, for x that came in half precision or in float32."""
+    if BF16:
+        # x is exact in bfloat16, and two such numbers hold 16 bits of a weight: twice what the output keeps.
+        high = table.to(tl.bfloat16)
+        low = (table - high.to(tl.float32)).to(tl.bfloat16)
+        exact = x.to(tl.bfloat16)
+        return tl.dot(high, exact) + tl.dot(low, exact)
+    return tl.dot(table, x, input_precision="tf32x3")
+
+
+@triton.jit
+def _selected(table, x, BF16: tl.constexpr):
+    """table @ x for a table of 0 and 1."""
+    if BF16:
+        exact = table.to(tl.bfloat16)
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(exact, high) + tl.dot(exact, low)
+    return tl.dot(table, x, input_precision="tf32x3")
 
 
 @triton.jit
@@ -76,7 +100,7 @@ def _load_chunk(
 def _sums(
     k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
     seed, p, scale, b, c, h, T, H, N, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
-    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums of keys and values (C, EP) and of weights (C,) over each token's window."""
@@ -87,8 +111,8 @@ def _sums(
     if PACKED:
         visible = visible & (document[:, None] == document[None, :])
     table = tl.where(visible, weight[None, :], 0.0)
-    sum_k = tl.dot(table, k, input_precision=PRECISION)
-    sum_v = tl.dot(table, v, input_precision=PRECISION)
+    sum_k = _weighted(table, k, BF16)
+    sum_v = _weighted(table, v, BF16)
     norm = tl.sum(table, axis=1)
     if W > 1:
         earlier = c * C - L + tl.arange(0, L)
@@ -100,8 +124,8 @@ def _sums(
         if PACKED:
             visible = visible & (document[:, None] == document0[None, :])
         table = tl.where(visible, weight0[None, :], 0.0)
-        sum_k += tl.dot(table, k0, input_precision=PRECISION)
-        sum_v += tl.dot(table, v0, input_precision=PRECISION)
+        sum_k += _weighted(table, k0, BF16)
+        sum_v += _weighted(table, v0, BF16)
         norm += tl.sum(table, axis=1)
     if W == 0:
         place = (b * N + c) * H + h
@@ -144,7 +168,7 @@ def _totals_kernel(
 def _forward_kernel(
     q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, out_ptr,
     seed_ptr, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
-    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """out_i = sigmoid(<q_i, K_i> / sqrt(E)) V_i; 0 at padding."""
@@ -159,7 +183,7 @@ def _forward_kernel(
         k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr,
         carry_ptr, carry_norm_ptr, carry_doc_ptr, seed, p, scale, b, c, h, T, H, N,
         sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
-        W, L, E, EP, C, PRECISION, MASKED, PACKED, DROPOUT, ROTATED,
+        W, L, E, EP, C, BF16, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
     q = _rows(q_ptr, b, t, h, T, sq_b, sq_t, sq_h, features, E)
     if DROPOUT:
@@ -180,7 +204,7 @@ def _backward_sums_kernel(
     q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, grad_ptr,
     dq_ptr, ds_ptr, dnorm_ptr, total_ptr, total_norm_ptr, dq_t,
     seed_ptr, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
-    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries, and of the sums (for the second kernel), with each chunk's totals for a global layer."""
@@ -195,7 +219,7 @@ def _backward_sums_kernel(
         k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr,
         carry_ptr, carry_norm_ptr, carry_doc_ptr, seed, p, scale, b, c, h, T, H, N,
         sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
-        W, L, E, EP, C, PRECISION, MASKED, PACKED, DROPOUT, ROTATED,
+        W, L, E, EP, C, BF16, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
     inside = t < T
     real = inside
@@ -240,7 +264,7 @@ def _backward_sums_kernel(
 def _backward_inputs_kernel(
     x_ptr, k_ptr, mask_ptr, segment_ptr, ds_ptr, dnorm_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
     dx_ptr, dk_ptr, seed_ptr, p, scale, T, H, N, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
-    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of focus, keys and values from those of the sums of every token that sees them."""
@@ -262,8 +286,8 @@ def _backward_inputs_kernel(
     if PACKED:
         visible = visible & (document[:, None] == document[None, :])
     table = tl.where(visible, 1.0, 0.0)
-    back_k = tl.dot(table, dsum_k, input_precision=PRECISION)
-    back_v = tl.dot(table, dsum_v, input_precision=PRECISION)
+    back_k = _selected(table, dsum_k, BF16)
+    back_v = _selected(table, dsum_v, BF16)
     back_norm = tl.sum(table * dnorm[None, :], axis=1)
     if W > 1:
         later = (c + 1) * C + tl.arange(0, L)
@@ -275,8 +299,8 @@ def _backward_inputs_kernel(
             document1 = tl.load(segment_ptr + b * T + later, mask=later < T, other=-1).to(tl.int32)
             visible = visible & (document[:, None] == document1[None, :])
         table = tl.where(visible, 1.0, 0.0)
-        back_k += tl.dot(table, dsum_k, input_precision=PRECISION)
-        back_v += tl.dot(table, dsum_v, input_precision=PRECISION)
+        back_k += _selected(table, dsum_k, BF16)
+        back_v += _selected(table, dsum_v, BF16)
         back_norm += tl.sum(table * dnorm[None, :], axis=1)
     if W == 0:
         place = (b * N + c) * H + h
@@ -338,16 +362,17 @@ class _Call:
             "PACKED": segment_ids is not None,
             "DROPOUT": dropout > 0,
             "ROTATED": rotated,
-            "num_warps": 4 if self.EP < 64 else 8,
+            "num_warps": NUM_WARPS if self.EP <= 64 else 8,
             "num_stages": 1,
         }
+        bf16 = projected.dtype == torch.bfloat16
+        # How far a window reaches into the chunk before: as few rows as its length and the matrix units allow.
         lookback = 16 if window is None else min(CHUNK, max(16, triton.next_power_of_2(window - 1)))
         self.flags = {
             **self.load_flags,
             "W": 0 if window is None else window,  # 0 is a global layer
-            "L": lookback,
-            # Inputs of half precision are exact in TF32, and its rounding of weights and gradients lies below theirs.
-            "PRECISION": "tf32x3" if projected.dtype == torch.float32 else "tf32",
+            "L": lookback if bf16 else CHUNK,
+            "BF16": bf16,
         }
 
     def scratch(self):
