@@ -46,7 +46,7 @@ def _focus(f, k, scale, kept, real):
 
 @triton.jit
 def _weighted(table, x, BF16: tl.constexpr):
-    """table @ x to float32 precision, for x that came in half precision or in float32."""
+    """Table @ x to float32 precision, for x that came in half precision or in float32."""
     if BF16:
         # x is exact in bfloat16, and two such numbers hold 16 bits of a weight: twice what the output keeps.
         high = table.to(tl.bfloat16)
@@ -58,7 +58,7 @@ def _weighted(table, x, BF16: tl.constexpr):
 
 @triton.jit
 def _selected(table, x, BF16: tl.constexpr):
-    """table @ x for a table of 0 and 1."""
+    """Table @ x for a table of 0 and 1."""
     if BF16:
         exact = table.to(tl.bfloat16)
         high = x.to(tl.bfloat16)
