@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from .compat import can_return_tuple, keep_logits
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sequence_inputs import SequenceInputs, check_token_ids, padding_mask, prepare_sequence
-from .task_heads import check_labels
+from .task_heads import check_classes, check_labels
 
 
 @dataclass
@@ -169,7 +169,11 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         )
 
     def _loss(self, logits, labels, hidden_states, attention_mask, position_ids, kwargs):
-        check_labels("labels", labels, logits.shape[:2], "one label a token, usually `input_ids` themselves")
+        meaning = (
+            "one label a token, usually `input_ids` themselves; `logits_to_keep` leaves some tokens without logits"
+        )
+        check_labels("labels", labels, logits.shape[:2], meaning)
+        check_classes("labels", labels, logits.shape[-1])
         documents = {name: kwargs[name] for name in ("seq_idx", "cu_seq_lens_q") if kwargs.get(name) is not None}
         arguments = {"num_items_in_batch": kwargs.get("num_items_in_batch")}
         if attention_mask is not None or position_ids is not None or documents:
