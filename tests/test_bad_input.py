@@ -271,7 +271,7 @@ CACHES = [
     Case("cache-a-tuple", after(lambda row: ((torch.zeros(1),) * 2,) * 3), ("past_key_values", "tuple")),
     Case(
         "cache-with-other-layers",
-        after(lambda row: RecurrentCache(config=row.config(num_hidden_layers=2, layer_windows=[None, 2]))),
+        after(lambda row: RecurrentCache(config=row.config(**row.layers(2)))),
         ("past_key_values", "2 layers", "3 recurrent"),
     ),
     Case("cache-of-another-width", after(lambda row: seen(row, hidden_size=32)), ("another model",)),

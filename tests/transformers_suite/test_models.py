@@ -37,11 +37,9 @@ class Sizes:
         self.sequence_classification_class = heads["AutoModelForSequenceClassification"]
 
     def get_config(self):
-        layers = {"num_hidden_layers": self.num_hidden_layers, "hidden_size": self.hidden_size}
-        if hasattr(self.row.config(), "layer_windows"):
-            layers["layer_windows"] = [None, 3]
         # The tests want Transformers' usual small weights.
-        return self.row.config(**layers, initializer_range=0.02)
+        layers = self.row.layers(self.num_hidden_layers)
+        return self.row.config(**layers, hidden_size=self.hidden_size, initializer_range=0.02)
 
     def prepare_config_and_inputs_for_common(self):
         ids = torch.randint(1, self.vocab_size, (self.batch_size, self.seq_length))
@@ -88,7 +86,4 @@ def _suite(row: Row) -> type:
     return type(name, tuple(bases), {"row": row, "all_model_classes": tuple(row.heads().values())})
 
 
-for _row in ROWS:
-    if _row.name in NAMES:
-        _class = _suite(_row)
-        globals()[_class.__name__] = _class
+globals().update({suite.__name__: suite for suite in map(_suite, (row for row in ROWS if row.name in NAMES))})
