@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format unit test-slow clean
+.PHONY: help install demo test lint format suite unit test-oldest test-slow clean
 
 help: ## show what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,14 +38,27 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-unit: $(STAMP) ## the tests alone
+suite: $(STAMP) ## Transformers' own test mixins, from the source archive of the installed version
+	$(BIN)/python tests/transformers_suite/fetch.py
+
+unit: $(STAMP) suite ## the tests alone
 	@echo "== tests"
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test: lint unit ## what CI runs: lint and every test that is not marked slow
 
+test-oldest: $(OLDEST)/.installed ## the tests on the oldest versions that pyproject.toml allows
+	$(OLDEST)/bin/python tests/transformers_suite/fetch.py
+	$(OLDEST)/bin/pytest -n 2 --dist loadfile -m "not slow"
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	@echo "== set-up: the oldest supported packages in $(OLDEST)"
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -e ".[dev]" -c constraints-oldest.txt
+	@touch $@
+
 test-slow: $(STAMP) ## heavy and GPU tests
 	$(BIN)/pytest -m slow
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .cache/transformers-* .pytest_cache .mypy_cache .ruff_cache

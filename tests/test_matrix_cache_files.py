@@ -68,8 +68,8 @@ def test_refuses_files_and_models_that_do_not_fit(row, tmp_path):
         RecurrentCache.load(tmp_path / "other.safetensors", model.config)
     with torch.no_grad():
         model(tokens(2, 4), use_cache=True).past_key_values.save(tmp_path / "c.safetensors")
-    with pytest.raises(ValueError, match="3 layers.*describes 2"):
-        RecurrentCache.load(tmp_path / "c.safetensors", row.config(num_hidden_layers=2, layer_windows=[None, 2]))
+    with pytest.raises(ValueError, match=r"3 layers.*describes 2"):
+        RecurrentCache.load(tmp_path / "c.safetensors", row.config(**row.layers(2)))
     wider = row.causal_lm(hidden_size=32)
     cache = RecurrentCache.load(tmp_path / "c.safetensors", wider.config)
     with pytest.raises(ValueError, match="another model"):

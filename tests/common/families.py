@@ -45,6 +45,8 @@ class Row:
         shift_invariant: whether adding a number to all positions changes nothing.
         mixer: name of a layer's submodule that mixes tokens and takes `attention_mask`.
         explains: whether `output_attentions` and `output_focus_weights` are supported.
+        traced: whether compiling and exporting it shows something that another row of its family does not.
+        sharp: whether weights are so peaked that the rounding of half precision shows in the output.
     """
 
     name: str
@@ -56,11 +58,19 @@ class Row:
     shift_invariant: bool = False
     mixer: str = "attention"
     explains: bool = True
+    traced: bool = True
+    sharp: bool = False
 
     def config(self, **changes):
         """A new tiny configuration."""
         config_class = FAMILIES[self.family][0]
         return config_class(**{**COMMON, **TINY[self.family], **self.options, **changes})
+
+    def layers(self, count: int) -> dict:
+        """Changes that leave the first `count` layers."""
+        windows = getattr(self.config(), "layer_windows", None)
+        changes = {"num_hidden_layers": count}
+        return changes if windows is None else {**changes, "layer_windows": windows[:count]}
 
     def heads(self) -> dict[str, type]:
         """Auto class name -> our class, for those this row can be built as."""
@@ -88,12 +98,13 @@ class Row:
 
 ROWS = [
     Row("leap", "leap"),
-    Row("leap-global", "leap", {"layer_windows": [None, None, None]}),
+    Row("leap-global", "leap", {"layer_windows": [None, None, None]}, traced=False),
     Row(
         "leap-rotary",
         "leap",
         {"position_embedding_type": "rotary", "layer_windows": [5, None, 1]},
         bounded=False,
+        traced=False,
         shift_invariant=True,
     ),
     Row(
@@ -110,9 +121,16 @@ ROWS = [
         {"position_embedding_type": "none", "layer_windows": [4, 1, 7]},
         bounded=False,
         positional=False,
+        traced=False,
         shift_invariant=True,
     ),
-    Row("fastformer-large-rescale", "fastformer", {"rescale": 80.0, "layer_windows": [None, 5, None]}),
+    Row(
+        "fastformer-large-rescale",
+        "fastformer",
+        {"rescale": 80.0, "layer_windows": [None, 5, None]},
+        traced=False,
+        sharp=True,
+    ),
     Row("fastformer-encoder", "fastformer", {"is_causal": False}, causal=False),
 ]
 CAUSAL = [row for row in ROWS if row.causal]
@@ -124,6 +142,8 @@ def _over(rows):
 
 all_rows = _over(ROWS)
 causal_rows = _over(CAUSAL)
+traced_rows = _over([row for row in ROWS if row.traced])
+traced_causal_rows = _over([row for row in CAUSAL if row.traced])
 # One row a family, for checks that cost seconds and do not depend on the variant.
 first_rows = _over(
     [next(row for row in CAUSAL if row.family == name) for name in dict.fromkeys(r.family for r in CAUSAL)]

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from .compat import can_return_tuple, keep_logits
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sequence_inputs import SequenceInputs, check_token_ids, padding_mask, prepare_sequence
-from .task_heads import check_labels
+from .task_heads import check_classes, check_labels
 
 
 @dataclass
@@ -133,6 +133,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> RecurrentCausalLMOutput:
         """Predict each next token.
@@ -142,6 +143,8 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): usually `input_ids`; shifted inside; -100 is ignored,
                 and so are padding and the step from one packed document to the next.
             logits_to_keep (`int` or `torch.Tensor`): compute only the last n logits (0: all), or those at an index.
+            shift_labels (`torch.LongTensor` of shape `(B, T)`, *optional*): instead of `labels`, already shifted: the label
+                at a place belongs to the logits there (sequence parallel training cuts a text after shifting).
 
         Returns:
             [`RecurrentCausalLMOutput`]: `logits` (B, T, vocab_size), `loss` with labels, `past_key_values` with `use_cache`.
@@ -157,8 +160,12 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         )
         logits = self.lm_head(keep_logits(output.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None:
-            loss = self._loss(logits, labels, output.last_hidden_state, attention_mask, position_ids, kwargs)
+        if labels is not None or shift_labels is not None:
+            if shift_labels is None:
+                shift_labels = self._shifted(
+                    logits, labels, output.last_hidden_state, attention_mask, position_ids, kwargs
+                )
+            loss = self._loss(logits, labels, shift_labels, kwargs.get("num_items_in_batch"))
         return RecurrentCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -168,20 +175,35 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             focus_weights=output.get("focus_weights"),
         )
 
-    def _loss(self, logits, labels, hidden_states, attention_mask, position_ids, kwargs):
-        check_labels("labels", labels, logits.shape[:2], "one label a token, usually `input_ids` themselves")
+    def _shifted(self, logits, labels, hidden_states, attention_mask, position_ids, kwargs):
+        """The label of the next token at each place; None where that is the next column throughout."""
+        meaning = (
+            "one label a token, usually `input_ids` themselves; `logits_to_keep` leaves some tokens without logits"
+        )
+        check_labels("labels", labels, logits.shape[:2], meaning)
         documents = {name: kwargs[name] for name in ("seq_idx", "cu_seq_lens_q") if kwargs.get(name) is not None}
-        arguments = {"num_items_in_batch": kwargs.get("num_items_in_batch")}
-        if attention_mask is not None or position_ids is not None or documents:
-            if attention_mask is not None:
-                attention_mask = attention_mask[:, -labels.shape[1] :]
-            sequence = prepare_sequence(hidden_states, attention_mask, position_ids, **documents)
-            if sequence.mask is not None or sequence.segment_ids is not None:
-                arguments["shift_labels"] = next_token_labels(labels, sequence)
+        if attention_mask is None and position_ids is None and not documents:
+            return None
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -labels.shape[1] :]
+        sequence = prepare_sequence(hidden_states, attention_mask, position_ids, **documents)
+        if sequence.mask is None and sequence.segment_ids is None:
+            return None
+        return next_token_labels(labels, sequence)
+
+    def _loss(self, logits, labels, shift_labels, count):
+        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        check_labels(name, given, logits.shape[:2], "one label a token")
+        check_classes(name, given, logits.shape[-1])
         if logits.dtype == torch.float64:
             # Transformers' loss would round to float32.
-            targets = arguments.get("shift_labels", torch.nn.functional.pad(labels[:, 1:], [0, 1], value=-100))
+            targets = (
+                torch.nn.functional.pad(labels[:, 1:], [0, 1], value=-100) if shift_labels is None else shift_labels
+            )
             total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            count = arguments["num_items_in_batch"]
             return total / ((targets != -100).sum() if count is None else count)
-        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **arguments)
+        arguments = {} if shift_labels is None else {"shift_labels": shift_labels}
+        vocab_size = self.config.vocab_size
+        return self.loss_function(
+            logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=count, **arguments
+        )

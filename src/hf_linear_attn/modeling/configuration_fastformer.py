@@ -31,7 +31,7 @@ class FastformerConfig(PreTrainedConfig):
         attention_dropout (`float`, *optional*): dropout on the pooled queries and keys; `hidden_dropout_prob` if not given.
         layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norms.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
-        use_cache (`bool`, defaults to `True`): whether the causal model returns its state.
+        use_cache (`bool`, defaults to `True`): whether the causal model returns its state; always `False` for the encoder.
         tie_word_embeddings (`bool`, defaults to `True`): whether logits use the embedding matrix.
 
     The published names `n_layer`, `n_head`, `n_heads`, `n_positions`, `window_sizes` and `use_local_att` are accepted, too.
@@ -82,6 +82,7 @@ class FastformerConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.attention_dropout is None:
             self.attention_dropout = self.hidden_dropout_prob
+        self.use_cache = self.use_cache and self.is_causal
         self.layer_types = [LAYER_TYPE] * layers
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here, so that a ValueError arrives as such

@@ -280,6 +280,7 @@ class FastformerModel(FastformerPreTrainedModel):
 
     def __init__(self, config: FastformerConfig):
         super().__init__(config)
+        self.is_causal = config.is_causal  # Transformers changes the configuration's field during a call that names it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = None
         if config.position_embedding_type == "learned":
@@ -308,13 +309,18 @@ class FastformerModel(FastformerPreTrainedModel):
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
         bound = None if self.embed_positions is None else self.config.max_position_embeddings
         layer_arguments = {}
-        if self.config.is_causal:
+        if self.is_causal:
             sequence, past_key_values = begin(
                 self, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, bound, kwargs
             )
             layer_arguments = {"past_key_values": past_key_values, "segment_ids": sequence.segment_ids}
         else:
-            sequence = self._begin_encoder(inputs_embeds, attention_mask, position_ids, past_key_values, bound, kwargs)
+            if use_cache or past_key_values is not None:
+                raise ValueError(
+                    "`use_cache` and `past_key_values` mean nothing to an encoder (`is_causal=False`): each token sees the "
+                    "whole text"
+                )
+            sequence = self._begin_encoder(inputs_embeds, attention_mask, position_ids, bound, kwargs)
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             positions = sequence.position_ids
@@ -332,10 +338,11 @@ class FastformerModel(FastformerPreTrainedModel):
             )
         return RecurrentModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _begin_encoder(self, inputs_embeds, attention_mask, position_ids, past_key_values, bound, kwargs):
-        if past_key_values is not None:
+    def _begin_encoder(self, inputs_embeds, attention_mask, position_ids, bound, kwargs):
+        if kwargs.get("is_causal"):
             raise ValueError(
-                "`past_key_values` means nothing to an encoder (`is_causal=False`): each token sees the whole text"
+                "`is_causal=True` cannot be honoured: this model was built as an encoder (`config.is_causal=False`), in which "
+                "every token sees the whole text"
             )
         sequence = prepare_sequence(inputs_embeds, attention_mask, position_ids, max_positions=bound, **kwargs)
         if sequence.segment_ids is not None:

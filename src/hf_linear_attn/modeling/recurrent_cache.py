@@ -118,7 +118,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
                 f"`crop` takes minus the number of tokens to remove, got {tokens_to_remove}; a recurrent state has no "
                 "absolute length to cut to"
             )
-        remove = -tokens_to_remove
+        remove = -int(tokens_to_remove)  # assisted decoding of some releases counts in a tensor
         if remove:
             recorded = sum(inputs[0].shape[1] for _, inputs in self._replay)
             if not self.record_past or remove > recorded:
@@ -284,7 +284,7 @@ class RecurrentGenerationMixin:
     """Placed before `GenerationMixin`: generate() then works on a `RecurrentCache`, which the caller can save."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        wanted = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")
+        wanted = generation_config.cache_implementation in (None, "dynamic")
         if wanted and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             cache = RecurrentCache(config=self.config)
             if generation_config.is_assistant:

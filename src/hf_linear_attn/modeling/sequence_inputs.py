@@ -164,6 +164,11 @@ def _declared_documents(seq_idx, cu_seq_lens_q, inputs_embeds):
                 f"`cu_seq_lens_q` goes from {int(cu_seq_lens_q[0])} to {int(cu_seq_lens_q[-1])}, expected 0 to {length}, the "
                 "length of the packed row"
             )
+        if can_read_values() and bool((cu_seq_lens_q.diff() < 0).any()):
+            raise ValueError(
+                f"`cu_seq_lens_q` falls somewhere in {cu_seq_lens_q.tolist()[:20]}, expected the ends of the documents in "
+                "order"
+            )
         place = torch.arange(length, device=inputs_embeds.device)
         owner = torch.searchsorted(cu_seq_lens_q.to(place), place, right=True)[None]
         starts = owner[:, 1:] != owner[:, :-1]

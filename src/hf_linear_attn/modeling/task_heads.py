@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .compat import can_return_tuple
+from .compat import can_read_values, can_return_tuple
 from .sequence_inputs import padding_mask
 
 
@@ -22,6 +22,16 @@ def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, ...], meanin
     """Refuse labels of another shape than the predictions."""
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"`{name}` has shape {tuple(labels.shape)}, expected {tuple(shape)}: {meaning}")
+
+
+def check_classes(name: str, labels: torch.Tensor, count: int) -> None:
+    """Refuse labels that are no class, where looking does not stall a GPU's queue; -100 is ignored by losses."""
+    if labels.device.type == "cpu" and labels.numel() and can_read_values():
+        wrong = labels[((labels < 0) & (labels != -100)) | (labels >= count)]
+        if wrong.numel():
+            raise ValueError(
+                f"`{name}` holds {int(wrong[0])}, expected 0 to {count - 1}, or -100 where no label counts"
+            )
 
 
 def last_real_token(hidden_states, input_ids, attention_mask, pad_token_id) -> torch.Tensor:
@@ -142,6 +152,7 @@ class TokenClassificationMixin:
         loss = None
         if labels is not None:
             check_labels("labels", labels, logits.shape[:2], "one label a token, -100 where none counts")
+            check_classes("labels", labels, self.num_labels)
             loss = self.loss_function(logits, labels, self.config)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions

@@ -1,0 +1,104 @@
+"""forward(): the same text in one call or in many, what is handed out, and that the Auto classes know every head."""
+
+import pytest
+import torch
+import transformers
+from common.batches import tokens
+from common.families import causal_rows, rows_with_heads
+from common.padding import TOLERANCE
+from transformers.models.auto import modeling_auto
+
+from hf_linear_attn.registration import AUTO_CLASSES, FAMILIES
+
+LENGTH = 80
+
+
+@pytest.mark.parametrize("calls", [[1] * LENGTH, [40, 40], [10, 1, 64, 2, 3]], ids=["steps", "halves", "mixed"])
+@causal_rows
+def test_calls_with_a_state_are_one_call(row, calls):
+    model = row.causal_lm(torch.float64)
+    ids = tokens(2, LENGTH)
+    cache, found = None, []
+    with torch.no_grad():
+        for part in ids.split(calls, 1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+        torch.testing.assert_close(torch.cat(found, 1), model(ids, use_cache=False).logits, **TOLERANCE)
+
+
+@causal_rows
+def test_control_a_stale_state_is_seen(row):
+    """The last call starting from the first call's state gives something else."""
+    model = row.causal_lm(torch.float64)
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        cache = model(ids[:, :10], use_cache=True).past_key_values
+        stale = cache.fork()
+        model(ids[:, 10:20], past_key_values=cache)
+        fresh, wrong = (model(ids[:, 20:], past_key_values=c).logits for c in (cache, stale))
+    assert (fresh - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@causal_rows
+def test_states_are_at_least_float32(row, dtype):
+    model = row.causal_lm(dtype)
+    with torch.no_grad():
+        output = model(tokens(2, 9), use_cache=True)
+    assert output.logits.dtype == dtype
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {state.dtype for layer in output.past_key_values.layers for state in layer.get_state()} == {wanted}
+
+
+@causal_rows
+def test_logits_to_keep(row):
+    model = row.causal_lm(torch.float64)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        logits = model(ids).logits
+        for keep, wanted in [
+            (0, logits),
+            (1, logits[:, -1:]),
+            (4, logits[:, -4:]),
+            (torch.tensor([0, 3, 8]), logits[:, [0, 3, 8]]),
+        ]:
+            torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, wanted, **TOLERANCE)
+
+
+@causal_rows
+def test_shifted_labels(row):
+    """`shift_labels` are `labels` moved by the caller, and win over `labels`."""
+    model = row.causal_lm(torch.float64)
+    ids = tokens(2, 9)
+    shifted = torch.nn.functional.pad(ids[:, 1:], [0, 1], value=-100)
+    with torch.no_grad():
+        wanted = model(ids, labels=ids).loss
+        for labels in (None, ids * 0):
+            torch.testing.assert_close(model(ids, labels=labels, shift_labels=shifted).loss, wanted, **TOLERANCE)
+
+
+@rows_with_heads
+def test_outputs_as_a_tuple(row, head):
+    model = row.build(head)
+    with torch.no_grad():
+        named, plain = model(tokens(2, 9)), model(tokens(2, 9), return_dict=False)
+    assert isinstance(plain, tuple)
+    assert torch.equal(named[0], plain[0])
+
+
+@causal_rows
+def test_no_cache_unless_wanted(row):
+    model = row.causal_lm()
+    assert model(tokens(1, 4)).past_key_values is not None  # config.use_cache
+    assert model(tokens(1, 4), use_cache=False).past_key_values is None
+    assert row.causal_lm(use_cache=False)(tokens(1, 4)).past_key_values is None
+
+
+@rows_with_heads
+def test_auto_classes_and_name_tables(row, head):
+    config_class, heads = FAMILIES[row.family]
+    model = getattr(transformers, head).from_config(row.config())
+    assert type(model) is heads[head]
+    assert getattr(modeling_auto, AUTO_CLASSES[head])[row.family] == heads[head].__name__
+    assert transformers.AutoConfig.for_model(row.family).__class__ is config_class

@@ -1,0 +1,313 @@
+"""Training: Trainer with its options, gradients in every precision, checkpoints on disk, adapters."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from common.batches import tokens
+from common.families import VOCAB, all_rows, causal_rows, first_rows, rows_with_heads
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+
+
+class Texts(Dataset):
+    """Eight texts, the same each time."""
+
+    def __init__(self, length: int = 12):
+        self.ids = tokens(8, length)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+
+class Losses(TrainerCallback):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Remember a training loss."""
+        if "loss" in logs:
+            self.values.append(logs["loss"])
+
+
+def train(model, folder, **options) -> list[float]:
+    """The losses of a short training."""
+    losses = Losses()
+    defaults = {
+        "max_steps": 16,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    trainer = Trainer(model=model, args=arguments, train_dataset=Texts(), callbacks=[losses])
+    trainer.train()
+    return losses.values
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bf16": True},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True, "gradient_accumulation_steps": 2, "activation_checkpointing": True},
+    ],
+    ids=["plain", "bf16", "accumulation", "all-together"],
+)
+@first_rows
+def test_trainer_lowers_the_loss(row, options, tmp_path):
+    if "activation_checkpointing" in options and not hasattr(TrainingArguments, "activation_checkpointing"):
+        options = {**options, "gradient_checkpointing": options["activation_checkpointing"]}
+        del options["activation_checkpointing"]
+    losses = train(row.causal_lm(initializer_range=0.1).train(), tmp_path, **options)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
+
+
+@first_rows
+def test_accumulated_steps_are_steps_with_a_larger_batch(row, tmp_path):
+    """The mean is over all tokens of the accumulated batches, so the same weights come out."""
+    weights = []
+    for options in (
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ):
+        model = row.causal_lm().train()
+        train(model, tmp_path, max_steps=2, optim="sgd", learning_rate=0.1, **options)
+        weights.append(model.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(
+            weights[1][name], weight, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@first_rows
+def test_label_smoothing_looks_at_the_next_token(row, tmp_path):
+    """Trainer shifts labels only for classes whose name it knows; the loss is computed here by hand."""
+    model = row.causal_lm()
+    ids = tokens(2, 9)
+    arguments = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Texts())
+    assert isinstance(trainer.label_smoother, LabelSmoother)
+    with torch.no_grad():
+        found = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+    by_hand = F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(found, by_hand, atol=1e-5, rtol=1e-5)
+
+
+@causal_rows
+def test_loss_is_the_mean_over_next_tokens(row):
+    model = row.causal_lm(torch.float64)
+    ids = tokens(2, 9)
+    labels = ids.clone()
+    labels[0, 2] = labels[1, 5:7] = -100
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        output = model.to(dtype)(ids, labels=labels)
+        by_hand = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        torch.testing.assert_close(output.loss, by_hand, atol=tolerance, rtol=tolerance)
+
+
+def parameter_gradients(model, **arguments) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(tokens(2, 20), labels=tokens(2, 20), **arguments).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@causal_rows
+def test_checkpointing_gives_the_same_gradients(row, reentrant):
+    model = row.causal_lm(torch.float64, hidden_dropout_prob=0.1).train()
+    plain = seeded_gradients(model)
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    else:
+        enable({"use_reentrant": reentrant})
+    again = seeded_gradients(model)
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-12, rtol=1e-9)
+
+
+def seeded_gradients(model):
+    torch.manual_seed(0)
+    return parameter_gradients(model)
+
+
+@causal_rows
+def test_every_parameter_gets_a_gradient(row):
+    found = parameter_gradients(row.causal_lm().train())
+    names = dict(row.causal_lm().named_parameters())
+    assert {name for name, gradient in found.items() if gradient.abs().max() > 0} == set(names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["autocast", "weights"])
+@rows_with_heads
+def test_half_precision_is_finite_and_close(row, head, way, dtype):
+    """Forward and backward in half precision, on texts long enough for naive sums to lose it."""
+    exact = row.build(head)
+    model = copy.deepcopy(exact).to(dtype if way == "weights" else torch.float32)
+    ids = tokens(2, 200)
+    with torch.autocast("cpu", dtype, enabled=way == "autocast"):
+        found = model(ids)[0]
+    with torch.no_grad():
+        wanted = exact(ids)[0]
+    assert found.isfinite().all()
+    if not row.sharp:
+        error = (found.float() - wanted).norm() / wanted.norm()
+        # three layers, each rounding several times to 8 (bfloat16) or 11 bits
+        assert error < (0.1 if dtype == torch.bfloat16 else 0.02)
+    found.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@causal_rows
+def test_gradcheck(row):
+    """Analytic gradients against differences, through the whole model."""
+    model = row.causal_lm(torch.float64, hidden_size=8, num_hidden_layers=3)
+    embeds = model.get_input_embeddings()(tokens(1, 6)).detach().requires_grad_()
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1]])
+
+    def logits(x):
+        return model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits[mask.bool()].tanh()
+
+    assert torch.autograd.gradcheck(logits, embeds, fast_mode=True)
+
+
+@causal_rows
+def test_gradients_through_a_state(row):
+    """Training on a text in two calls, with gradients through the state, is training on it in one."""
+    model = row.causal_lm(torch.float64)
+    ids = tokens(2, 20)
+    model(ids, use_cache=False).logits.square().sum().backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    first = model(ids[:, :11], use_cache=True)
+    second = model(ids[:, 11:], past_key_values=first.past_key_values)
+    (first.logits.square().sum() + second.logits.square().sum()).backward()
+    for name, parameter in model.named_parameters():
+        scale = whole[name].abs().max().item()
+        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-10 * max(1, scale), rtol=1e-8)
+
+
+def fields(config) -> dict:
+    """What describes the model, without where it lies."""
+    return config.to_dict() | {"_name_or_path": None, "dtype": None}
+
+
+@rows_with_heads
+def test_saved_and_loaded(row, head, tmp_path):
+    """Through the Auto classes, to the bit."""
+    model = row.build(head)
+    model.save_pretrained(tmp_path)
+    loaded, report = getattr(transformers, head).from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(model)
+    assert not any(report.values()), report
+    assert fields(loaded.config) == fields(model.config)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens(2, 9))[0], model(tokens(2, 9))[0])
+
+
+@all_rows
+def test_config_on_disk(row, tmp_path):
+    config = row.config()
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is type(config)
+    assert fields(loaded) == fields(config)
+
+
+@causal_rows
+def test_a_body_loads_into_a_language_model_and_back(row, tmp_path):
+    model = row.causal_lm()
+    model.save_pretrained(tmp_path / "lm")
+    body = AutoModel.from_pretrained(tmp_path / "lm")
+    body.save_pretrained(tmp_path / "body")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "body")
+    with torch.no_grad():
+        assert torch.equal(again.model(tokens(2, 9))[0], model.model(tokens(2, 9))[0])
+
+
+@causal_rows
+def test_resized_vocabulary(row):
+    model = row.causal_lm()
+    model.resize_token_embeddings(VOCAB + 5)
+    assert model(tokens(1, 4)).logits.shape[-1] == VOCAB + 5
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@causal_rows
+def test_lora_on_all_linear_layers(row):
+    """Every adapter gets a gradient, generation works, and merging changes nothing."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(
+        row.causal_lm(torch.float64), peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2)
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:  # starts at zero, which would leave lora_A without a gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    wrapped(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
+    adapters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    linear = [n for n, m in row.causal_lm().named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert len(adapters) == 2 * len(linear)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapters.values())
+    wrapped.eval()
+    with torch.no_grad():
+        logits = wrapped(tokens(2, 9)).logits
+        text = wrapped.generate(tokens(1, 4), max_new_tokens=4)
+        merged = wrapped.merge_and_unload()
+        torch.testing.assert_close(merged(tokens(2, 9)).logits, logits, atol=1e-9, rtol=0)
+        assert torch.equal(merged.generate(tokens(1, 4), max_new_tokens=4), text)
+
+
+@causal_rows
+def test_lora_finds_targets_by_itself(row):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(row.causal_lm(), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    targeted = {n for n, m in wrapped.named_modules() if hasattr(m, "lora_A") and len(m.lora_A)}
+    assert len(targeted) >= row.config().num_hidden_layers
+    assert all(row.mixer in name for name in targeted)
+
+
+@first_rows
+def test_prompt_tuning(row):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(row.causal_lm(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    wrapped(tokens(2, 9), attention_mask=torch.ones(2, 9, dtype=torch.long), labels=tokens(2, 9)).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in wrapped.parameters() if p.requires_grad)
+    assert wrapped.generate(input_ids=tokens(1, 4), max_new_tokens=4).shape[1] >= 4
+
+
+@first_rows
+def test_prefix_tuning_is_refused(row):
+    """It injects keys and values, which a recurrent state has no place for."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(row.causal_lm(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises((ValueError, NotImplementedError), match=r"keys and values|does not belong"):
+        wrapped(tokens(2, 9))
+
+
+@pytest.mark.parametrize("category", [FutureWarning, DeprecationWarning])
+@pytest.mark.parametrize("module", ["transformers.trainer", "transformers", "hf_linear_attn.modeling.causal_lm"])
+def test_deprecations_of_transformers_are_errors(category, module):
+    """The filters in pyproject.toml act on every module of the packages, not only on the top one."""
+    with pytest.raises(category):
+        warnings.warn_explicit("soon gone", category, "file.py", 1, module=module)

@@ -1,0 +1,89 @@
+"""Transformers' own tests of a model (`ModelTesterMixin`, `ConfigTester`, `TrainingTesterMixin`) for every family and head.
+
+They come from the source archive of the installed version; every test that is left out says why.
+"""
+
+import unittest
+
+import torch
+from common.families import ROWS, Row
+from transformers_suite import archive
+
+modeling = archive.load("test_modeling_common")
+configuration = archive.load("test_configuration_common")
+training = archive.load("test_training_mixin")
+
+# Variants that differ in their modules or parameters; the others differ in arithmetic alone, which these tests do not look at.
+NAMES = ("leap", "fastformer", "fastformer-encoder")
+
+
+class Sizes:
+    """What the mixins ask for: sizes, a configuration and a batch."""
+
+    batch_size = 3
+    seq_length = 10
+    num_hidden_layers = 2
+    hidden_size = 32
+    num_attention_heads = 2
+    is_training = True
+
+    def __init__(self, row: Row):
+        self.row = row
+        config = self.get_config()
+        self.vocab_size, self.pad_token_id = config.vocab_size, config.pad_token_id
+        heads = row.heads()
+        self.base_model_class = heads["AutoModel"]
+        self.causal_lm_class = heads.get("AutoModelForCausalLM")
+        self.sequence_classification_class = heads["AutoModelForSequenceClassification"]
+
+    def get_config(self):
+        # The tests want Transformers' usual small weights.
+        layers = self.row.layers(self.num_hidden_layers)
+        return self.row.config(**layers, hidden_size=self.hidden_size, initializer_range=0.02)
+
+    def prepare_config_and_inputs_for_common(self):
+        ids = torch.randint(1, self.vocab_size, (self.batch_size, self.seq_length))
+        mask = torch.ones_like(ids)
+        mask[0, :3] = mask[1, 8:] = mask[2, 4] = 0
+        return self.get_config(), {"input_ids": ids, "attention_mask": mask}
+
+
+class MixinSettings(modeling.ModelTesterMixin, training.TrainingTesterMixin):
+    """The mixins with our settings; a class for each row inherits from it."""
+
+    row: Row
+    # At the mixin's 1e-3 the loss falls as asked, but the gradient has not vanished by its 300 steps.
+    training_overfit_learning_rate = 3e-3
+
+    def setUp(self):
+        self.model_tester = Sizes(self.row)
+
+    def test_config(self):
+        config_class = type(self.model_tester.get_config())
+        # `can_init_without_params` demands silence, and tiny heads draw our warning about the head size.
+        sizes = {"hidden_size": 64, "num_attention_heads": 1}
+        configuration.ConfigTester(self, config_class=config_class, **sizes).run_common_tests()
+
+    def test_retain_grad_hidden_states_attentions(self):
+        # Our maps are built beside the means, which are never computed from a T x T matrix: no gradient goes through them.
+        self.has_attentions = False
+        super().test_retain_grad_hidden_states_attentions()
+
+    def _create_text_training_batch(self, batch_size, seq_length, vocab_size):
+        batch = super()._create_text_training_batch(batch_size, seq_length, vocab_size)
+        if not self.row.causal:
+            # The mixin gives labels for tokens and the same text twice; a classifier of texts needs two that differ.
+            batch = {"input_ids": batch["input_ids"].clone(), "labels": torch.arange(batch_size)}
+            batch["input_ids"][1] += 20
+        return batch
+
+
+def _suite(row: Row) -> type:
+    name = "".join(part.capitalize() for part in row.name.split("-")) + "ModelTest"
+    bases = [MixinSettings, unittest.TestCase]
+    if row.causal:
+        bases.insert(1, archive.NoGenerationTests)
+    return type(name, tuple(bases), {"row": row, "all_model_classes": tuple(row.heads().values())})
+
+
+globals().update({suite.__name__: suite for suite in map(_suite, (row for row in ROWS if row.name in NAMES))})
