@@ -153,7 +153,17 @@ def test_an_earlier_run_is_not_overwritten_unasked(tiny):
     train_language_model(tiny())
     with pytest.raises(ValueError, match="holds an earlier run"):
         train_language_model(tiny())
-    assert train_language_model(tiny(overwrite=True))["steps"] == 6
+    folder = Path(tiny().output)
+    (folder / "notes.txt").write_text("mine")
+    assert train_language_model(tiny(overwrite=True, steps=2))["steps"] == 2
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (folder / "notes.txt").exists()
+
+
+def test_a_run_that_cannot_start_leaves_no_trace(tiny):
+    with pytest.raises(ValueError, match="does not exist"):
+        train_language_model(tiny(data=["absent.txt"]))
+    assert not Path(tiny().output).exists()
 
 
 def test_resume_before_the_first_checkpoint_starts_at_the_beginning(tiny, capsys):
