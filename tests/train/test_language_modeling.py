@@ -91,7 +91,7 @@ class StopAfter(TrainerCallback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_continues_with_the_same_losses(tiny, tmp_path, monkeypatch, number):
+def test_interrupted_run_continues_with_the_same_losses(tiny, tmp_path, monkeypatch, capsys, number):
     changes = {"dropout": 0.2, "steps": 10, "accumulate": 2}  # dropout: the random state must come back, too
     whole = train_language_model(tiny(output=str(tmp_path / "whole"), **changes))
 
@@ -106,12 +106,16 @@ def test_interrupted_run_continues_with_the_same_losses(tiny, tmp_path, monkeypa
         train_language_model(tiny(output=output, **changes))
     assert stopped.value.signal_number == number
     monkeypatch.setattr(language_modeling, "Trainer", original)
+    capsys.readouterr()
     resumed = train_language_model(TrainingOptions.for_resume({"output": output}))
+    printed = capsys.readouterr().out
+    assert "step     6/10  training loss" in printed
+    assert "step     5/10" not in printed, "the run began again instead of going on"
     assert losses(resumed) == losses(whole)
     assert resumed["test"] == whole["test"]
 
 
-def test_killed_process_resumes_from_its_last_complete_checkpoint(tiny, tmp_path):
+def test_killed_process_resumes_from_its_last_complete_checkpoint(tiny, tmp_path, capsys):
     """A kill -9 in the middle of a run, a half-written checkpoint on top: the curve is that of the undisturbed run."""
     options = tiny(output=str(tmp_path / "killed"), steps=120, save_every=5, eval_every=60)
     code = (
@@ -135,6 +139,7 @@ def test_killed_process_resumes_from_its_last_complete_checkpoint(tiny, tmp_path
     (half_written / "trainer_state.json").write_text('{"global_step": ')
 
     resumed = train_language_model(TrainingOptions.for_resume({"output": options.output}))
+    assert f"step {reached:>5}/120" not in capsys.readouterr().out, "the run began again instead of going on"
     whole = train_language_model(tiny(output=str(tmp_path / "whole"), steps=120, save_every=5, eval_every=60))
     assert losses(resumed) == losses(whole)
 
@@ -153,7 +158,17 @@ def test_an_earlier_run_is_not_overwritten_unasked(tiny):
     train_language_model(tiny())
     with pytest.raises(ValueError, match="holds an earlier run"):
         train_language_model(tiny())
-    assert train_language_model(tiny(overwrite=True))["steps"] == 6
+    folder = Path(tiny().output)
+    (folder / "notes.txt").write_text("mine")
+    assert train_language_model(tiny(overwrite=True, steps=2))["steps"] == 2
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (folder / "notes.txt").exists()
+
+
+def test_a_run_that_cannot_start_leaves_no_trace(tiny):
+    with pytest.raises(ValueError, match="does not exist"):
+        train_language_model(tiny(data=["absent.txt"]))
+    assert not Path(tiny().output).exists()
 
 
 def test_resume_before_the_first_checkpoint_starts_at_the_beginning(tiny, capsys):

@@ -70,7 +70,7 @@ def parser() -> Parser:
         "--steps", type=int, default=1000, metavar="INT", help="optimizer steps of each model (default: 1000)"
     )
     made.add_argument(
-        "--output", default="outputs/demo", metavar="FOLDER", help="results, deleted first (default: outputs/demo)"
+        "--output", default="outputs/demo", metavar="FOLDER", help="folder of the results (default: outputs/demo)"
     )
     made.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: all cores, at most 8)")
     made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of weights and batches (default: 0)")

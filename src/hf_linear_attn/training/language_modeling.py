@@ -62,7 +62,7 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
     Raises ValueError for options that do not fit, TrainingInterrupted after Ctrl-C or SIGTERM (a checkpoint has been
     written).
     """
-    folder = _prepare_folder(options)
+    folder = _free_folder(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     data = load_text(options)
@@ -76,33 +76,13 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model: {options.family}, {parameters / 1e6:.2f} million parameters")
 
-    rows_per_step = options.batch_size * options.accumulate
-    train = TokenBlocks(text.ids["train"], options.block_length, name="train").keep_multiple_of(rows_per_step)
-    sample = TokenBlocks(text.ids["validation"], options.block_length, options.eval_tokens, name="validation")
+    tokens_per_step = options.batch_size * options.accumulate * options.block_length
+    throughput, stop = Throughput(tokens_per_step), StopOnSignal()
+    trainer = _trainer(options, model, tokenizer, text, folder, [throughput, stop])
     limit = options.final_eval_tokens
     final = {split: TokenBlocks(text.ids[split], options.block_length, limit, name=split) for split in SPLITS[1:]}
-    arguments = training_arguments(options, folder, len(train))
-    tokens_per_step = rows_per_step * options.block_length
-    throughput, stop = Throughput(tokens_per_step), StopOnSignal()
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=sample,
-        processing_class=tokenizer,
-        data_collator=stack_blocks,
-        callbacks=[throughput, stop],
-    )
-    TrainingProgress.replace_default(trainer, show_bar=not options.quiet)
-    checkpoint = last_complete_checkpoint(folder) if options.resume else None
-    if options.resume:
-        print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the first step")
-    started = time.perf_counter()
-    with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise TrainingInterrupted(trainer.state.global_step, folder, stop.received)
-    training_seconds = time.perf_counter() - started
+    _start_folder(options, folder)
+    seconds = _run(trainer, stop, folder, options.resume)
     peak = peak_memory_mb()  # of training: before the final evaluation
 
     report = {
@@ -112,7 +92,7 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "tokens_per_step": tokens_per_step,
         "training_tokens": trainer.state.global_step * tokens_per_step,
-        "training_seconds": round(training_seconds, 1),
+        "training_seconds": round(seconds, 1),
         "tokens_per_second": throughput.tokens_per_second,
         "peak_memory_mb": round(peak, 1),
         **{split: evaluate_split(trainer, final[split], text, split) for split in final},
@@ -122,6 +102,37 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
     }
     _save(trainer, tokenizer, report, folder)
     return report
+
+
+def _trainer(options: TrainingOptions, model, tokenizer, text: TokenizedText, folder: Path, callbacks: list) -> Trainer:
+    """Trainer over the training blocks, with a sample of the validation blocks for its evaluations."""
+    rows_per_step = options.batch_size * options.accumulate
+    train = TokenBlocks(text.ids["train"], options.block_length, name="train").keep_multiple_of(rows_per_step)
+    sample = TokenBlocks(text.ids["validation"], options.block_length, options.eval_tokens, name="validation")
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(options, folder, len(train)),
+        train_dataset=train,
+        eval_dataset=sample,
+        processing_class=tokenizer,
+        data_collator=stack_blocks,
+        callbacks=callbacks,
+    )
+    TrainingProgress.replace_default(trainer, show_bar=not options.quiet)
+    return trainer
+
+
+def _run(trainer: Trainer, stop: StopOnSignal, folder: Path, resume: bool) -> float:
+    """Train from the start or from the last checkpoint; returns the seconds. TrainingInterrupted after a signal."""
+    checkpoint = last_complete_checkpoint(folder) if resume else None
+    if resume:
+        print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the first step")
+    started = time.perf_counter()
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise TrainingInterrupted(trainer.state.global_step, folder, stop.received)
+    return time.perf_counter() - started
 
 
 def training_arguments(options: TrainingOptions, folder: Path, rows: int) -> TrainingArguments:
@@ -191,22 +202,30 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _prepare_folder(options: TrainingOptions) -> Path:
-    """Make the output folder, and refuse to mix two runs in it."""
+def _free_folder(options: TrainingOptions) -> Path:
+    """The output folder, after refusing to mix two runs in it. Nothing is written yet: a later error leaves no trace."""
     folder = Path(options.output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output={options.output!r} is a file, not a folder")
-    if (folder / OPTIONS_FILE).exists() and not options.resume:
-        if not options.overwrite:
-            raise ValueError(
-                f"output={options.output!r} holds an earlier run: continue it with --resume, delete it with "
-                "--overwrite, or name another folder"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not options.resume:
-        options.save(folder)
+    if (folder / OPTIONS_FILE).exists() and not (options.resume or options.overwrite):
+        raise ValueError(
+            f"output={options.output!r} holds an earlier run: continue it with --resume, replace it with "
+            "--overwrite, or name another folder"
+        )
     return folder
+
+
+def _start_folder(options: TrainingOptions, folder: Path) -> None:
+    """Make the folder and note the options in it; of an earlier run that is replaced, remove what could be taken for the new."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.resume:
+        return
+    if (folder / OPTIONS_FILE).exists():
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        for name in (REPORT_FILE, "learning_curve.json", "learning_curve.png", "model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+    options.save(folder)
 
 
 def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> None:

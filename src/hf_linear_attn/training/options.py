@@ -101,7 +101,7 @@ class TrainingOptions:
         "outputs/train", "run", "folder for the model, its checkpoints, curve and report", metavar="FOLDER"
     )
     resume: bool = option(False, "run", "continue the interrupted run in the output folder, with its own options", bool)
-    overwrite: bool = option(False, "run", "delete an earlier run in the output folder first", bool)
+    overwrite: bool = option(False, "run", "replace an earlier run in the output folder", bool)
     log_every: int = option(20, "run", "steps between two points of the training curve", int)
     eval_every: int | None = option(None, "run", "steps between two evaluations (default: a tenth of the run)", int)
     eval_tokens: int = option(50_000, "run", "validation tokens of such an evaluation, from all over the split", int)
@@ -159,7 +159,7 @@ class TrainingOptions:
         if self.data and self.dataset:
             raise ValueError("give data (files) or dataset (a name on the Hub), not both")
         if self.resume and self.overwrite:
-            raise ValueError("resume continues the run that overwrite would delete: give one of the two")
+            raise ValueError("resume continues the run that overwrite would replace: give one of the two")
         if self.windows is not None and self.all_global:
             raise ValueError("windows and all_global contradict each other: give one of the two")
         self.layer_windows()
