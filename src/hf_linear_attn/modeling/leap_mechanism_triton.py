@@ -412,7 +412,8 @@ def _carry(call, seed, state_sum, state_norm):
     """What came before each chunk of a global layer, the document it belongs to, and the state after the row."""
     total, norm = call.scratch()
     _totals_kernel[call.grid](
-        *call.inputs, total, norm, *call.pointers(seed), call.dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.load_flags,
+        *call.inputs, total, norm, *call.pointers(seed), call.dropout, call.scale,
+        call.T, call.H, call.N, *call.strides, **call.load_flags,
     )  # fmt: skip
     last, first = (None, None) if call.segments is None else call.ends()
     running, running_norm = _running(total, norm, last)
