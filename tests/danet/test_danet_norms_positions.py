@@ -86,7 +86,7 @@ def test_cosine_has_a_frequency_for_every_feature():
 
 def test_rope_rotates_the_halves_of_each_head():
     x = torch.randn(1, 3, 2, 4, dtype=torch.float64)
-    out = apply_position_factors(x, position_factors("rope", torch.tensor([[0, 1, 5]]), 4, 1e4, torch.float64))
+    out = apply_position_factors(x, position_factors("rotary", torch.tensor([[0, 1, 5]]), 4, 1e4, torch.float64))
     angle = angles([0, 0.5])[:, :, None]
     torch.testing.assert_close(out[..., :2], x[..., :2] * angle.cos() - x[..., 2:] * angle.sin())
     torch.testing.assert_close(out[..., 2:], x[..., 2:] * angle.cos() + x[..., :2] * angle.sin())
@@ -96,7 +96,7 @@ def test_rope_scores_depend_on_the_offset_alone_for_any_number_of_heads():
     q, k = torch.randn(2, 1, 6, 3, 4, dtype=torch.float64)
     scores = []
     for start in (0, 1000):
-        factors = position_factors("rope", torch.arange(start, start + 6)[None], 4, 1e4, torch.float64)
+        factors = position_factors("rotary", torch.arange(start, start + 6)[None], 4, 1e4, torch.float64)
         scores.append(
             torch.einsum("bihd,bjhd->bhij", apply_position_factors(q, factors), apply_position_factors(k, factors))
         )
@@ -111,11 +111,11 @@ def test_sinusoids():
 
 
 def test_half_precision_positions_are_computed_in_float32():
-    exact = position_factors("rope", torch.tensor([[4097]]), 8, 1e4, torch.float64)[0]
-    half = position_factors("rope", torch.tensor([[4097]]), 8, 1e4, torch.bfloat16)[0]
+    exact = position_factors("rotary", torch.tensor([[4097]]), 8, 1e4, torch.float64)[0]
+    half = position_factors("rotary", torch.tensor([[4097]]), 8, 1e4, torch.bfloat16)[0]
     torch.testing.assert_close(half.double(), exact, rtol=0, atol=1e-2)
 
 
 def test_an_unknown_position_kind_is_refused():
-    with pytest.raises(ValueError, match="rotary"):
-        position_factors("rotary", torch.tensor([[0]]), 4, 1e4, torch.float32)
+    with pytest.raises(ValueError, match="rope"):
+        position_factors("rope", torch.tensor([[0]]), 4, 1e4, torch.float32)

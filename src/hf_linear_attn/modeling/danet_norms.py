@@ -105,6 +105,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 VECTOR_NORMS = {
     "max_norm": (float("inf"), None),
+    "fixed_max_norm": (float("inf"), None),
     "scaled_max_norm": (float("inf"), "after"),
     "prescaled_max_norm": (float("inf"), "before"),
     "uncentered_ln": (1.0, "after"),

@@ -6,7 +6,7 @@ Source: DANet specification, section 4.
 
 import torch
 
-RELATIVE_KINDS = ("rope", "cosine", "cos_minus_sin")
+RELATIVE_KINDS = ("rotary", "cosine", "cos_minus_sin")
 
 PositionFactors = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -21,21 +21,21 @@ def position_factors(
 ) -> PositionFactors:
     """Multipliers `(B or 1, T, 1, D)` of the positions `(B or 1, T)`, the same for every head.
 
-    * rope: angle t * theta^(-2j/D), j < D/2, in the half layout; the pair (cos, signed sin).
+    * rotary: angle t * theta^(-2j/D), j < D/2, in the half layout; the pair (cos, signed sin).
     * cosine: cos(t * theta^(-i/D)), i < D: every feature has a frequency of its own.
     * cos_minus_sin: cos(angle) - sin(angle) of the same angles.
 
     The second element is None where the multiplier acts on each feature alone. Raises ValueError for another kind.
     """
     compute = position_dtype(dtype)
-    if kind == "rope":
+    if kind == "rotary":
         exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=compute) / head_dim
     elif kind in RELATIVE_KINDS:
         exponent = torch.arange(head_dim, device=position_ids.device, dtype=compute) / head_dim
     else:
         raise ValueError(f"`kind` is {kind!r}; relative positions are one of {RELATIVE_KINDS}")
     angles = position_ids.to(compute)[..., None, None] * theta**-exponent  # (B, T, 1, D or D/2)
-    if kind == "rope":
+    if kind == "rotary":
         cos, sin = angles.cos(), angles.sin()
         # The minus sign of rotate_half lives in the table, so that applying it is a roll and two products.
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
