@@ -49,7 +49,10 @@ _FIELDS = {
     "attn_proj_biases": "attention_bias",
 }
 _HANDLED = {"pos_emb_type", "relpe_type", "swiglu_ffn", "pooler_no_dense", "local_attention", "local_scheme"}
-_WITHOUT_EFFECT = {"hidden_act", "hybrid"}  # the published feed-forward layer is always ReLU; the scheme names hybrid layers
+_WITHOUT_EFFECT = {
+    "hidden_act",
+    "hybrid",
+}  # the published feed-forward layer is always ReLU; the scheme names hybrid layers
 _RELATIVE = {"rope": "rotary", "cosine": "cosine", "cos_minus_sin": "cos_minus_sin", None: "none"}
 
 # Published defaults that differ from ours, for configuration files that leave a field out.
@@ -103,7 +106,9 @@ def config_from_published(config: dict[str, Any]) -> DanetConfig:
         if name in _FIELDS:
             ours[_FIELDS[name]] = value
         elif name == "default_ffn_norm" and value is not None:
-            raise ValueError("`default_ffn_norm` is set: merge the scaled feed-forward weights first, then leave it out")
+            raise ValueError(
+                "`default_ffn_norm` is set: merge the scaled feed-forward weights first, then leave it out"
+            )
         elif name not in _HANDLED | _WITHOUT_EFFECT | {"default_ffn_norm"}:
             raise ValueError(f"unknown published field {name!r}; known are {sorted(set(_FIELDS) | _HANDLED)}")
     ours["ffn_type"] = "swiglu" if published.get("swiglu_ffn") else "relu"
@@ -152,7 +157,9 @@ def fuse_norm_weights(model: DanetPreTrainedModel, pre: bool = True, post: bool 
     """
     config = model.config
     if pre and config.pre_norm != "scaled_max_norm":
-        raise ValueError(f"`pre_norm` is {config.pre_norm!r}; only the gains of 'scaled_max_norm' can be fused: `pre=False`")
+        raise ValueError(
+            f"`pre_norm` is {config.pre_norm!r}; only the gains of 'scaled_max_norm' can be fused: `pre=False`"
+        )
     if post and config.post_norm != "prescaled_max_norm":
         raise ValueError(
             f"`post_norm` is {config.post_norm!r}; only the gains of 'prescaled_max_norm' can be fused: `post=False`"

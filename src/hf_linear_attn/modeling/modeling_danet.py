@@ -163,7 +163,10 @@ class DanetModel(DanetPreTrainedModel):
         positions = sequence.position_ids
         if self.embed_positions is not None:
             if sequence.mask is not None:
-                positions = positions.masked_fill(~sequence.mask, 0)
+                # Any legal position would do for padding; its column is what the published model pools over.
+                columns = torch.arange(positions.shape[1], device=positions.device)
+                columns = columns.clamp(max=self.config.max_position_embeddings - 1)
+                positions = torch.where(sequence.mask, positions, columns)
             hidden_states = hidden_states + self.embed_positions(positions)
         elif self.config.position_embedding_type == "sinusoidal":
             hidden_states = hidden_states + sinusoidal_embeddings(
