@@ -28,13 +28,13 @@ def tensors(batch=2, length=11, heads=2, dim=3, seed=0, requires_grad=False):
 
 
 @pytest.mark.parametrize(("pattern", "causal"), CASES)
-@pytest.mark.parametrize("length", range(1, 14))
 @pytest.mark.parametrize("chunk", [1, 4, 8])
-def test_every_length_equals_the_pattern_written_out(pattern, causal, length, chunk):
-    q, k, v = tensors(length=length)
-    out, state = dense_attention(q, k, v, pattern=pattern, is_causal=causal, window_size=WINDOW, chunk_size=chunk)
-    torch.testing.assert_close(out, brute_force(q, k, v, pattern, WINDOW, causal), **TOL)
-    assert state is None
+def test_every_length_equals_the_pattern_written_out(pattern, causal, chunk):
+    for length in range(1, 3 * chunk + 2):
+        q, k, v = tensors(batch=1, length=length)
+        out, state = dense_attention(q, k, v, pattern=pattern, is_causal=causal, window_size=WINDOW, chunk_size=chunk)
+        torch.testing.assert_close(out, brute_force(q, k, v, pattern, WINDOW, causal), **TOL)
+        assert state is None
 
 
 @pytest.mark.parametrize(("pattern", "causal"), CASES)
@@ -221,7 +221,7 @@ def test_half_precision_keeps_its_state_in_float32():
 
 
 def test_a_long_decode_in_bfloat16_keeps_the_state():
-    steps, dim = 4096, 8
+    steps, dim = 16384, 8
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(1, steps, 1, dim, generator=generator) * 0.1).to(torch.bfloat16)
     _, state = dense_attention(x[:, :1], x[:, :1], x[:, :1], is_causal=True, output_final_state=True)

@@ -22,7 +22,10 @@ from .dense_attention_orders import (
     banded_attention,
     bidirectional_attention,
     causal_attention,
+    chunk_padding,
+    crop_tokens,
     document_attention,
+    more_than,
     sliding_attention,
 )
 from .dense_attention_state import (
@@ -197,16 +200,16 @@ def _count(lengths: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 def _aligned_windows(query, key, value, shift, window, is_causal, mode, chunk_size) -> torch.Tensor:
     """L and sl from rank 0: windows are a reshape. `shift` empty slots stand before the first token."""
     batch, length, heads, head_dim = query.shape
-    if shift + length <= window:  # one window holds everything
+    if not more_than(shift + length, window):  # one window holds everything
         if is_causal:
             return causal_attention(query, key, value, chunk_size, None)[0]
         return bidirectional_attention(query, key, value, mode)
-    behind = -(shift + length) % window
+    number, behind = chunk_padding(shift + length, window)
 
     def windows(states):  # (B, T, H, D) -> (B * n, w, H, D)
-        if shift or behind:
+        if shift or more_than(behind, 0):
             states = F.pad(states, (0, 0, 0, 0, shift, behind))
-        return states.reshape(-1, window, heads, head_dim)
+        return states.reshape(batch * number, window, heads, head_dim)
 
     shared = value is key
     query, key = windows(query), windows(key)
@@ -215,7 +218,7 @@ def _aligned_windows(query, key, value, shift, window, is_causal, mode, chunk_si
         out, _ = causal_attention(query, key, value, chunk_size, None)
     else:
         out = bidirectional_attention(query, key, value, mode)
-    return out.reshape(batch, -1, heads, head_dim)[:, shift : shift + length]
+    return crop_tokens(out.reshape(batch, number * window, heads, head_dim), shift, length)
 
 
 def _windows_by_rank(query, key, value, pattern, is_causal, window, segment_ids, state) -> torch.Tensor:

@@ -18,17 +18,45 @@ def _heads_first(states: torch.Tensor) -> torch.Tensor:
     )
 
 
+def more_than(number: int, bound: int) -> bool:
+    """`number > bound`, and True for the symbolic sizes of torch.export:
+    a comparison would tie the program to one answer.
+    """
+    return not isinstance(number, int) or number > bound
+
+
+def at_most(number: int, bound: int) -> int:
+    """The smaller one, or `bound` for a symbolic size, so that an exported program serves every length."""
+    return bound if more_than(number, bound) else number
+
+
+def chunk_padding(length: int, chunk: int) -> tuple[int, int]:
+    """How many chunks hold `length` tokens, and how many empty slots stand in the last:
+    10 tokens in chunks of 4 give (3, 2).
+    """
+    number = (length + chunk - 1) // chunk
+    return number, number * chunk - length
+
+
 def _chunks(states: torch.Tensor, chunk: int) -> torch.Tensor:
     """(B, T, H, D) -> (B, n, H, C, D), zeros behind the last token."""
-    behind = -states.shape[1] % chunk
-    if behind:
+    number, behind = chunk_padding(states.shape[1], chunk)
+    if more_than(behind, 0):
         states = F.pad(states, (0, 0, 0, 0, 0, behind))
-    return states.unflatten(1, (-1, chunk)).transpose(2, 3)
+    return states.unflatten(1, (number, chunk)).transpose(2, 3)
+
+
+def crop_tokens(states: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """Tokens `start` to `start + length` of `(B, T, ...)`."""
+    if isinstance(length, int):
+        return states[:, start : start + length]
+    # Whether a slice is contiguous depends on its length, which an exported program may not ask: it copies.
+    return states.index_select(1, torch.arange(start, start + length, device=states.device))
 
 
 def _from_chunks(out: torch.Tensor, length: int) -> torch.Tensor:
     """(B, n, H, C, D) -> (B, T, H, D)."""
-    return out.transpose(2, 3).flatten(1, 2)[:, :length]
+    return crop_tokens(out.transpose(2, 3).flatten(1, 2), 0, length)
 
 
 def bidirectional_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mode: str) -> torch.Tensor:
@@ -36,7 +64,7 @@ def bidirectional_attention(query: torch.Tensor, key: torch.Tensor, value: torch
 
     "auto" is linear when D <= T. Specification 1.2.
     """
-    linear = mode == "linear" or (mode == "auto" and query.shape[3] <= query.shape[1])
+    linear = mode == "linear" or (mode == "auto" and more_than(query.shape[1], query.shape[3] - 1))
     shared = value is key
     query, key = _heads_first(query), _heads_first(key)
     value = key if shared else _heads_first(value)
@@ -58,18 +86,19 @@ def causal_attention(
     O(T (C + D)) a feature. Products run in the input's dtype, the running sum over chunks in float32 at least.
     """
     length, shared = query.shape[1], value is key
-    query, key = _chunks(query, min(chunk, length)), _chunks(key, min(chunk, length))
-    value = key if shared else _chunks(value, min(chunk, length))
+    chunk = at_most(length, chunk)
+    query, key = _chunks(query, chunk), _chunks(key, chunk)
+    value = key if shared else _chunks(value, chunk)
     # First phase: tokens of the same chunk.
     out = (query @ key.transpose(-1, -2)).tril() @ value  # (B, n, H, C, D)
     # Second phase: what each chunk writes, summed up to and including it.
     written = (key.transpose(-1, -2) @ value).to(accumulation_dtype(query.dtype))  # (B, n, H, D, D)
-    sums = written.cumsum(1) if written.shape[1] > 1 else written
+    sums = written.cumsum(1) if more_than(written.shape[1], 1) else written
     if memory is not None:
         sums = sums + memory[:, None].to(sums.dtype)
         out[:, :1] += query[:, :1] @ memory[:, None].to(query.dtype)
     # Third phase: tokens of earlier chunks.
-    if out.shape[1] > 1:
+    if more_than(out.shape[1], 1):
         out[:, 1:] += query[:, 1:] @ sums[:, :-1].to(query.dtype)
     return _from_chunks(out, length), sums[:, -1]
 
@@ -80,11 +109,11 @@ def sliding_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     Row r of a chunk sees r + 1 keys of its own chunk and w - 1 - r of the previous one. Specification 1.4; O(T w).
     """
     length, shared = query.shape[1], value is key
-    chunk = min(window, length)
+    chunk = at_most(length, window)
     query, key = _chunks(query, chunk), _chunks(key, chunk)
     value = key if shared else _chunks(value, chunk)
     out = (query @ key.transpose(-1, -2)).tril() @ value
-    if out.shape[1] > 1:
+    if more_than(out.shape[1], 1):
         out[:, 1:] += (query[:, 1:] @ key[:, :-1].transpose(-1, -2)).triu(1) @ value[:, :-1]
     return _from_chunks(out, length)
 
@@ -117,12 +146,13 @@ def banded_attention(
         `sliding`.
     """
     length, shared = query.shape[1], value is key
-    chunk = min(window, length)
+    chunk = at_most(length, window)
     query, key = _chunks(query, chunk), _band(_chunks(key, chunk), causal)
     value = key if shared else _band(_chunks(value, chunk), causal)
 
     def pair(ids, fill):  # (B, T) -> (B, n, 1, C, 1) for queries and (B, n, 1, 1, 2 C or 3 C) for keys
-        ids = F.pad(ids, (0, -length % chunk), value=fill).unflatten(1, (-1, chunk))[:, :, None, :, None]
+        number, behind = chunk_padding(length, chunk)
+        ids = F.pad(ids, (0, behind), value=fill).unflatten(1, (number, chunk))[:, :, None, :, None]
         return ids, _band(ids, causal).transpose(-1, -2)
 
     # A band has empty slots before the first chunk: +1 keeps their zero apart from document 0.
@@ -170,11 +200,12 @@ def document_attention(
     after it.
     """
     batch, length, heads, head_dim = query.shape
-    chunk, shared = min(chunk, length), value is key
+    chunk, shared = at_most(length, chunk), value is key
     wide = accumulation_dtype(query.dtype)
     query, key = _chunks(query, chunk), _chunks(key, chunk)
     value = key if shared else _chunks(value, chunk)
-    ids = F.pad(segment_ids, (0, -length % chunk), value=-1).unflatten(1, (-1, chunk))  # (B, n, C)
+    number, behind = chunk_padding(length, chunk)
+    ids = F.pad(segment_ids, (0, behind), value=-1).unflatten(1, (number, chunk))  # (B, n, C)
     same = ids[:, :, :, None] == ids[:, :, None, :]
     scores = (query @ key.transpose(-1, -2)) * same[:, :, None]
     out = (scores.tril() if causal else scores) @ value
@@ -194,7 +225,7 @@ def document_attention(
     edges = F.pad(ids.amax(-1), (1, 0))
     before = _document_sums(torch.cat((memory[:, None].to(wide), written_at(edges[:, 1:])), dim=1), edges)
     out = out + read(before[:, :-1], query, ids, edges[:, :-1])
-    if not causal and out.shape[1] > 1:
+    if not causal and more_than(out.shape[1], 1):
         # Later chunks: the same scan from the other side, with the document of the first slot.
         edges = ids[:, :, 0]
         after = _document_sums(written_at(edges).flip(1), edges.flip(1)).flip(1)

@@ -92,7 +92,7 @@ def read_ring(query, pattern, window, segment_ids, state: DenseAttentionState) -
     can.
     """
     length = query.shape[1]
-    near = min(length, window - 1)
+    near = min(length, window - 1) if isinstance(length, int) else length
     ranks, current = _ranks(query, segment_ids, state)
     ring = _ring_ranks(state.count, window)  # (B, w)
     reads = (ring[:, None, :] > ranks[:, :near, None] - window) & current[:, :near, None]  # (B, near, w)
@@ -143,7 +143,9 @@ def final_state(
 
     if pattern == "sw":
         return DenseAttentionState(_final_ring(key, value, window, lengths, count, new, goes_on, initial), count)
-    tail = length if pattern == "g" or window is None else min(window, length)
+    # A symbolic length (torch.export) is never compared: the last w slots may then begin before the first one.
+    short = isinstance(length, int) and window is not None and length <= window
+    tail = length if pattern == "g" or window is None or short else window
     slots = lengths[:, None] - tail + torch.arange(tail, device=key.device)  # (B, tail), the last real tokens
     ranks = count[:, None] - tail + torch.arange(tail, device=key.device)
     mine = slots >= (lengths - new)[:, None]

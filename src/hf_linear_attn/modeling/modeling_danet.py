@@ -395,13 +395,13 @@ class DanetForMultipleChoice(DanetPreTrainedModel):
         if given is None or given.dim() != (3 if input_ids is not None else 4):
             shape = None if given is None else tuple(given.shape)
             raise ValueError(f"multiple choice takes inputs of shape (batch, choices, length), got {shape}")
-        inputs = [
+        input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds = (
             None if x is None else x.flatten(0, 1)
-            for x in (input_ids, attention_mask, inputs_embeds, position_ids, token_type_ids)
-        ]
-        kwargs = {**kwargs, "position_ids": inputs[3], "token_type_ids": inputs[4]}
-        output = self.model(**_body_arguments(*inputs[:3], kwargs))
-        pooled = self.pooler(output.last_hidden_state, inputs[1], inputs[0])
+            for x in (input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
+        )
+        kwargs = {**kwargs, "position_ids": position_ids, "token_type_ids": token_type_ids}
+        output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
+        pooled = self.pooler(output.last_hidden_state, attention_mask, input_ids)
         logits = self.classifier(self.dropout(pooled)).view(given.shape[:2])
         loss = None
         if labels is not None:
