@@ -1,9 +1,8 @@
 """Causal DANet: the state against the whole text, and every mode of generate() with the cache against without."""
 
-import copy
-
 import pytest
 import torch
+import torch._dynamo.testing
 from transformers import DynamicCache, StaticCache, set_seed
 
 from hf_linear_attn import DanetForCausalLM, RecurrentCache
@@ -180,13 +179,14 @@ def test_undone_tokens_leave_no_trace(name, remove):
         torch.testing.assert_close(out[i], model(text, use_cache=False).logits[0, -3:], **TOL)
 
 
+@torch.no_grad()
 def test_a_saved_conversation_resumes_and_forks(tmp_path):
     model = decoder("g_softmax_sw")
     ids, more = tokens(2, 7), tokens(2, 2, seed=5)
     cache = RecurrentCache(config=model.config)
     model(ids, past_key_values=cache)
     cache.save(tmp_path / "state.safetensors")
-    fork = copy.deepcopy(cache)
+    fork = cache.fork()
     expected = model(more, past_key_values=cache).logits
     loaded = RecurrentCache.load(tmp_path / "state.safetensors", model.config)
     assert torch.equal(model(more, past_key_values=loaded).logits, expected)
@@ -220,6 +220,7 @@ def test_the_loss_shifts_inside_documents_and_texts():
     torch.testing.assert_close(model(ids, attention_mask=mask, labels=ids).loss, expected)
 
 
+@torch.no_grad()
 def test_decoding_compiles_once():
     torch._dynamo.reset()
     model = decoder("sw_sw_g swiglu", dtype=torch.float32)
