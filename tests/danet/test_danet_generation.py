@@ -6,6 +6,7 @@ import torch._dynamo.testing
 from transformers import DynamicCache, StaticCache, set_seed
 
 from hf_linear_attn import DanetForCausalLM, RecurrentCache
+from hf_linear_attn.modeling import danet_block, danet_context
 from tests.danet.models import DECODERS, VOCAB, config, decoder, pad, tokens
 
 TOL = {"rtol": 1e-9, "atol": 1e-9}
@@ -110,6 +111,26 @@ def test_generation_with_the_cache_equals_without(name, mode):
         for i, row in enumerate(rows):
             alone = generate(model, row[None], **MODES[mode]).sequences[:, len(row) :]
             assert torch.equal(with_cache.sequences[i * returns : (i + 1) * returns, 9:], alone)
+
+
+def test_control_windows_that_count_columns_are_seen(monkeypatch):
+    """Broken on purpose: without the order that puts real tokens first, padding shifts the windows."""
+    layout = danet_context.token_layout
+
+    def by_columns(*args):
+        return layout(*args)._replace(order=None, slots=None)
+
+    monkeypatch.setattr(danet_context, "token_layout", by_columns)
+    for name in (MIXED, "l_sl_g learned"):
+        with pytest.raises(AssertionError):
+            test_generation_with_the_cache_equals_without(name, "greedy")
+
+
+def test_control_documents_that_share_a_state_are_seen(monkeypatch):
+    """Broken on purpose: a state that forgets which tokens are of its document is noticed."""
+    monkeypatch.setattr(danet_block.DenseAttentionState, "count", property(lambda state: state[1] + 1))
+    with pytest.raises(AssertionError):
+        test_after_packed_documents_the_last_one_goes_on(MIXED)
 
 
 def test_beams_really_change_rows():

@@ -86,6 +86,7 @@ class DenseAttention(nn.Module):
             )
             if context.keep is not None:
                 hidden_states = hidden_states * context.keep.to(hidden_states.dtype)
+        self._check_state(state, hidden_states)
         layout, in_slots = context.layout, works_in_slots(self.pattern, context.layout)
         if in_slots:
             hidden_states = take_tokens(hidden_states, layout.order)
@@ -113,6 +114,19 @@ class DenseAttention(nn.Module):
             )
         scores = self._scores(query, key, layout, in_slots) if output_attentions else None
         return LayerOutput(mixed, scores, state=new_state if return_state else None)
+
+    def _check_state(self, state, hidden_states) -> None:
+        if state is None:
+            return
+        batch, head_dim = hidden_states.shape[0], self.config.hidden_size // self.num_heads
+        expected = (batch, self.num_heads, head_dim, head_dim)
+        if self.pattern == "sw":
+            expected = (batch, 2, self.window, self.num_heads, head_dim)
+        if tuple(state[0].shape) != expected:
+            raise ValueError(
+                f"the state of layer {self.layer_idx} has shape {tuple(state[0].shape)}, expected {expected}: it comes from "
+                "another model or another batch size"
+            )
 
     def _project(self, hidden_states, factors):
         """Queries, keys and values with their positions. Scheme "qkv" turns the input, before the projection."""
