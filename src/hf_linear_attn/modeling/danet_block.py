@@ -197,7 +197,9 @@ class DanetMLP(nn.Module):
             gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
             inner = self.dropout(F.silu(gate) * up)
         else:
-            inner = F.relu(self.dropout(self.up_proj(hidden_states)))
+            inner = F.relu(
+                self.dropout(self.up_proj(hidden_states)), inplace=True
+            )  # a product needs no output for backward
         return self.dropout(self.down_proj(inner))
 
 
