@@ -7,7 +7,7 @@ r"""DANet encoders against BERT (Transformers, SDPA) and a plain linear-attentio
 
 The sizes are BERT's. A DANet block has 9 d^2 weights and a BERT block 12 d^2, so DANet is 4/3 as deep. All have learned
 positions, compute in float32 without dropout and return hidden states. The linear-attention encoder is BERT with softmax
-replaced by the 1 + elu feature map. Each job's name tells what the operation counts alone would give: BERT's over those of our first model.
+replaced by the 1 + elu feature map. A job's name tells what operation counts alone would give: BERT's over our first model's.
 """
 
 from functools import partial

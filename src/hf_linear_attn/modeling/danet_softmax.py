@@ -140,7 +140,10 @@ def prepare_softmax_layers(
     documents = {} if segment_ids is None else {"and_mask_function": same_document}
     for layer_type in types:
         create = create_causal_mask if layer_type == "full_attention" else create_sliding_window_causal_mask
-        context.softmax_masks[layer_type] = create(config, hidden_states, attention_mask, past_key_values, **documents)
+        first = config.layer_types.index(layer_type)  # the layer of the cache whose length counts
+        context.softmax_masks[layer_type] = create(
+            config, hidden_states, attention_mask, past_key_values, layer_idx=first, **documents
+        )
     head_dim = config.hidden_size // config.softmax_attention_heads
     context.softmax_positions = position_factors(
         "rotary", position_ids, head_dim, config.rope_theta, hidden_states.dtype
