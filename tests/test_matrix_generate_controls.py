@@ -74,6 +74,8 @@ CONTROLS = {
 @causal_rows
 def test_the_check_sees_the_fault(row, control):
     breaks, check = control
+    if breaks.__name__ in row.immune:
+        pytest.skip("the construction of this family makes the fault harmless")
     if breaks is counts_stay_in_place and not row.positional:
         pytest.skip("without positions nothing depends on the counts")
     model = row.causal_lm(torch.float64)

@@ -29,4 +29,21 @@ def _leap_decode(settings: Settings) -> list[Job]:
     return decoding_jobs(settings)
 
 
-SUITES: dict[str, Callable[[Settings], list[Job]]] = {"leap-train": _leap_train, "leap-decode": _leap_decode}
+def _danet_forward(settings: Settings) -> list[Job]:
+    from .danet import jobs
+
+    return jobs(settings, training=False)
+
+
+def _danet_train(settings: Settings) -> list[Job]:
+    from .danet import jobs
+
+    return jobs(settings, training=True)
+
+
+SUITES: dict[str, Callable[[Settings], list[Job]]] = {
+    "leap-train": _leap_train,
+    "leap-decode": _leap_decode,
+    "danet-forward": _danet_forward,
+    "danet-train": _danet_train,
+}

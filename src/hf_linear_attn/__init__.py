@@ -7,8 +7,20 @@
 Notation in all docstrings: B batch, T time (tokens), H heads, D or E head size, C chunk, W window, M compressed width.
 """
 
+from .modeling.configuration_danet import DanetConfig
 from .modeling.configuration_fastformer import FastformerConfig
 from .modeling.configuration_leap import LeapConfig
+from .modeling.danet_block import DanetBlock, DenseAttention
+from .modeling.modeling_danet import (
+    DanetForCausalLM,
+    DanetForMaskedLM,
+    DanetForMultipleChoice,
+    DanetForPreTraining,
+    DanetForQuestionAnswering,
+    DanetForSequenceClassification,
+    DanetForTokenClassification,
+    DanetModel,
+)
 from .modeling.modeling_fastformer import (
     FastformerAttention,
     FastformerBlock,
@@ -34,6 +46,17 @@ from .version import __version__
 register_all()
 
 __all__ = [
+    "DanetBlock",
+    "DanetConfig",
+    "DanetForCausalLM",
+    "DanetForMaskedLM",
+    "DanetForMultipleChoice",
+    "DanetForPreTraining",
+    "DanetForQuestionAnswering",
+    "DanetForSequenceClassification",
+    "DanetForTokenClassification",
+    "DanetModel",
+    "DenseAttention",
     "FastformerAttention",
     "FastformerBlock",
     "FastformerConfig",

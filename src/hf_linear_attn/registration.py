@@ -3,7 +3,14 @@
 import transformers
 from transformers.models.auto import modeling_auto
 
-from .modeling import configuration_fastformer, configuration_leap, modeling_fastformer, modeling_leap
+from .modeling import (
+    configuration_danet,
+    configuration_fastformer,
+    configuration_leap,
+    modeling_danet,
+    modeling_fastformer,
+    modeling_leap,
+)
 
 AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
@@ -38,10 +45,23 @@ FAMILIES: dict[str, tuple[type, dict[str, type]]] = {
             "AutoModelForQuestionAnswering": modeling_fastformer.FastformerForQuestionAnswering,
         },
     ),
+    "danet": (
+        configuration_danet.DanetConfig,
+        {
+            "AutoModel": modeling_danet.DanetModel,
+            "AutoModelForCausalLM": modeling_danet.DanetForCausalLM,
+            "AutoModelForMaskedLM": modeling_danet.DanetForMaskedLM,
+            "AutoModelForPreTraining": modeling_danet.DanetForPreTraining,
+            "AutoModelForSequenceClassification": modeling_danet.DanetForSequenceClassification,
+            "AutoModelForTokenClassification": modeling_danet.DanetForTokenClassification,
+            "AutoModelForQuestionAnswering": modeling_danet.DanetForQuestionAnswering,
+            "AutoModelForMultipleChoice": modeling_danet.DanetForMultipleChoice,
+        },
+    ),
 }
 
 # Where PEFT puts adapters when the user names no target: family -> names of linear layers.
-LORA_TARGETS = {"leap": ["qfkv_proj"], "fastformer": ["qkv_proj"]}
+LORA_TARGETS = {"leap": ["qfkv_proj"], "fastformer": ["qkv_proj"], "danet": ["query_proj", "q_proj", "v_proj"]}
 
 
 def register_all() -> None:

@@ -18,7 +18,18 @@ VOCAB = 64
 TINY: dict[str, dict] = {
     "leap": {"layer_windows": [None, 2, 16], "initializer_range": 0.3},
     "fastformer": {"layer_windows": [None, 3, None], "initializer_range": 0.3},
+    "danet": {
+        "is_causal": True,
+        "layer_pattern": "sw_sl_g",
+        "window_size": 4,
+        "chunk_size": 8,
+        "scale_length": 32,
+        "initializer_range": 0.3,
+        "query_initializer_range": 0.3,
+    },
 }
+# A padded token enters DenseAttention as a zero row, which writes nothing, and a state holds its own counts.
+DANET_IMMUNE = ("mask_is_applied_too_early", "counts_stay_in_place")
 COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -47,6 +58,7 @@ class Row:
         explains: whether `output_attentions` and `output_focus_weights` are supported.
         traced: whether compiling and exporting it shows something that another row of its family does not.
         sharp: whether weights are so peaked that the rounding of half precision shows in the output.
+        immune: names of faults in the controls that this row's construction makes harmless.
     """
 
     name: str
@@ -60,6 +72,7 @@ class Row:
     explains: bool = True
     traced: bool = True
     sharp: bool = False
+    immune: tuple[str, ...] = ()
 
     def config(self, **changes):
         """A new tiny configuration."""
@@ -75,7 +88,8 @@ class Row:
     def heads(self) -> dict[str, type]:
         """Auto class name -> our class, for those this row can be built as."""
         heads = FAMILIES[self.family][1]
-        return {name: c for name, c in heads.items() if self.causal or name != "AutoModelForCausalLM"}
+        other = "AutoModelForMaskedLM" if self.causal else "AutoModelForCausalLM"
+        return {name: c for name, c in heads.items() if name != other}
 
     def build(self, head: str, dtype=torch.float32, seed: int = 0, **changes):
         """A model in evaluation mode with its own weights, always the same for the same seed."""
@@ -132,6 +146,46 @@ ROWS = [
         sharp=True,
     ),
     Row("fastformer-encoder", "fastformer", {"is_causal": False}, causal=False),
+    Row("danet", "danet", bounded=False, shift_invariant=True, explains=False, immune=DANET_IMMUNE),
+    Row(
+        "danet-swiglu",
+        "danet",
+        {"ffn_type": "swiglu", "layer_pattern": "sw_g"},
+        bounded=False,
+        shift_invariant=True,
+        explains=False,
+        immune=DANET_IMMUNE,
+    ),
+    Row(
+        "danet-learned",
+        "danet",
+        {"position_embedding_type": "learned", "layer_pattern": "l_sl_g"},
+        explains=False,
+        immune=DANET_IMMUNE,
+    ),
+    Row(
+        "danet-cosine",
+        "danet",
+        {"position_embedding_type": "cosine", "relpe_scheme": "qkv", "layer_pattern": "l_sl_sw"},
+        bounded=False,
+        explains=False,
+        immune=DANET_IMMUNE,
+    ),
+    Row(
+        "danet-encoder",
+        "danet",
+        {
+            "is_causal": False,
+            "layer_pattern": "l_sl_g",
+            "pre_norm": "scaled_max_norm",
+            "post_norm": "prescaled_max_norm",
+        },
+        causal=False,
+        bounded=False,
+        shift_invariant=True,
+        explains=False,
+        immune=DANET_IMMUNE,
+    ),
 ]
 CAUSAL = [row for row in ROWS if row.causal]
 

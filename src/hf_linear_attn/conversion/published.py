@@ -6,14 +6,15 @@ from importlib import import_module
 import torch
 
 # family -> module here whose `from_published(config, state_dict)` builds the model
-CONVERTERS = {"leap": "leap", "fastformer": "leap"}
+CONVERTERS = {"leap": "leap", "fastformer": "leap", "danet": "danet"}
 
 
 def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor]):
     """Build one of our models from a published package's configuration and parameter names.
 
     Args:
-        family (`str`): `"leap"` or `"fastformer"` (package leap-transformer) give `LeapForCausalLM` / `FastformerForCausalLM`.
+        family (`str`): `"leap"` or `"fastformer"` (package leap-transformer) give `LeapForCausalLM` / `FastformerForCausalLM`;
+            `"danet"` gives a `DanetForPreTraining` with the published scale, pooling and epsilon.
         config (`dict`): the published configuration fields.
         state_dict (`dict`): the published parameter names and tensors; the model takes their dtype.
 

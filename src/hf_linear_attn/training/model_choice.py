@@ -38,10 +38,13 @@ def build_config(options: TrainingOptions, tokenizer) -> Any:
         values["activation_function"] = "gelu_pytorch_tanh"
     else:
         values["hidden_dropout_prob"] = options.dropout  # and, by default, the attention_dropout
+    if options.family == "danet":
+        # A decoder whose global layers are scaled for the length that it is trained at.
+        values |= {"is_causal": True, "scale_length": options.block_length, "attention_dropout": options.dropout}
     values |= _window_fields(options)
     if options.position_embedding is not None:
-        if options.family != "leap":
-            raise ValueError(f"position_embedding is a choice of the family leap, not of {options.family}")
+        if options.family not in ("leap", "danet"):
+            raise ValueError(f"position_embedding is a choice of leap and danet, not of {options.family}")
         values["position_embedding_type"] = options.position_embedding
     default = AutoConfig.for_model(options.family)
     for key in options.config_fields():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 OPTIONS_FILE = "training_options.json"
-FAMILIES = ("leap", "fastformer", "gpt2")
+FAMILIES = ("leap", "fastformer", "danet", "gpt2")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 # What a resumed run may change: none of these alters the loss curve.
@@ -52,7 +52,7 @@ class TrainingOptions:
     )
     all_global: bool = option(False, "model", "no windows: every layer sees the whole past", bool)
     position_embedding: str | None = option(
-        None, "model", "how positions enter (leap; default: learned)", choices=("learned", "rotary")
+        None, "model", "how positions enter (leap: learned by default; danet: rotary)", choices=("learned", "rotary")
     )
     dropout: float = option(0.0, "model", "dropout probability everywhere in the model, 0 <= p < 1", float)
     config: list[str] = option(

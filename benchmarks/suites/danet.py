@@ -1,0 +1,128 @@
+r"""DANet encoders against BERT (Transformers, SDPA) and a plain linear-attention encoder of as many parameters.
+
+    python -m benchmarks.cpu_speed danet-forward danet-train --hidden-size 384 --num-layers 10 --num-heads 6 \
+        --vocab-size 30528                                                                      30M parameters
+    python -m benchmarks.cpu_speed danet-forward danet-train --hidden-size 1024 --num-layers 24 --num-heads 16 \
+        --vocab-size 30528                                                                      330M parameters
+
+The sizes are BERT's. A DANet block has 9 d^2 weights and a BERT block 12 d^2, so DANet is 4/3 as deep. All have learned
+positions, compute in float32 without dropout and return hidden states. The linear-attention encoder is BERT with softmax
+replaced by the 1 + elu feature map. A job's name tells what operation counts alone would give: BERT's over our first model's.
+"""
+
+from functools import partial
+
+import torch
+from transformers import AttentionInterface, BertConfig, BertModel
+
+from hf_linear_attn import DanetConfig, DanetModel
+
+from ..measure import Contender, Job
+from . import Settings
+
+LENGTHS = (128, 1024, 4096, 16384)
+TOKENS_PER_RUN = 1024  # rows are added until a run has as many tokens
+
+
+def linear_attention(module, query, key, value, attention_mask, **kwargs):
+    """(1 + elu) linear attention on (B, H, T, D): the plain form with a normaliser, in linear order."""
+    query, key = torch.nn.functional.elu(query) + 1, torch.nn.functional.elu(key) + 1
+    total = query @ key.sum(2, keepdim=True).transpose(-1, -2)
+    return (query @ (key.transpose(-1, -2) @ value) / total).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("elu_linear_attention", linear_attention)
+
+
+def danet_blocks(settings: Settings) -> int:
+    """Blocks that hold as many weights as BERT's."""
+    return -(-settings.num_layers * 4 // 3)
+
+
+def danet(settings: Settings, length: int, heads: int):
+    """Our encoder."""
+    return DanetModel(
+        DanetConfig(
+            vocab_size=settings.vocab_size,
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=danet_blocks(settings),
+            num_attention_heads=heads,
+            position_embedding_type="learned",
+            max_position_embeddings=length,
+        )
+    )
+
+
+def bert(settings: Settings, length: int, attention: str):
+    """BERT with one of Transformers' attention implementations."""
+    config = BertConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        intermediate_size=4 * settings.hidden_size,
+        max_position_embeddings=length,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation=attention,
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+MODELS = {
+    "DANet, 4 heads": partial(danet, heads=4),
+    "DANet, 1 head": partial(danet, heads=1),
+    "BERT, SDPA": partial(bert, attention="sdpa"),
+    "linear attention (1 + elu)": partial(bert, attention="elu_linear_attention"),
+}
+
+
+def operations(settings: Settings, length: int, heads: int = 0) -> float:
+    """Multiplications and additions of the products in the blocks, a token: DANet with `heads`, or BERT with heads=0."""
+    width = settings.hidden_size
+    if not heads:
+        return settings.num_layers * (24 * width**2 + 4 * length * width)
+    return danet_blocks(settings) * (18 * width**2 + 4 * width * min(width // heads, length))
+
+
+def jobs(settings: Settings, training: bool) -> list[Job]:
+    """One job a length: a forward pass, or forward and backward and update."""
+    made = []
+    for length in settings.lengths or LENGTHS:
+        rows = max(1, TOKENS_PER_RUN // length)
+        ratio = operations(settings, length) / operations(settings, length, heads=4)
+        kind = TrainingStep if training else Forward
+        makers: dict = {name: partial(kind, make, settings, rows, length) for name, make in MODELS.items()}
+        what = "training step" if training else "forward"
+        made.append(Job(f"{what}, {rows} x {length:,} tokens (by operations {ratio:.2f})", makers))
+    return made
+
+
+class Forward(Contender):
+    """One forward pass over random tokens, without gradients."""
+
+    def __init__(self, make, settings: Settings, rows: int, length: int):
+        torch.manual_seed(0)
+        self.model = make(settings, length).eval()
+        self.ids = torch.randint(0, settings.vocab_size, (rows, length))
+        self.tokens = rows * length
+
+    def run(self) -> None:
+        """Hidden states."""
+        with torch.no_grad():
+            self.model(self.ids)
+
+
+class TrainingStep(Forward):
+    """Forward, backward and AdamW over random tokens, with a loss on the hidden states."""
+
+    def __init__(self, make, settings: Settings, rows: int, length: int):
+        super().__init__(make, settings, rows, length)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def run(self) -> None:
+        """One update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model(self.ids).last_hidden_state.square().mean().backward()
+        self.optimizer.step()

@@ -1,0 +1,266 @@
+"""The layers of DANet: DenseAttention with its one projection, the feed-forward layers, and the block around them.
+
+    x = Norm_pre(h) n^(-1/3)            q = x W^T, k = v = x            W (d, d) is the only projection of the attention
+    o = DenseAttention(q, k, v)         h <- h + Norm_post(FFN(o))      one residual a block, no biases, 0 maps to 0
+
+Source: DANet specification, sections 0 and 3. Each layer works alone on `(B, T, d)` tensors.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache
+
+from .compat import GradientCheckpointingLayer
+from .configuration_danet import DanetConfig
+from .danet_context import DanetContext, build_context, works_in_slots
+from .danet_norms import build_norm
+from .dense_attention import dense_attention_scores, front_packed_dense_attention, pattern_mask
+from .dense_attention_state import DenseAttentionState, final_state
+from .layer_output import LayerOutput
+from .relative_positions import apply_position_factors
+from .token_layout import take_tokens, token_layout
+
+
+class DenseAttention(nn.Module):
+    """Softmax-free attention on `(B, T, d)` tensors, in linear time: q = x W^T, k = v = x. Usable in any network.
+
+    The input should be of size T^(-1/3) (a normalised vector times that), as in `DanetBlock`:
+    the output is cubic in it.
+
+    Args:
+        config (`DanetConfig`): heads, pattern, window, positions, dropout.
+        layer_idx (`int`, defaults to 0): which code of `config.layer_pattern` applies, and the place in a cache.
+    """
+
+    def __init__(self, config: DanetConfig, layer_idx: int = 0):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.pattern = config.layer_codes[layer_idx]
+        self.window = None if self.pattern == "g" else config.window_size
+        self.num_heads = config.num_attention_heads
+        self.scheme = config.relpe_scheme.split(",")
+        self.query_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.attention_dropout)
+        nn.init.normal_(self.query_proj.weight, std=config.query_initializer_range)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        state: DenseAttentionState | None = None,
+        return_state: bool = False,
+        output_attentions: bool = False,
+        context: DanetContext | None = None,
+    ) -> LayerOutput:
+        """Mix tokens.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, d)`): normalised and scaled.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 keeps; padding may stand anywhere.
+            position_ids (`torch.Tensor` of shape `(B, T)` or `(1, T)`, *optional*): counted if not given.
+            segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): documents, non-decreasing;
+            0 goes on from the state.
+            past_key_values (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
+            state, return_state: what an earlier call returned, and whether to return it (causal layers only).
+            output_attentions (`bool`): also return the raw scores A_ij (q_i . k_j), which are not normalised; O(T^2).
+            context: what a model has prepared for all its layers, instead of mask, positions and segments.
+        """
+        layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if layer_cache is not None:
+            held = layer_cache.get_state()
+            state = None if held is None else DenseAttentionState(*held)
+        if output_attentions and state is not None:
+            raise ValueError(
+                "`output_attentions` needs all tokens of the text in one call, but the earlier ones are only left as a state: "
+                "call the model on the whole text, with `use_cache=False`"
+            )
+        if context is None:
+            seen = None if state is None else state.count
+            context = build_context(
+                self.config, hidden_states, attention_mask, position_ids, segment_ids, seen, {self.pattern}
+            )
+            if context.keep is not None:
+                hidden_states = hidden_states * context.keep.to(hidden_states.dtype)
+        self._check_state(state, hidden_states)
+        layout, in_slots = context.layout, works_in_slots(self.pattern, context.layout)
+        if in_slots:
+            hidden_states = take_tokens(hidden_states, layout.order)
+        query, key, value = self._project(hidden_states, context.factors[self.pattern])  # (B, T, H, D) each
+        mixed, new_state = front_packed_dense_attention(
+            query,
+            key,
+            value,
+            pattern=self.pattern,
+            is_causal=self.config.is_causal,
+            window_size=self.window,
+            mode=self.config.attention_mode if self.pattern == "g" else "auto",
+            chunk_size=self.config.chunk_size,
+            lengths=layout.lengths,
+            segment_ids=layout.segment_ids,
+            initial_state=state,
+            output_final_state=return_state or layer_cache is not None,
+        )
+        mixed = mixed.flatten(2)
+        if in_slots:
+            mixed = take_tokens(mixed, layout.slots)
+        if layer_cache is not None:
+            layer_cache.update_state(
+                new_state, mixed.shape[1], layout.mask, replay=self._replay(layer_cache, key, value, layout, in_slots)
+            )
+        scores = self._scores(query, key, layout, in_slots) if output_attentions else None
+        return LayerOutput(mixed, scores, state=new_state if return_state else None)
+
+    def _check_state(self, state, hidden_states) -> None:
+        if state is None:
+            return
+        batch, head_dim = hidden_states.shape[0], self.config.hidden_size // self.num_heads
+        expected = (batch, self.num_heads, head_dim, head_dim)
+        if self.pattern == "sw":
+            expected = (batch, 2, self.window, self.num_heads, head_dim)
+        if tuple(state[0].shape) != expected:
+            raise ValueError(
+                f"the state of layer {self.layer_idx} has shape {tuple(state[0].shape)}, expected {expected}: it comes from "
+                "another model or another batch size"
+            )
+
+    def _project(self, hidden_states, factors):
+        """Queries, keys and values with their positions. Scheme "qkv" turns the input, before the projection."""
+        heads = (self.num_heads, -1)
+        hidden_states = self.dropout(hidden_states)
+        key = hidden_states.unflatten(-1, heads)
+        if factors is not None and self.scheme == ["qkv"]:
+            key = apply_position_factors(key, factors)
+            return self.query_proj(key.flatten(2)).unflatten(-1, heads), key, key
+        query = self.query_proj(hidden_states).unflatten(-1, heads)
+        if factors is None:
+            return query, key, key
+        turned = apply_position_factors(key, factors) if {"k", "v"} & set(self.scheme) else key
+        if "q" in self.scheme:
+            query = apply_position_factors(query, factors)
+        return query, turned if "k" in self.scheme else key, turned if "v" in self.scheme else key
+
+    def _scores(self, query, key, layout, in_slots):
+        if in_slots:
+            query, key = take_tokens(query, layout.slots), take_tokens(key, layout.slots)
+        same = None
+        if layout.segment_ids is not None:
+            ids = layout.segment_ids if layout.slots is None else layout.segment_ids.gather(1, layout.slots)
+            same = ids[:, :, None] == ids[:, None, :]
+        mask = pattern_mask(self.pattern, layout.ranks, layout.ranks, self.config.is_causal, self.window, same)
+        return dense_attention_scores(query, key, mask)
+
+    def _replay(self, layer_cache, key, value, layout, in_slots):
+        """What a cache needs to undo tokens of this call: their keys and values in token order.
+        None unless it records.
+        """
+        if not layer_cache.record_past:
+            return None
+        segment_ids = layout.segment_ids
+        if in_slots:
+            key, value = take_tokens(key, layout.slots), take_tokens(value, layout.slots)
+        if segment_ids is not None and layout.slots is not None:
+            segment_ids = segment_ids.gather(1, layout.slots)
+        return self._advance, (key, value, layout.mask, segment_ids)
+
+    def _advance(self, state, key, value, mask, segment_ids):
+        """The state after some more tokens alone."""
+        layout = token_layout(*key.shape[:2], key.device, mask, segment_ids)
+        if layout.order is not None:
+            key, value = take_tokens(key, layout.order), take_tokens(value, layout.order)
+        initial = None if state is None else DenseAttentionState(*state)
+        return final_state(key, value, self.pattern, self.window, layout.lengths, layout.segment_ids, initial)
+
+
+class DanetMLP(nn.Module):
+    """ReLU feed-forward layer, d -> f d -> d, or SwiGLU: (SiLU(gate) * up) -> d. No biases. Specification 3.3."""
+
+    def __init__(self, config: DanetConfig):
+        super().__init__()
+        width = config.intermediate_size
+        self.gated = config.ffn_type == "swiglu"
+        if self.gated:
+            self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        else:
+            self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        init_mlp(self, config, nn.init)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        if self.gated:
+            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+            inner = self.dropout(F.silu(gate) * up)
+        else:
+            inner = F.relu(
+                self.dropout(self.up_proj(hidden_states)), inplace=True
+            )  # a product needs no output for backward
+        return self.dropout(self.down_proj(inner))
+
+
+def init_mlp(mlp: DanetMLP, config: DanetConfig, init) -> None:
+    """Published initial weights: N(0, 1/(2 d f)) for ReLU, uniform(-r, r) for SwiGLU.
+    `init` is `nn.init` or Transformers'.
+    """
+    if mlp.gated:
+        for layer in (mlp.gate_up_proj, mlp.down_proj):
+            init.uniform_(layer.weight, -config.initializer_range, config.initializer_range)
+    else:
+        for layer in (mlp.up_proj, mlp.down_proj):
+            init.normal_(layer.weight, mean=0.0, std=(2 * config.intermediate_size) ** -0.5)
+
+
+class DanetBlock(GradientCheckpointingLayer):
+    """h + Norm_post(FFN(DenseAttention(Norm_pre(h) n^(-1/3)))).
+    Usable in any network, arguments as for `DenseAttention`.
+
+    Returns the hidden states (B, T, d), or `(hidden_states, state)` with `return_state=True`.
+    """
+
+    def __init__(self, config: DanetConfig, layer_idx: int = 0):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.pattern = config.layer_codes[layer_idx]
+        eps = (config.maxnorm_eps, config.scaled_norm_eps)
+        self.pre_norm = build_norm(config.pre_norm, config.hidden_size, *eps)
+        self.attention = DenseAttention(config, layer_idx)
+        self.mlp = DanetMLP(config)
+        self.post_norm = build_norm(config.post_norm, config.hidden_size, *eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        state: DenseAttentionState | None = None,
+        return_state: bool = False,
+        output_attentions: bool = False,
+        context: DanetContext | None = None,
+    ):
+        """See the class."""
+        if context is None:
+            if past_key_values is not None and state is None:
+                held = past_key_values.layers[self.layer_idx].get_state()
+                state = None if held is None else DenseAttentionState(*held)
+            seen = None if state is None else state.count
+            context = build_context(
+                self.config, hidden_states, attention_mask, position_ids, segment_ids, seen, {self.pattern}
+            )
+        mixed = self.attention(
+            self.pre_norm(hidden_states, context.input_scales[self.pattern]),
+            past_key_values=past_key_values,
+            state=state,
+            return_state=return_state,
+            output_attentions=output_attentions,
+            context=context,
+        )
+        hidden_states = self.post_norm(self.mlp(mixed.hidden_states), context.keep, residual=hidden_states)
+        return (hidden_states, mixed.state) if return_state else hidden_states

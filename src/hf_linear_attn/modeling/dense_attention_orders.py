@@ -1,0 +1,234 @@
+"""The product orders of DenseAttention, without Python loops over tokens: full, chunked, banded and per document.
+
+Shapes: query, key, value and every result are (B, T, H, D); inside, chunks are (B, n, H, C, D). Where `value` is `key`
+(no positions on the keys, or the same on both), it is carried as one tensor. Zero rows write nothing: padding to whole
+chunks is free.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .dense_attention_state import accumulation_dtype
+
+
+def _heads_first(states: torch.Tensor) -> torch.Tensor:
+    """(B, T, H, D) -> (B, H, T, D), a view when the product can use it as it is, otherwise one copy."""
+    return (
+        states.transpose(1, 2).contiguous() if states.shape[0] > 1 and states.shape[2] > 1 else states.transpose(1, 2)
+    )
+
+
+def more_than(number: int, bound: int) -> bool:
+    """`number > bound`, and True for the symbolic sizes of torch.export:
+    a comparison would tie the program to one answer.
+    """
+    return not isinstance(number, int) or number > bound
+
+
+def at_most(number: int, bound: int) -> int:
+    """The smaller one, or `bound` for a symbolic size, so that an exported program serves every length."""
+    return bound if more_than(number, bound) else number
+
+
+def chunk_padding(length: int, chunk: int) -> tuple[int, int]:
+    """How many chunks hold `length` tokens, and how many empty slots stand in the last:
+    10 tokens in chunks of 4 give (3, 2).
+    """
+    number = (length + chunk - 1) // chunk
+    return number, number * chunk - length
+
+
+def _chunks(states: torch.Tensor, chunk: int) -> torch.Tensor:
+    """(B, T, H, D) -> (B, n, H, C, D), zeros behind the last token."""
+    number, behind = chunk_padding(states.shape[1], chunk)
+    if more_than(behind, 0):
+        states = F.pad(states, (0, 0, 0, 0, 0, behind))
+    return states.unflatten(1, (number, chunk)).transpose(2, 3)
+
+
+def crop_tokens(states: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """Tokens `start` to `start + length` of `(B, T, ...)`."""
+    if isinstance(length, int):
+        return states[:, start : start + length]
+    # Whether a slice is contiguous depends on its length, which an exported program may not ask: it copies.
+    return states.index_select(1, torch.arange(start, start + length, device=states.device))
+
+
+def _from_chunks(out: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, n, H, C, D) -> (B, T, H, D)."""
+    return crop_tokens(out.transpose(2, 3).flatten(1, 2), 0, length)
+
+
+def bidirectional_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mode: str) -> torch.Tensor:
+    """All tokens see all tokens: Q (K^T V), 4 T D^2 operations a head, or (Q K^T) V, 4 T^2 D.
+
+    "auto" is linear when D <= T. Specification 1.2.
+    """
+    linear = mode == "linear" or (mode == "auto" and more_than(query.shape[1], query.shape[3] - 1))
+    shared = value is key
+    query, key = _heads_first(query), _heads_first(key)
+    value = key if shared else _heads_first(value)
+    if linear:
+        out = query @ (key.transpose(-1, -2) @ value)
+    else:
+        out = (query @ key.transpose(-1, -2)) @ value
+    return out.transpose(1, 2)
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: int, memory: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """tril(Q K^T) V in chunks, from an initial memory `(B, H, D, D)` or none; also returns the memory after the last
+    token.
+
+        O_c = tril(Q_c K_c^T) V_c + Q_c (M_in + sum_{c' < c} K_c'^T V_c')        specification 1.3 and 1.5
+
+    O(T (C + D)) a feature. Products run in the input's dtype, the running sum over chunks in float32 at least.
+    """
+    length, shared = query.shape[1], value is key
+    chunk = at_most(length, chunk)
+    query, key = _chunks(query, chunk), _chunks(key, chunk)
+    value = key if shared else _chunks(value, chunk)
+    # First phase: tokens of the same chunk.
+    out = (query @ key.transpose(-1, -2)).tril() @ value  # (B, n, H, C, D)
+    # Second phase: what each chunk writes, summed up to and including it.
+    written = (key.transpose(-1, -2) @ value).to(accumulation_dtype(query.dtype))  # (B, n, H, D, D)
+    sums = written.cumsum(1) if more_than(written.shape[1], 1) else written
+    if memory is not None:
+        sums = sums + memory[:, None].to(sums.dtype)
+        out[:, :1] += query[:, :1] @ memory[:, None].to(query.dtype)
+    # Third phase: tokens of earlier chunks.
+    if more_than(out.shape[1], 1):
+        out[:, 1:] += query[:, 1:] @ sums[:, :-1].to(query.dtype)
+    return _from_chunks(out, length), sums[:, -1]
+
+
+def sliding_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int) -> torch.Tensor:
+    """Causal window of w keys including the token itself: own chunk and the upper triangle of the previous one.
+
+    Row r of a chunk sees r + 1 keys of its own chunk and w - 1 - r of the previous one. Specification 1.4; O(T w).
+    """
+    length, shared = query.shape[1], value is key
+    chunk = at_most(length, window)
+    query, key = _chunks(query, chunk), _chunks(key, chunk)
+    value = key if shared else _chunks(value, chunk)
+    out = (query @ key.transpose(-1, -2)).tril() @ value
+    if more_than(out.shape[1], 1):
+        out[:, 1:] += (query[:, 1:] @ key[:, :-1].transpose(-1, -2)).triu(1) @ value[:, :-1]
+    return _from_chunks(out, length)
+
+
+def _band(chunks: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Each chunk (axis 1) with its previous, and unless causal its next, chunk: the token axis (3) grows to 2 C or 3
+    C.
+    """
+    empty = torch.zeros_like(chunks[:, :1])
+    previous = torch.cat((empty, chunks[:, :-1]), dim=1)
+    if causal:
+        return torch.cat((previous, chunks), dim=3)
+    return torch.cat((previous, chunks, torch.cat((chunks[:, 1:], empty), dim=1)), dim=3)
+
+
+def banded_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segment_ids: torch.Tensor,
+    starts: torch.Tensor,
+    window: int,
+    causal: bool,
+    sliding: bool,
+) -> torch.Tensor:
+    """Windows of at most w consecutive slots that may begin anywhere: each chunk of w tokens against its neighbours.
+    O(T w).
+
+    segment_ids: (B, T) documents. starts: (B, T) first slot of each token's window, or the token's own slot if
+        `sliding`.
+    """
+    length, shared = query.shape[1], value is key
+    chunk = at_most(length, window)
+    query, key = _chunks(query, chunk), _band(_chunks(key, chunk), causal)
+    value = key if shared else _band(_chunks(value, chunk), causal)
+
+    def pair(ids, fill):  # (B, T) -> (B, n, 1, C, 1) for queries and (B, n, 1, 1, 2 C or 3 C) for keys
+        number, behind = chunk_padding(length, chunk)
+        ids = F.pad(ids, (0, behind), value=fill).unflatten(1, (number, chunk))[:, :, None, :, None]
+        return ids, _band(ids, causal).transpose(-1, -2)
+
+    # A band has empty slots before the first chunk: +1 keeps their zero apart from document 0.
+    query_segment, key_segment = pair(segment_ids + 1, -1)
+    query_start, key_start = pair(starts, -1)
+    allowed = query_segment == key_segment
+    slot = torch.arange(chunk, device=query.device)
+    key_slot = torch.arange(-chunk, key.shape[3] - chunk, device=query.device)
+    if sliding:
+        allowed = allowed & (query_start - key_start < window)
+    else:
+        allowed = allowed & (query_start == key_start)
+    if causal:
+        allowed = allowed & (key_slot <= slot[:, None])
+    scores = (query @ key.transpose(-1, -2)) * allowed
+    return _from_chunks(scores @ value, length)
+
+
+def _document_sums(written: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """Running sums along chunks that restart when the document changes: `edges` (B, n), `written` (B, n, H, D, D).
+
+    Chunks of one document are adjacent, so a doubling scan adds the partial sum `step` chunks back if it is of the same
+    document.
+    """
+    step = 1
+    while step < written.shape[1]:
+        same = (edges[:, step:] == edges[:, :-step])[..., None, None, None].to(written.dtype)
+        written = torch.cat((written[:, :step], written[:, step:] + same * written[:, :-step]), dim=1)
+        step *= 2
+    return written
+
+
+def document_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segment_ids: torch.Tensor,
+    causal: bool,
+    chunk: int,
+    memory: torch.Tensor | None,
+) -> torch.Tensor:
+    """Global attention inside each packed document. `memory` (B, H, D, D) is what document 0 wrote before this row.
+
+    A chunk meets at most one document that began before it (the one of the slot before its first) and one that goes on
+    after it.
+    """
+    batch, length, heads, head_dim = query.shape
+    chunk, shared = at_most(length, chunk), value is key
+    wide = accumulation_dtype(query.dtype)
+    query, key = _chunks(query, chunk), _chunks(key, chunk)
+    value = key if shared else _chunks(value, chunk)
+    number, behind = chunk_padding(length, chunk)
+    ids = F.pad(segment_ids, (0, behind), value=-1).unflatten(1, (number, chunk))  # (B, n, C)
+    same = ids[:, :, :, None] == ids[:, :, None, :]
+    scores = (query @ key.transpose(-1, -2)) * same[:, :, None]
+    out = (scores.tril() if causal else scores) @ value
+
+    def written_at(edge):  # (B, n): what each chunk writes to the document of its edge slot
+        mine = (ids == edge[..., None])[:, :, None, :, None].to(key.dtype)
+        return ((key * mine).transpose(-1, -2) @ value).to(wide)
+
+    def read(sums, queries, documents, edge):
+        mine = (documents == edge[..., None])[:, :, None, :, None].to(query.dtype)
+        return (queries * mine) @ sums.to(query.dtype)
+
+    if memory is None:
+        memory = query.new_zeros(batch, heads, head_dim, head_dim, dtype=wide)
+    # Earlier chunks: the state's document (id 0) stands before the first one. Slots behind the end carry -1, so amax is
+    # the last.
+    edges = F.pad(ids.amax(-1), (1, 0))
+    before = _document_sums(torch.cat((memory[:, None].to(wide), written_at(edges[:, 1:])), dim=1), edges)
+    out = out + read(before[:, :-1], query, ids, edges[:, :-1])
+    if not causal and more_than(out.shape[1], 1):
+        # Later chunks: the same scan from the other side, with the document of the first slot.
+        edges = ids[:, :, 0]
+        after = _document_sums(written_at(edges).flip(1), edges.flip(1)).flip(1)
+        later = read(after[:, 1:], query[:, :-1], ids[:, :-1], edges[:, 1:])
+        out = torch.cat((out[:, :-1] + later, out[:, -1:]), dim=1)
+    return _from_chunks(out, length)

@@ -1,0 +1,425 @@
+"""DANet: a softmax-free model made of matrix products, as an encoder with task heads or a causal language model.
+
+    h_0 = Norm_e(embedding)         h <- h + Norm_post(FFN(DenseAttention(Norm_pre(h) n^(-1/3))))         Norm_f(h_L)
+
+The mechanism is in `dense_attention.py`, the layers are in `danet_block.py`. Source:
+DANet specification, sections 0 to 5.
+Notation: B batch, T time, d hidden size, H heads, D = d / H head size, w window, C chunk.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import MaskedLMOutput, MultipleChoiceModelOutput, SequenceClassifierOutputWithPast
+from transformers.utils import ModelOutput
+
+from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, embed_inputs, mask_for_generate
+from .compat import OutputRecorder, can_return_tuple, capture_outputs, merge_with_config_defaults
+from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
+from .danet_block import DanetBlock, DanetMLP, DenseAttention, init_mlp
+from .danet_context import build_context
+from .danet_heads import DanetLMHead, DanetPooler, TiedHeadMixin, masked_lm_loss
+from .danet_norms import ScaledLayerNorm, VectorNorm, build_norm
+from .danet_softmax import DanetSoftmaxAttention, DanetSoftmaxBlock, prepare_softmax_layers
+from .recurrent_cache import LAYER_TYPE, RecurrentCache
+from .relative_positions import sinusoidal_embeddings
+from .sequence_inputs import prepare_sequence
+from .task_heads import QuestionAnsweringMixin, TokenClassificationMixin, check_labels
+
+
+def danet_mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    """What generate() hands on as `attention_mask`: this call's columns, but all of them where softmax layers need
+    them.
+    """
+    if any(kind != LAYER_TYPE for kind in config.layer_types):
+        return attention_mask
+    return mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+
+
+class DanetPreTrainedModel(PreTrainedModel):
+    """Weights' initialisation and what Transformers needs to know of the family."""
+
+    config: DanetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DanetBlock", "DanetSoftmaxBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": [OutputRecorder(DanetBlock, index=0), OutputRecorder(DanetSoftmaxBlock, index=0)],
+        "attentions": [OutputRecorder(DenseAttention, index=1), OutputRecorder(DanetSoftmaxAttention, index=1)],
+    }
+    create_masks_for_generate = staticmethod(danet_mask_for_generate)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Specification 1.7: uniform linear layers, normal embeddings (all rows), small query matrices, norms at 1."""
+        super()._init_weights(module)
+        config, bound = self.config, self.config.initializer_range
+        if isinstance(module, DenseAttention):
+            init.normal_(module.query_proj.weight, mean=0.0, std=config.query_initializer_range)
+        elif isinstance(module, DanetMLP):
+            init_mlp(module, config, init)
+        elif isinstance(module, (VectorNorm, ScaledLayerNorm)):
+            for weight in module.parameters():
+                init.ones_(weight)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=bound)
+        elif isinstance(module, nn.Linear):
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+
+class DanetModel(DanetPreTrainedModel):
+    """The body: embeddings, blocks, final norm. Returns hidden states (B, T, d)."""
+
+    def __init__(self, config: DanetConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = self.embed_token_types = self.embedding_norm = self.norm = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.use_token_type:
+            self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        eps = (config.maxnorm_eps, config.scaled_norm_eps)
+        if config.embedding_norm is not None:
+            self.embedding_norm = build_norm(config.embedding_norm, config.hidden_size, *eps)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(
+            (DanetSoftmaxBlock if code in SOFTMAX_PATTERNS else DanetBlock)(config, i)
+            for i, code in enumerate(config.layer_codes)
+        )
+        if config.final_norm is not None:
+            self.norm = build_norm(config.final_norm, config.hidden_size, *eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> RecurrentModelOutput:
+        """Run the body.
+
+        Args:
+            input_ids (`(B, T)`) or inputs_embeds (`(B, T, d)`): the tokens.
+            attention_mask (`(B, T)`, or with a cache `(B, past + T)`, *optional*): 1 keeps, 0 is padding, on any side.
+            position_ids (`(B, T)`, *optional*): restarting positions mark packed documents.
+            token_type_ids (`(B, T)`, *optional*): text A (0) or B (1), with `use_token_type`.
+            past_key_values (`Cache`, *optional*): the state to go on from; updated in place. Decoders only.
+            use_cache (`bool`, *optional*): whether to make and return a state.
+            **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions` (raw
+            scores,
+                which are not normalised).
+
+        Returns:
+            [`RecurrentModelOutput`].
+        """
+        inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
+        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        past_key_values, past_length, seen = self._open_cache(past_key_values, use_cache, inputs_embeds.shape[0])
+        if self.embed_token_types is None:
+            kwargs["token_type_ids"] = token_type_ids  # refused unless they are all 0
+        bound = None if self.embed_positions is None else self.config.max_position_embeddings
+        sequence = prepare_sequence(inputs_embeds, attention_mask, position_ids, past_length, seen, bound, **kwargs)
+        hidden_states = self._embed(inputs_embeds, sequence, token_type_ids)
+        context = build_context(
+            self.config, hidden_states, sequence.mask, sequence.position_ids, sequence.segment_ids, seen
+        )
+        prepare_softmax_layers(
+            context,
+            self.config,
+            hidden_states,
+            attention_mask,
+            sequence.position_ids,
+            sequence.segment_ids,
+            past_key_values,
+        )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, past_key_values=past_key_values, output_attentions=output_attentions, context=context
+            )
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        return RecurrentModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _embed(self, hidden_states, sequence, token_type_ids) -> torch.Tensor:
+        """Token, position and type embeddings, normalised: (B, T, d)."""
+        positions = sequence.position_ids
+        if self.embed_positions is not None:
+            if sequence.mask is not None:
+                # Any legal position would do for padding; its column is what the published model pools over.
+                columns = torch.arange(positions.shape[1], device=positions.device)
+                columns = columns.clamp(max=self.config.max_position_embeddings - 1)
+                positions = torch.where(sequence.mask, positions, columns)
+            hidden_states = hidden_states + self.embed_positions(positions)
+        elif self.config.position_embedding_type == "sinusoidal":
+            hidden_states = hidden_states + sinusoidal_embeddings(
+                positions, self.config.hidden_size, self.config.rope_theta, hidden_states.dtype
+            )
+        if self.embed_token_types is not None and token_type_ids is not None:
+            hidden_states = hidden_states + self.embed_token_types(token_type_ids)
+        if self.embedding_norm is not None:
+            hidden_states = self.embedding_norm(hidden_states)
+        return self.dropout(hidden_states)
+
+    def _open_cache(self, past_key_values, use_cache, batch):
+        """The cache (or None), the columns it has seen, and per row the tokens of its current document (or None)."""
+        if past_key_values is None and not use_cache:
+            return None, 0, None
+        if not self.config.is_causal or self.config.scale_mode != "fixed":
+            raise ValueError(
+                "a cache (`use_cache`, `past_key_values`) needs a decoder with a fixed scale, but this model has `is_causal`="
+                f"{self.config.is_causal} and `scale_mode`={self.config.scale_mode!r}: pass `use_cache=False`, or build it "
+                "with `is_causal=True` and `scale_mode='fixed'`"
+            )
+        if past_key_values is None:
+            past_key_values = RecurrentCache(config=self.config)
+        layers = getattr(past_key_values, "layers", None)
+        kinds = [kind == LAYER_TYPE for kind in self.config.layer_types]
+        if layers is None or [hasattr(layer, "update_state") for layer in layers] != kinds:
+            raise ValueError(
+                f"`past_key_values` ({type(past_key_values).__name__}) does not belong to this model, whose layers are "
+                f"{self.config.layer_types}: build it with `RecurrentCache(config=model.config)`, `DynamicCache(config="
+                "model.config)` or `StaticCache(config=model.config, max_cache_len=...)`"
+            )
+        state = layers[kinds.index(True)].get_state()
+        if state is not None and state[1].shape[0] != batch:
+            raise ValueError(
+                f"`past_key_values` holds the state of {state[1].shape[0]} rows, but the batch has {batch}: use "
+                "`cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
+            )
+        return past_key_values, past_key_values.get_seq_length(), None if state is None else state[1]
+
+
+@dataclass
+class DanetForPreTrainingOutput(ModelOutput):
+    """`prediction_logits` (B, T, vocab_size), `seq_relationship_logits` (B, 2), and `loss` with labels."""
+
+    loss: torch.FloatTensor | None = None
+    prediction_logits: torch.FloatTensor | None = None
+    seq_relationship_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def _body_arguments(input_ids, attention_mask, inputs_embeds, kwargs) -> dict:
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
+
+
+class DanetForPreTraining(TiedHeadMixin, DanetPreTrainedModel):
+    """DANet with the two heads of pre-training: words in place, and whether text B follows text A."""
+
+    def __init__(self, config: DanetConfig):
+        super().__init__(config)
+        self.model = DanetModel(config)
+        self.pooler = DanetPooler(config)
+        self.lm_head = DanetLMHead(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2, bias=config.classifier_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        next_sentence_label: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> DanetForPreTrainingOutput:
+        """Predict words and the relation of the texts.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds, **kwargs: as for the body.
+            labels (`(B, T)`, *optional*): the word at each place (not shifted, also for a decoder); -100 is ignored.
+            next_sentence_label (`(B,)`, *optional*): 0 or 1.
+        """
+        count = kwargs.pop("num_items_in_batch", None)
+        output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
+        words = self.lm_head(output.last_hidden_state)
+        relation = self.seq_relationship(self.dropout(self.pooler(output.last_hidden_state, attention_mask, input_ids)))
+        loss = None
+        if labels is not None:
+            loss = masked_lm_loss(words, labels, count)
+        if next_sentence_label is not None:
+            check_labels("next_sentence_label", next_sentence_label, relation.shape[:1], "0 or 1 for each pair")
+            relation_loss = nn.functional.cross_entropy(relation.float(), next_sentence_label)
+            loss = relation_loss if loss is None else loss + relation_loss
+        return DanetForPreTrainingOutput(loss, words, relation, output.hidden_states, output.attentions)
+
+
+class DanetForMaskedLM(TiedHeadMixin, DanetPreTrainedModel):
+    """DANet encoder that predicts masked words."""
+
+    def __init__(self, config: DanetConfig):
+        super().__init__(config)
+        if config.is_causal:
+            raise ValueError(
+                "a masked language model is an encoder: build it with `is_causal=False`, or use DanetForCausalLM"
+            )
+        self.model = DanetModel(config)
+        self.lm_head = DanetLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Predict words: `logits` (B, T, vocab_size); `labels` (B, T) hold the masked words and -100 elsewhere."""
+        count = kwargs.pop("num_items_in_batch", None)
+        output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
+        logits = self.lm_head(output.last_hidden_state)
+        loss = None if labels is None else masked_lm_loss(logits, labels, count)
+        return MaskedLMOutput(loss, logits, output.hidden_states, output.attentions)
+
+
+class DanetForCausalLM(TiedHeadMixin, RecurrentForCausalLM, DanetPreTrainedModel, GenerationMixin):
+    """DANet decoder that predicts each next word; generates from a state of fixed size."""
+
+    def __init__(self, config: DanetConfig):
+        super().__init__(config)
+        if not config.is_causal:
+            raise ValueError(
+                "a causal language model is a decoder: build it with `is_causal=True`, or use DanetForMaskedLM"
+            )
+        self.model = DanetModel(config)
+        self.lm_head = DanetLMHead(config)
+        self.post_init()
+
+
+class DanetForSequenceClassification(DanetPreTrainedModel):
+    """DANet with a label, several labels or a number for each text."""
+
+    def __init__(self, config: DanetConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DanetModel(config)
+        self.pooler = DanetPooler(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Score texts: `logits` (B, num_labels); `labels` (B,), or (B, num_labels) for several labels or numbers."""
+        output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
+        pooled = self.pooler(output.last_hidden_state, attention_mask, input_ids)
+        logits = self.classifier(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            if labels.shape[0] != logits.shape[0]:
+                raise ValueError(f"`labels` has {labels.shape[0]} rows, expected {logits.shape[0]}, one for each text")
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
+class DanetForTokenClassification(TokenClassificationMixin, DanetPreTrainedModel):
+    """DANet with a label for each token."""
+
+    def __init__(self, config: DanetConfig):
+        super().__init__(config)
+        self.model = DanetModel(config)
+        self._build_head(config)
+        self.post_init()
+
+
+class DanetForQuestionAnswering(QuestionAnsweringMixin, DanetPreTrainedModel):
+    """DANet that marks the start and end of an answer in the text."""
+
+    def __init__(self, config: DanetConfig):
+        super().__init__(config)
+        self.model = DanetModel(config)
+        self._build_head(config)
+        self.post_init()
+
+
+class DanetForMultipleChoice(DanetPreTrainedModel):
+    """DANet that scores alternatives: inputs are (B, choices, T), logits (B, choices)."""
+
+    def __init__(self, config: DanetConfig):
+        super().__init__(config)
+        self.model = DanetModel(config)
+        self.pooler = DanetPooler(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, 1, bias=config.classifier_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MultipleChoiceModelOutput:
+        """Score `(B, choices, T)` texts; `labels` (B,) name the right choice."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None or given.dim() != (3 if input_ids is not None else 4):
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(f"multiple choice takes inputs of shape (batch, choices, length), got {shape}")
+        input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds = (
+            None if x is None else x.flatten(0, 1)
+            for x in (input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
+        )
+        kwargs = {**kwargs, "position_ids": position_ids, "token_type_ids": token_type_ids}
+        output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
+        pooled = self.pooler(output.last_hidden_state, attention_mask, input_ids)
+        logits = self.classifier(self.dropout(pooled)).view(given.shape[:2])
+        loss = None
+        if labels is not None:
+            check_labels("labels", labels, logits.shape[:1], "the number of the right choice for each question")
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+        return MultipleChoiceModelOutput(loss, logits, output.hidden_states, output.attentions)
+
+
+__all__ = [
+    "DanetBlock",
+    "DanetForCausalLM",
+    "DanetForMaskedLM",
+    "DanetForMultipleChoice",
+    "DanetForPreTraining",
+    "DanetForQuestionAnswering",
+    "DanetForSequenceClassification",
+    "DanetForTokenClassification",
+    "DanetModel",
+    "DanetPreTrainedModel",
+    "DenseAttention",
+]

@@ -1,0 +1,471 @@
+"""The body and the encoder's heads: padding, packing, positions, scales, bounds, precision, errors."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from hf_linear_attn import (
+    DanetBlock,
+    DanetForCausalLM,
+    DanetForMaskedLM,
+    DanetForMultipleChoice,
+    DanetForPreTraining,
+    DanetForQuestionAnswering,
+    DanetForSequenceClassification,
+    DanetForTokenClassification,
+    DanetModel,
+    DenseAttention,
+)
+from tests.danet.models import DECODERS, ENCODER_HEADS, ENCODERS, VOCAB, build, config, decoder, encoder, pad, tokens
+
+TOL = {"rtol": 1e-9, "atol": 1e-9}
+SIDES = ["right", "left", "both", "inside"]
+ALL = {**{f"encoder {n}": (n, encoder) for n in ENCODERS}, **{f"decoder {n}": (n, decoder) for n in DECODERS}}
+
+
+def make(name):
+    kind, factory = ALL[name]
+    return factory(kind)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", ALL)
+def test_padding_on_any_side_changes_nothing(name, side):
+    if side == "inside" and "swa@softmax" in name:
+        pytest.skip("refused, see test_padding_inside_a_sliding_softmax_window_is_refused")
+    model = make(name)
+    rows = [tokens(n, seed=n) for n in (11, 7, 3, 1)]
+    ids, mask = pad(rows, side, 14)
+    out = model(ids, attention_mask=mask, use_cache=False).logits
+    for i, row in enumerate(rows):
+        alone = model(row[None], use_cache=False).logits[0]
+        torch.testing.assert_close(out[i, mask[i].bool()], alone, **TOL)
+
+
+@pytest.mark.parametrize("side", ["right", "left", "inside"])
+@pytest.mark.parametrize("name", ["encoder rotary l_sl_g swiglu", "encoder learned g relu", "decoder sw_sw_g swiglu"])
+def test_gradients_are_those_of_the_unpadded_texts(name, side):
+    model = make(name)
+    rows = [tokens(n, seed=n) for n in (9, 4)]
+    ids, mask = pad(rows, side, 12)
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    sum(logits[i, mask[i].bool()].sin().sum() for i in range(2)).backward()
+    padded = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    sum(model(row[None], use_cache=False).logits.sin().sum() for row in rows).backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(padded[n], p.grad, **TOL)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_of_padding_alone_is_finite(name):
+    model = make(name)
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0] * 6])
+    out = model(ids, attention_mask=mask, use_cache=False).logits
+    assert torch.isfinite(out).all()
+    out.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+DOCUMENTS = [5, 1, 6, 2]
+
+
+@pytest.mark.parametrize("how", ["position_ids", "seq_idx", "cu_seq_lens_q"])
+@pytest.mark.parametrize("name", ALL)
+def test_packed_documents_equal_separate_ones(name, how):
+    model = make(name)
+    rows = [tokens(n, seed=n) for n in DOCUMENTS]
+    ids = torch.cat(rows)[None]
+    described = {
+        "position_ids": torch.cat([torch.arange(n) for n in DOCUMENTS])[None],
+        "seq_idx": torch.repeat_interleave(torch.arange(4), torch.tensor(DOCUMENTS))[None],
+        "cu_seq_lens_q": torch.tensor([0, *DOCUMENTS]).cumsum(0),
+    }[how]
+    out = model(ids, use_cache=False, **{how: described}).logits[0].split(DOCUMENTS)
+    for row, packed in zip(rows, out, strict=True):
+        torch.testing.assert_close(packed, model(row[None], use_cache=False).logits[0], **TOL)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_does_not_see_later_tokens_or_the_length(name):
+    model = decoder(name)
+    ids = tokens(1, 13)
+    changed = ids.clone()
+    changed[:, 8:] = tokens(1, 5, seed=5)
+    a, b = model(ids).logits, model(changed).logits
+    assert torch.equal(a[:, :8], b[:, :8])
+    assert not torch.allclose(a[:, 8:], b[:, 8:])
+    torch.testing.assert_close(model(ids[:, :8]).logits, a[:, :8], **TOL)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_sees_later_tokens(name):
+    model = encoder(name)
+    ids = tokens(1, 9)
+    changed = ids.clone()
+    changed[:, 8:] += 1
+    assert not torch.allclose(model(ids).logits[:, 8 - 2], model(changed % VOCAB).logits[:, 8 - 2])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", [{"layer_pattern": "l_sl_g"}, {"layer_pattern": "sw_g", "is_causal": True}])
+def test_rotary_positions_are_relative(kind, heads):
+    model = build(DanetModel, num_attention_heads=heads, **kind)
+    ids = tokens(1, 11)
+    positions = torch.arange(11)[None]
+    plain = model(ids, position_ids=positions, use_cache=False).last_hidden_state
+    moved = model(ids, position_ids=positions + 500, use_cache=False).last_hidden_state
+    torch.testing.assert_close(plain, moved, rtol=1e-7, atol=1e-7)
+    turned = model(ids.flip(1), use_cache=False).last_hidden_state.flip(1)
+    assert not torch.allclose(plain, turned)  # positions do matter
+
+
+@pytest.mark.parametrize("modes", [("linear", "quadratic"), ("auto", "linear")])
+def test_orders_agree(modes):
+    ids = tokens(2, 12)
+    first, second = (encoder("learned g relu", attention_mode=mode)(ids).logits for mode in modes)
+    torch.testing.assert_close(first, second, **TOL)
+
+
+def test_the_scale_cancels_for_relu_without_epsilon():
+    ids = tokens(1, 10)
+    options = {"maxnorm_eps": 0.0, "scale_mode": "fixed", "layer_pattern": "g"}
+    small = build(DanetModel, scale_length=8, **options)(ids).last_hidden_state
+    large = build(DanetModel, scale_length=4096, **options)(ids).last_hidden_state
+    torch.testing.assert_close(small, large, **TOL)
+    epsilon = {"scale_mode": "fixed", "layer_pattern": "g", "ffn_type": "swiglu"}
+    small = build(DanetModel, scale_length=8, **epsilon)(ids).last_hidden_state
+    assert not torch.allclose(small, build(DanetModel, scale_length=64, **epsilon)(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["learned g relu", "rotary l_sl_g swiglu"])
+def test_the_residual_stream_grows_by_at_most_one_a_block(name):
+    model = encoder(name, post_norm="max_norm", final_norm=None)
+    states = model(tokens(2, 40), output_hidden_states=True).hidden_states
+    start = states[0].abs().max()
+    for depth, state in enumerate(states):
+        assert state.abs().max() <= start + depth + 1e-9
+
+
+def test_what_a_layer_writes_is_bounded_by_the_cube_root_of_the_length():
+    model = encoder("learned g relu")
+    seen = []
+    model.model.layers[0].attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(tokens(1, 50))
+    memory = seen[0].transpose(1, 2) @ seen[0]
+    assert memory.abs().max() <= 50 ** (1 / 3)
+
+
+@pytest.mark.parametrize("name", ["learned g relu", "rotary l_sl_g swiglu", "cosine qkv l_sl_g", "softmax g"])
+def test_bfloat16_is_close(name):
+    model = encoder(name, dtype=torch.float32)
+    ids, mask = pad([tokens(30), tokens(20, seed=1)], "left", 32)
+    exact = model(ids, attention_mask=mask).logits[mask.bool()]
+    half = model.to(torch.bfloat16)(ids, attention_mask=mask).logits.float()[mask.bool()]
+    assert ((half - exact).norm() / exact.norm()).item() < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pooling", [True, False])
+@pytest.mark.parametrize("norm", ["max_norm", "prescaled_max_norm", "standard_ln"])
+def test_half_precision_gradients_are_finite_with_padding(norm, pooling, dtype):
+    model = build(
+        DanetForSequenceClassification, pre_norm=norm, post_norm=norm, pooler_mask_padding=pooling, dtype=dtype
+    )
+    ids, mask = pad([tokens(30), tokens(3, seed=1)], "right", 32)
+    model(ids, attention_mask=mask, labels=torch.tensor([0, 1])).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_autocast_float16_is_finite_for_relu():
+    model = encoder("learned g relu", dtype=torch.float32)
+    ids, mask = pad([tokens(30), tokens(3, seed=1)], "left", 32)
+    with torch.autocast("cpu", torch.float16):
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    (loss * 1024).backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("pooler", ["first", "mean", "max", "last"])
+@pytest.mark.parametrize("side", SIDES)
+def test_poolers_leave_padding_out(pooler, side):
+    model = build(DanetForSequenceClassification, pooler=pooler, layer_pattern="l_g")
+    rows = [tokens(n, seed=n) for n in (9, 4)]
+    ids, mask = pad(rows, side, 12)
+    logits = model(ids, attention_mask=mask).logits
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i], model(row[None]).logits[0], **TOL)
+    published = build(DanetForSequenceClassification, pooler="mean", layer_pattern="l_g", pooler_mask_padding=False)
+    if pooler == "mean":
+        assert not torch.allclose(published(ids, attention_mask=mask).logits, logits)
+
+
+def head_inputs(model_class):
+    ids = tokens(3, 8)
+    labels = {
+        DanetForPreTraining: {"labels": ids, "next_sentence_label": torch.tensor([0, 1, 1])},
+        DanetForMaskedLM: {"labels": ids},
+        DanetForSequenceClassification: {"labels": torch.tensor([0, 1, 1])},
+        DanetForTokenClassification: {"labels": ids % 2},
+        DanetForQuestionAnswering: {
+            "start_positions": torch.tensor([1, 2, 3]),
+            "end_positions": torch.tensor([2, 3, 4]),
+        },
+        DanetForMultipleChoice: {"labels": torch.tensor([0, 2, 1])},
+    }[model_class]
+    if model_class is DanetForMultipleChoice:
+        ids = tokens(3, 4, 8)
+    return {"input_ids": ids, **labels}
+
+
+@pytest.mark.parametrize("model_class", ENCODER_HEADS)
+def test_every_head_learns_and_survives_saving(model_class, tmp_path):
+    model = build(model_class, dtype=torch.float32, use_token_type=True)
+    inputs = head_inputs(model_class)
+    if model_class is not DanetForMultipleChoice:
+        inputs["token_type_ids"] = torch.tensor([[0] * 4 + [1] * 4] * 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = model(**inputs).loss
+        loss.backward()
+        unused = [n for n, p in model.named_parameters() if p.grad is None]
+        assert unused == (["model.embed_token_types.weight"] if model_class is DanetForMultipleChoice else [])
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    model.save_pretrained(tmp_path)
+    again = model_class.from_pretrained(tmp_path).eval()
+    assert torch.equal(model(**inputs).loss, again(**inputs).loss)
+
+
+def test_regression_and_several_labels():
+    ids = tokens(2, 5)
+    model = build(DanetForSequenceClassification, num_labels=1, dtype=torch.float32)
+    out = model(ids, labels=torch.tensor([0.5, -1.0]))
+    torch.testing.assert_close(out.loss, (out.logits[:, 0] - torch.tensor([0.5, -1.0])).pow(2).mean())
+    model = build(DanetForSequenceClassification, num_labels=3, dtype=torch.float32)
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    out = model(ids, labels=labels)
+    torch.testing.assert_close(out.loss, torch.nn.functional.binary_cross_entropy_with_logits(out.logits, labels))
+
+
+def test_pretraining_output_of_a_decoder():
+    out = build(DanetForPreTraining, is_causal=True)(tokens(2, 5))
+    assert out.prediction_logits.shape == (2, 5, VOCAB)
+    assert out.seq_relationship_logits.shape == (2, 2)
+
+
+def test_pretraining_loss_is_the_sum_of_both():
+    model = build(DanetForPreTraining)
+    ids = tokens(2, 5)
+    labels = ids.masked_fill(torch.arange(5) > 2, -100)
+    out = model(ids, labels=labels, next_sentence_label=torch.tensor([1, 0]))
+    words = torch.nn.functional.cross_entropy(out.prediction_logits[:, :3].flatten(0, 1).float(), ids[:, :3].flatten())
+    pairs = torch.nn.functional.cross_entropy(out.seq_relationship_logits.float(), torch.tensor([1, 0]))
+    torch.testing.assert_close(out.loss, words + pairs)
+    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
+
+
+def test_auto_classes_and_tied_weights(tmp_path):
+    model = encoder("rotary l_sl_g swiglu", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    assert type(again) is DanetForMaskedLM
+    assert again.lm_head.decoder.weight is again.model.embed_tokens.weight
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
+    ids = tokens(2, 9)
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_resizing_the_vocabulary_keeps_the_logits_and_grows_the_bias():
+    model = encoder("learned g relu")
+    ids = tokens(2, 6)
+    before = model(ids).logits
+    model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
+    after = model(ids).logits
+    assert after.shape[-1] == VOCAB + 5
+    assert model.lm_head.decoder.bias.shape == (VOCAB + 5,)
+    assert model.lm_head.decoder.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(after[..., :VOCAB], before, **TOL)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    c = config(hidden_size=64, query_initializer_range=None, initializer_range=0.02, num_hidden_layers=2)
+    model = DanetForMaskedLM(c)
+    layer = model.model.layers[0]
+    assert layer.attention.query_proj.weight.std().item() == pytest.approx(0.02 / (2 * 2 * 64) ** 0.5, rel=0.1)
+    assert layer.mlp.up_proj.weight.std().item() == pytest.approx((2 * 64 * 4) ** -0.5, rel=0.1)
+    assert model.lm_head.dense.weight.abs().max() <= 0.02
+    assert model.lm_head.dense.weight.std().item() == pytest.approx(0.02 / 3**0.5, rel=0.1)
+    assert model.model.embed_tokens.weight[0].abs().max() > 0
+    # The published quirk: tied to the uniform output layer, the embeddings are uniform, too.
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02 / 3**0.5, rel=0.1)
+    assert DanetForTokenClassification(c).model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_raw_scores_give_back_the_attention(name):
+    model = make(name)
+    if "softmax" in name:
+        model.set_attn_implementation("eager")
+    ids, mask = pad([tokens(9), tokens(5, seed=1)], "left", 10)
+    out = model(ids, attention_mask=mask, output_attentions=True, use_cache=False)
+    assert [tuple(a.shape) for a in out.attentions] == [(2, 2, 10, 10)] * 3
+    if "softmax" in name:
+        return
+    layer, seen = model.model.layers[1], []
+    hook = layer.attention.register_forward_hook(lambda m, args, o: seen.append((args[0], o.hidden_states)))
+    model(ids, attention_mask=mask, use_cache=False)
+    hook.remove()
+    x, expected = seen[0]
+    if model.config.relpe_scheme == "q,k" or model.config.position_embedding_type in ("learned", "sinusoidal"):
+        out = torch.einsum("bhij,bjhd->bihd", out.attentions[1], x.unflatten(-1, (2, -1))).flatten(2)
+        torch.testing.assert_close(out, expected, **TOL)
+
+
+@pytest.mark.parametrize("layer_class", [DanetBlock, DenseAttention])
+def test_layers_work_alone(layer_class):
+    layer = layer_class(config(hidden_size=32))
+    out = layer(torch.randn(8, 1024, 32))
+    out = out if layer_class is DanetBlock else out.hidden_states
+    assert out.shape == (8, 1024, 32)
+    out.mean().backward()
+
+
+@pytest.mark.parametrize("pattern", ["g", "l", "sl", "sw"])
+def test_a_block_alone_honours_masks_and_goes_on_from_its_state(pattern):
+    torch.manual_seed(0)
+    block = DanetBlock(config(is_causal=True, layer_pattern=pattern)).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    whole = block(x)
+    first, state = block(x[:, :4], return_state=True)
+    second, state = block(x[:, 4:5], state=state, return_state=True)
+    third = block(x[:, 5:], state=state)
+    torch.testing.assert_close(torch.cat((first, second, third), dim=1), whole, **TOL)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 1], [1] * 9])
+    torch.testing.assert_close(block(x, attention_mask=mask)[0, mask[0].bool()], block(x[:1, mask[0].bool()])[0], **TOL)
+
+
+@pytest.mark.parametrize("name", ["encoder rotary l_sl_g swiglu", "encoder learned g relu", "decoder sw_sw_g swiglu"])
+def test_checkpointing_gives_the_same_gradients(name):
+    model = make(name)
+    ids, mask = pad([tokens(9), tokens(5, seed=1)], "left", 10)
+    grads = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            enable = "activation_checkpointing_enable"  # the older name is deprecated where this one exists
+            getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")()
+        model.train()
+        model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for n, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][n], grad, **TOL)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_compiles_in_one_graph(name):
+    torch._dynamo.reset()
+    model = make(name)
+    ids, mask = pad([tokens(9), tokens(5, seed=1)], "left", 10)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    out = compiled(ids, attention_mask=mask, use_cache=False).logits
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(out[mask.bool()], expected[mask.bool()], **TOL)
+
+
+class Forward(torch.nn.Module):
+    """Tokens and mask to logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", ["encoder rotary l_sl_g swiglu", "decoder l_sl_sw cosine"])
+def test_exports_with_a_dynamic_length(name):
+    model = make(name)
+    ids, mask = pad([tokens(9), tokens(5, seed=1)], "left", 12)
+    shapes = {name: {1: torch.export.Dim.DYNAMIC} for name in ("input_ids", "attention_mask")}
+    program = torch.export.export(
+        Forward(model), (), {"input_ids": ids, "attention_mask": mask}, dynamic_shapes=shapes, strict=False
+    )
+    for width in (19, 12):
+        ids, mask = pad([tokens(11), tokens(8, seed=1)], "right", width)
+        out = program.module()(input_ids=ids, attention_mask=mask)
+        torch.testing.assert_close(out[mask.bool()], Forward(model)(ids, mask)[mask.bool()], **TOL)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer_pattern": "l_slg"}, "slg"),
+        ({"layer_pattern": "global"}, "global"),
+        ({"layer_pattern": "sw"}, "causal"),
+        ({"layer_pattern": "l", "window_size": 5}, "even"),
+        ({"layer_pattern": "l", "window_size": 0}, "window_size"),
+        ({"layer_pattern": "softmax"}, "Transformer"),
+        ({"layer_pattern": "softmax_g"}, "softmax_attention_heads"),
+        ({"layer_pattern": "swa@softmax_g", "softmax_attention_heads": 2}, "causal"),
+        ({"pre_norm": "layernorm"}, "pre_norm"),
+        ({"embedding_norm": "max"}, "embedding_norm"),
+        ({"hidden_size": 15}, "num_attention_heads"),
+        ({"hidden_size": 6}, "odd"),
+        ({"position_embedding_type": "rope"}, "position_embedding_type"),
+        ({"relpe_scheme": "q,x"}, "relpe_scheme"),
+        ({"ffn_type": "gelu"}, "ffn_type"),
+        ({"pooler": "cls"}, "pooler"),
+        ({"lm_head_act": "swish"}, "lm_head_act"),
+        ({"scale_mode": "none"}, "scale_mode"),
+        ({"scale_length": 0}, "scale_length"),
+        ({"is_causal": True, "scale_mode": "valid_length", "use_cache": True}, "scale_mode"),
+        ({"hidden_size": "16"}, "hidden_size"),
+    ],
+)
+def test_bad_configurations_are_refused(fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "input_ids"),
+        ({"input_ids": tokens(1, 65)}, "max_position_embeddings"),
+        ({"input_ids": torch.full((1, 3), VOCAB)}, "vocabulary"),
+        ({"input_ids": tokens(1, 4), "attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask"),
+        ({"input_ids": tokens(1, 4), "attention_mask": torch.ones(1, 4, 4)}, "attention_mask"),
+        ({"input_ids": tokens(1, 4), "attention_mask": torch.tensor([[0.0, -1e4, 0.0, 0.0]])}, "additive"),
+        ({"input_ids": tokens(1, 4), "token_type_ids": torch.ones(1, 4, dtype=torch.long)}, "token_type_ids"),
+        ({"input_ids": tokens(1, 4), "use_cache": True}, "is_causal"),
+        ({"input_ids": tokens(1, 4), "labels": tokens(1, 5)}, "labels"),
+    ],
+)
+def test_bad_inputs_are_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        encoder("learned g relu")(**inputs)
+
+
+def test_an_unknown_keyword_is_refused():
+    with pytest.raises(TypeError, match="atention_mask"):
+        encoder("learned g relu")(tokens(1, 4), atention_mask=torch.ones(1, 4))
+
+
+def test_heads_of_the_other_direction_are_refused():
+    with pytest.raises(ValueError, match="is_causal=False"):
+        build(DanetForMaskedLM, is_causal=True)
+    with pytest.raises(ValueError, match="is_causal=True"):
+        build(DanetForCausalLM)
+
+
+def test_padding_inside_a_sliding_softmax_window_is_refused():
+    with pytest.raises(ValueError, match="swa@softmax"):
+        decoder("swa@softmax_g_l")(tokens(1, 4), attention_mask=torch.tensor([[1, 0, 1, 1]]))
