@@ -2,8 +2,8 @@
 
 import pytest
 import transformers.utils.hub
+from common.tiny import word_tokenizer
 from hub.fake_hub import FakeHub
-from hub.tiny import word_tokenizer
 from huggingface_hub import constants, hf_api
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.tiny import FAMILY_ROWS, first_output, one_row_a_family
 from hub.fresh_process import run_without_package
-from hub.tiny import FAMILY_ROWS, first_output, one_row_a_family
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModel
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from hub.tiny import FAMILY_ROWS, every_head, first_output, one_row_a_family, some_ids
+from common.tiny import FAMILY_ROWS, every_head, first_output, one_row_a_family, some_ids
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments

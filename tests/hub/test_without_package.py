@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.tiny import EVERY_HEAD, every_head, first_output, some_ids
 from hub.conftest import point_to
 from hub.fake_hub import FakeHub
 from hub.fresh_process import run_without_package
-from hub.tiny import EVERY_HEAD, every_head, first_output, some_ids
 
 from hf_linear_attn.registration import FAMILIES
 
