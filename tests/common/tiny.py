@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from common.families import ROWS, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from common.families import ROWS, VOCAB
 
 FAMILY_ROWS = list({row.family: row for row in reversed(ROWS)}.values())[::-1]
 one_row_a_family = pytest.mark.parametrize("row", FAMILY_ROWS, ids=[row.family for row in FAMILY_ROWS])
