@@ -16,6 +16,19 @@ def check_format(config, kwargs: dict) -> None:
         )
 
 
+class DerivedLayerTypes:
+    """Placed before `PreTrainedConfig`: keeps `layer_types`, which other fields decide, out of saved configurations.
+
+    Trainer reads the configuration of a checkpoint with the base class, which knows only Transformers' own layer types.
+    """
+
+    def to_dict(self) -> dict:
+        """Every field that a configuration is built from."""
+        fields = super().to_dict()
+        fields.pop("layer_types", None)
+        return fields
+
+
 def apply_aliases(config, kwargs: dict) -> None:
     """Move published names out of `kwargs` into their fields, before anything is derived from these."""
     for alias, name in config.attribute_map.items():

@@ -4,14 +4,21 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .configuration_common import apply_aliases, check_choice, check_format, check_head_size, check_windows
+from .configuration_common import (
+    DerivedLayerTypes,
+    apply_aliases,
+    check_choice,
+    check_format,
+    check_head_size,
+    check_windows,
+)
 from .recurrent_cache import LAYER_TYPE
 
 logger = logging.get_logger(__name__)
 
 
 @strict
-class LeapConfig(PreTrainedConfig):
+class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
     """Configuration of LEAP, a causal language model whose layers are gated, focus-weighted running means.
 
     Args:
