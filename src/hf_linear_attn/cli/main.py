@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": ("demo", "train a small LEAP and a GPT-2 on real text, compare them, generate"),
     "train": ("train", "train a language model with every knob, and resume it"),
     "generate": ("generate", "continue a prompt with a trained model"),
+    "card": ("card", "write the model card of a checkpoint"),
 }
 
 

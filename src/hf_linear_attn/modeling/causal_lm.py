@@ -61,7 +61,9 @@ def check_cache(past_key_values, config) -> None:
         raise ValueError(
             f"`past_key_values` ({type(past_key_values).__name__} with {kinds}) does not belong to this model, which has "
             f"{config.num_hidden_layers} recurrent layers: build it with `RecurrentCache(config=model.config)`, "
-            "`DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`"
+            "`DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`. "
+            "Keys and values per token, which prefix tuning writes, have no place in a state of fixed size: use prompt tuning "
+            "or LoRA"
         )
 
 

@@ -5,6 +5,7 @@ Checked on transformers 5.17 and 5.23. When a release moves one of them, this is
 
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -36,6 +37,7 @@ __all__ = [
     "can_read_values",
     "can_return_tuple",
     "capture_outputs",
+    "custom_object_save",
     "keep_logits",
     "merge_with_config_defaults",
 ]

@@ -1,5 +1,33 @@
 """Checks that the families' configurations share."""
 
+# What a saved configuration says about itself. Raised when a new field changes what a model computes, so that an older
+# release refuses the checkpoint instead of computing something else.
+FORMAT_FIELD = "hf_linear_attn_format"
+FORMAT_VERSION = 1
+
+
+def check_format(config, kwargs: dict) -> None:
+    """Take the format number out of `kwargs` and refuse one that this release does not know."""
+    version = kwargs.pop(FORMAT_FIELD, FORMAT_VERSION)
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"this {config.model_type} checkpoint has `{FORMAT_FIELD}` {version!r}, but this release of hf-linear-attn reads "
+            f"1 to {FORMAT_VERSION}: update it (pip install -U hf-linear-attn)"
+        )
+
+
+class DerivedLayerTypes:
+    """Placed before `PreTrainedConfig`: keeps `layer_types`, which other fields decide, out of saved configurations.
+
+    Trainer reads the configuration of a checkpoint with the base class, which knows only Transformers' own layer types.
+    """
+
+    def to_dict(self) -> dict:
+        """Every field that a configuration is built from."""
+        fields = super().to_dict()
+        fields.pop("layer_types", None)
+        return fields
+
 
 def apply_aliases(config, kwargs: dict) -> None:
     """Move published names out of `kwargs` into their fields, before anything is derived from these."""

@@ -3,12 +3,19 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_common import apply_aliases, check_choice, check_head_size, check_windows
+from .configuration_common import (
+    DerivedLayerTypes,
+    apply_aliases,
+    check_choice,
+    check_format,
+    check_head_size,
+    check_windows,
+)
 from .recurrent_cache import LAYER_TYPE
 
 
 @strict
-class FastformerConfig(PreTrainedConfig):
+class FastformerConfig(DerivedLayerTypes, PreTrainedConfig):
     """Configuration of Fastformer: additive attention as a causal language model, or as the original encoder.
 
     Args:
@@ -73,6 +80,7 @@ class FastformerConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_format(self, kwargs)
         apply_aliases(self, kwargs)
         layers = self.num_hidden_layers
         if self.layer_windows is None:

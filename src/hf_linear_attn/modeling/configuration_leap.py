@@ -4,14 +4,21 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .configuration_common import apply_aliases, check_choice, check_head_size, check_windows
+from .configuration_common import (
+    DerivedLayerTypes,
+    apply_aliases,
+    check_choice,
+    check_format,
+    check_head_size,
+    check_windows,
+)
 from .recurrent_cache import LAYER_TYPE
 
 logger = logging.get_logger(__name__)
 
 
 @strict
-class LeapConfig(PreTrainedConfig):
+class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
     """Configuration of LEAP, a causal language model whose layers are gated, focus-weighted running means.
 
     Args:
@@ -77,6 +84,7 @@ class LeapConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_format(self, kwargs)
         apply_aliases(self, kwargs)
         if self.layer_windows is None:
             cycle = [None, 4, 8, 16] if self.use_local_attention else [None]

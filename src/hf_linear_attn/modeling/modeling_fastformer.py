@@ -21,6 +21,7 @@ from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, begin, embed_
 from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, merge_with_config_defaults
 from .configuration_fastformer import FastformerConfig
 from .layer_output import LayerOutput
+from .portable_checkpoint import PortableCheckpointMixin
 from .sequence_inputs import prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
 from .windowed_mean import EPS, attention_rows, compute_dtype, windowed_mean
@@ -242,7 +243,7 @@ class FastformerBlock(GradientCheckpointingLayer):
         return (hidden_states, mixed.state) if return_state else hidden_states
 
 
-class FastformerPreTrainedModel(PreTrainedModel):
+class FastformerPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     """Weights' initialisation and what Transformers needs to know of the family."""
 
     config: FastformerConfig

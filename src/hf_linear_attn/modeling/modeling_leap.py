@@ -22,6 +22,7 @@ from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs,
 from .configuration_leap import LeapConfig
 from .layer_output import LayerOutput
 from .leap_mechanism import averaged, focus_weights, leap_mechanism
+from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
 from .sequence_inputs import prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
@@ -197,7 +198,7 @@ class LeapBlock(GradientCheckpointingLayer):
         return (hidden_states, mixed.state) if return_state else hidden_states
 
 
-class LeapPreTrainedModel(PreTrainedModel):
+class LeapPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     """Weights' initialisation and what Transformers needs to know of the family."""
 
     config: LeapConfig

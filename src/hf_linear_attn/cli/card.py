@@ -1,0 +1,58 @@
+"""`hf-linear-attn card`: a model card for a checkpoint, from its own data."""
+
+import json
+from pathlib import Path
+
+from .parser import Parser
+
+DESCRIPTION = """\
+Write the model card of a saved model: what it is, how it was trained (from the folder's training_report.json or Trainer
+log), what it scores, the size of its state and its speed, measured here, how to load it, limits, licence, citation.
+The metadata on top is what the Hub reads.
+"""
+
+EXAMPLES = """\
+examples:
+  hf-linear-attn card outputs/leap
+      writes outputs/leap/README.md
+  hf-linear-attn card outputs/leap --repo user/leap-speeches --license apache-2.0 --language en --overwrite
+  hf-linear-attn card outputs/leap --no-speed --output card.md
+"""
+
+
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="hf-linear-attn card", description=DESCRIPTION, epilog=EXAMPLES)
+    made.add_argument("checkpoint", help="folder of a saved model")
+    made.add_argument("--output", metavar="FILE", help="where to write (default: README.md in the folder)")
+    made.add_argument("--repo", metavar="NAME", help="name on the Hub to load it by (default: the folder's name)")
+    made.add_argument(
+        "--license", default="apache-2.0", metavar="ID", help="licence as the Hub names it (default: apache-2.0)"
+    )
+    made.add_argument("--language", metavar="CODE", help="language of the data, for instance en")
+    made.add_argument("--dataset", metavar="NAME", help="the data's name on the Hub")
+    made.add_argument("--no-speed", action="store_true", help="do not run the model to measure it")
+    made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    made.add_argument("--json", action="store_true", help="print the card's metadata as JSON instead of a sentence")
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, build, write. Exit codes: 0, or 2 for a wrong value."""
+    command = parser()
+    given = command.parse(arguments)
+    folder = Path(given["checkpoint"])
+    if not (folder / "config.json").is_file():
+        command.error(f"there is no config.json in {str(folder)!r}: give the folder of a saved model")
+    output = Path(given["output"] or folder / "README.md")
+    if output.exists() and not given["overwrite"]:
+        command.error(f"{output} is there already; --overwrite replaces it")
+    from ..hub.cards import build_card
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    about = {name: given[name] for name in ("repo", "license", "language", "dataset")}
+    card = build_card(folder, speed=not given["no_speed"], **about)
+    card.save(output)
+    print(json.dumps({"card": str(output), "metadata": card.data.to_dict()}) if given["json"] else f"card: {output}")
+    return 0

@@ -1,0 +1,51 @@
+"""Code for checkpoint folders that have none, and for what Trainer pushes while it trains."""
+
+import json
+import os
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from ..modeling.configuration_common import FORMAT_FIELD, FORMAT_VERSION
+from ..modeling.portable_checkpoint import auto_map, copy_code
+from ..registration import FAMILIES
+
+
+def add_code(folder: str | os.PathLike) -> None:
+    """Give a checkpoint folder its family's code and a complete `auto_map`.
+
+    `save_pretrained` and `push_to_hub` do this by themselves; a folder saved with `include_code=False` can be completed here
+    before it is uploaded by other means.
+
+    Args:
+        folder: a folder with a `config.json` of one of our families.
+
+    Raises:
+        FileNotFoundError: no `config.json` in `folder`.
+        ValueError: the configuration is of another family.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: give the folder of a saved model")
+    config = json.loads(path.read_text())
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{path} is of model type {family!r}; code can be added for {', '.join(map(repr, FAMILIES))}")
+    body = FAMILIES[family][1]["AutoModel"]
+    copy_code(body, folder)
+    config |= {"auto_map": auto_map(body), FORMAT_FIELD: FORMAT_VERSION}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+class PushCodeCallback(TrainerCallback):
+    """Completes what `Trainer(push_to_hub=True)` pushes while it trains.
+
+    For these pushes Trainer copies weights and configuration out of the checkpoint, but no code. The push at the end
+    (`trainer.push_to_hub()`) has it without this callback.
+    """
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        """Put the code where Trainer uploads from."""
+        if state.is_world_process_zero and hasattr(type(model), "config_class"):
+            os.makedirs(args.output_dir, exist_ok=True)
+            copy_code(type(model), args.output_dir)

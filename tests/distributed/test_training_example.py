@@ -1,0 +1,186 @@
+"""The training example under DDP and FSDP2 with two gloo processes on the CPU: the single process's losses, step by step.
+
+Accelerate's FSDP2 and DeepSpeed need GPUs; those configurations run where there are two.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from common.families import COMMON, TINY
+from common.tiny import FAMILY_ROWS
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "distributed"
+RUNNER = Path(__file__).with_name("run_examples.py")
+CAUSAL_ROWS = [row for row in FAMILY_ROWS if row.causal]
+causal_families = pytest.mark.parametrize("family", [row.family for row in CAUSAL_ROWS])
+STEPS, SAVE = 4, 2
+
+
+def arguments(family, output, text, *more):
+    """Arguments of a tiny run."""
+    config = {k: v for k, v in (COMMON | TINY[family]).items() if k != "vocab_size"}
+    fixed = ["--vocab-size", "280", "--block-length", "12", "--batch-size", "4", "--steps", str(STEPS), "--cpu"]
+    named = ["--family", family, "--config", json.dumps(config), "--data", str(text), "--output", str(output)]
+    return [*fixed, "--save-steps", str(SAVE), *named, *more]
+
+
+def environment(**more):
+    """Of a child process: this checkout's package, no network, one thread."""
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
+
+
+def launch(command, folder, **options):
+    """Run a command to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        env=environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each family by itself, in two DDP processes and in two FSDP2 processes; the folder of their outputs."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = folder / "text.txt"
+    text.write_text(" ".join(f"Message {i * i % 97} of {i}: peace and work." for i in range(150)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_LINEAR_ATTN_CACHE", str(folder / "cache"))
+        for kind, starter, more in (
+            ("ddp", ["accelerate.commands.launch", "--config_file", EXAMPLES / "ddp.yaml"], []),
+            ("fsdp2", ["torch.distributed.run", "--nproc-per-node", "2"], ["--shard"]),
+        ):
+            work = [arguments(row.family, folder / kind / row.family, text, *more) for row in CAUSAL_ROWS]
+            (folder / f"{kind}.json").write_text(json.dumps(work))
+            launch([*starter, RUNNER, folder / f"{kind}.json"], folder, timeout=500)
+        for row in CAUSAL_ROWS:
+            alone(patch, arguments(row.family, folder / "alone" / row.family, text))
+    return folder
+
+
+def alone(patch, words):
+    """The example in this process."""
+    patch.setattr(sys, "argv", ["train.py", *words])
+    runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
+
+
+def result(folder):
+    """What a run wrote down."""
+    return json.loads((folder / "losses.json").read_text())
+
+
+@causal_families
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_losses_are_those_of_one_process(runs, family, kind):
+    """Step by step, and the weights at the end."""
+    expected, found = result(runs / "alone" / family), result(runs / kind / family)
+    assert (expected["processes"], found["processes"]) == (1, 2)
+    assert list(found["losses"]) == [str(step) for step in range(1, STEPS + 1)]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+    weights = load_file(runs / kind / family / "model.safetensors")  # a sharded run also writes tied weights twice
+    for name, weight in load_file(runs / "alone" / family / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
+
+
+@causal_families
+def test_fsdp2_really_shards(runs, family):
+    """Every parameter of the sharded run is a DTensor, none of DDP's is."""
+    model = AutoModelForCausalLM.from_pretrained(runs / "fsdp2" / family)
+    assert result(runs / "fsdp2" / family)["sharded_parameters"] == len(list(model.parameters()))
+    assert result(runs / "ddp" / family)["sharded_parameters"] == 0
+
+
+@causal_families
+def test_resumes_on_another_number_of_processes(runs, family, tmp_path, monkeypatch):
+    """A checkpoint of two processes goes on in one, with the losses of a run that was never stopped."""
+    shutil.copytree(runs / "ddp" / family / f"checkpoint-{SAVE}", tmp_path / f"checkpoint-{SAVE}")
+    monkeypatch.setenv("HF_LINEAR_ATTN_CACHE", str(runs / "cache"))
+    alone(monkeypatch, arguments(family, tmp_path, runs / "text.txt", "--resume"))
+    assert result(tmp_path)["losses"] == pytest.approx(result(runs / "alone" / family)["losses"], abs=1e-4)
+
+
+@causal_families
+def test_activation_checkpointing(runs, family, tmp_path, monkeypatch):
+    """Recomputing activations changes no loss."""
+    monkeypatch.setenv("HF_LINEAR_ATTN_CACHE", str(runs / "cache"))
+    alone(monkeypatch, arguments(family, tmp_path, runs / "text.txt", "--activation-checkpointing"))
+    assert result(tmp_path)["losses"] == pytest.approx(result(runs / "alone" / family)["losses"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run(runs, tmp_path):
+    """The other one is stopped, and the launcher says which died of what."""
+    words = arguments(CAUSAL_ROWS[0].family, tmp_path / "out", runs / "text.txt")
+    words[words.index("--steps") + 1] = "100000"
+    words[words.index("--save-steps") + 1] = "20"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(EXAMPLES / "train.py"),
+        *words,
+    ]
+    settings = environment(HF_LINEAR_ATTN_CACHE=str(runs / "cache"))
+    with subprocess.Popen(
+        command, env=settings, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as run:
+        try:
+            while not (tmp_path / "out" / "checkpoint-20").exists():
+                assert run.poll() is None, run.stderr.read().decode()[-3000:]
+                time.sleep(0.2)
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            os.kill(int(children[1]), signal.SIGKILL)
+            _, errors = run.communicate(timeout=120)
+        finally:
+            run.kill()
+    assert run.returncode != 0
+    assert "Signal 9 (SIGKILL)" in errors.decode()
+    assert "rank      : 1" in errors.decode()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+def test_configurations_are_read_by_accelerate(name):
+    """Every key of the shipped configurations is one that `accelerate launch` knows."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(EXAMPLES / f"{name}.yaml"))
+    assert loaded.num_processes == 2
+    assert loaded.distributed_type.name == yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["distributed_type"]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@causal_families
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+def test_configurations_on_two_gpus(runs, family, name, tmp_path):
+    """The shipped commands: the losses of one CPU process, up to the GPU's arithmetic."""
+    if name == "zero2":
+        pytest.importorskip("deepspeed", reason="needs deepspeed: pip install deepspeed")
+    words = [word for word in arguments(family, tmp_path, runs / "text.txt") if word != "--cpu"]
+    starter = ["accelerate.commands.launch", "--config_file", EXAMPLES / f"{name}.yaml", EXAMPLES / "train.py"]
+    launch([*starter, *words], tmp_path, timeout=500)
+    found = result(tmp_path)
+    assert found["processes"] == 2
+    assert (found["sharded_parameters"] > 0) == (name == "fsdp2")
+    assert found["losses"] == pytest.approx(result(runs / "alone" / family)["losses"], abs=1e-2)

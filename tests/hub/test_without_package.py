@@ -1,0 +1,53 @@
+"""A pushed checkpoint needs nothing but Transformers: all heads load from their own code where this package is absent."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from common.tiny import EVERY_HEAD, every_head, first_output, some_ids
+from hub.conftest import point_to
+from hub.fake_hub import FakeHub
+from hub.fresh_process import run_without_package
+
+from hf_linear_attn.registration import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What one fresh process without the package found for every family and head."""
+    folder = tmp_path_factory.mktemp("without-package")
+    with FakeHub() as hub:
+        requests = []
+        with pytest.MonkeyPatch.context() as patch:
+            point_to(hub, patch, folder / "cache")
+            for row, head in EVERY_HEAD:
+                name = f"{row.family}-{head}"
+                row.build(head).push_to_hub(f"user/{name}")
+                causal = head == "AutoModelForCausalLM"
+                requests.append({"name": name, "repo": f"user/{name}", "head": head, "causal": causal})
+        work = {"ids": some_ids().tolist(), "requests": requests}
+        (folder / "requests.json").write_text(json.dumps(work))
+        script, found = Path(__file__).with_name("remote_loader.py"), folder / "answers.json"
+        done = run_without_package(
+            script, folder / "requests.json", found, folder=folder, HF_ENDPOINT=hub.url, HF_TOKEN=hub.token
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(found.read_text())
+
+
+@every_head
+def test_loads_computes_and_saves_again(answers, row, head):
+    """The same outputs and the same tokens as here; and again from what the fresh process saved, map included."""
+    found = answers[f"{row.family}-{head}"]
+    assert "error" not in found, found["error"]
+    assert found["module"].startswith("transformers_modules.")
+    model = row.build(head)
+    expected = first_output(model)
+    for when in ("loaded", "saved again"):
+        torch.testing.assert_close(torch.tensor(found[when]["first"]), expected, rtol=1e-5, atol=1e-5)
+    if head == "AutoModelForCausalLM":
+        tokens = model.generate(some_ids(), max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
+        assert found["loaded"]["generated"] == tokens
+        assert found["saved again"]["generated"] == tokens
+    assert set(found["auto_map"]) == {"AutoConfig", *FAMILIES[row.family][1]}

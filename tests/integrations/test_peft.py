@@ -1,0 +1,191 @@
+"""PEFT beyond one LoRA adapter: default targets, several adapters, prompt tuning, 8-bit weights, and what must refuse."""
+
+import pytest
+import torch
+from common.families import first_rows
+from common.tiny import one_row_a_family, some_ids
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_linear_attn.registration import LORA_TARGETS
+
+peft = pytest.importorskip("peft", reason="needs peft: pip install hf-linear-attn[peft]")
+# PEFT itself still asks for a name that Transformers will drop in its version 6.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def logits(model):
+    """Logits of a fixed row."""
+    with torch.no_grad():
+        return model.eval()(input_ids=some_ids()).logits
+
+
+def stirred(model, name="default"):
+    """Give the adapter `name` weights that do something (a new one adds 0)."""
+    generator = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if f".{name}." in path and "lora_B" in path:
+                parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+@one_row_a_family
+def test_default_targets(row):
+    """LoRA that names no target finds the table's layers, every one trains, and nothing else does."""
+    model = peft.get_peft_model(row.build("AutoModel"), peft.LoraConfig(r=2))
+    found = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_" in name}
+    assert found == set(LORA_TARGETS[row.family])
+    stirred(model)
+    output = model(input_ids=some_ids()).last_hidden_state
+    output.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name), name
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@first_rows
+def test_train_save_load_merge(row, tmp_path):
+    """Trainer lowers the loss of the adapter alone; saved, loaded on a fresh base and merged it computes the same."""
+    base = row.causal_lm()
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, task_type="CAUSAL_LM"))
+    rows = [{"input_ids": some_ids()[0], "labels": some_ids()[0]} for _ in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=8,
+        learning_rate=0.05,
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            torch.testing.assert_close(parameter, before[own], rtol=0, atol=0)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    loaded = peft.PeftModel.from_pretrained(row.causal_lm(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+
+
+@first_rows
+def test_several_adapters(row, tmp_path):
+    """Two adapters on one base: each by its name, both blended, none, and each saved by itself."""
+    base = logits(row.causal_lm())
+    model = peft.get_peft_model(row.causal_lm(), peft.LoraConfig(r=2), adapter_name="law")
+    model.add_adapter("medicine", peft.LoraConfig(r=4))
+    for name in ("law", "medicine"):
+        stirred(model, name)
+    outputs = {}
+    for name in ("law", "medicine"):
+        model.set_adapter(name)
+        outputs[name] = logits(model)
+        assert not torch.allclose(outputs[name], base, atol=1e-3)
+    assert not torch.allclose(outputs["law"], outputs["medicine"], atol=1e-3)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), base)
+    model.add_weighted_adapter(["law", "medicine"], [1.0, 0.0], "mostly_law", combination_type="cat")
+    model.set_adapter("mostly_law")
+    torch.testing.assert_close(logits(model), outputs["law"], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path, selected_adapters=["law", "medicine"])
+    again = peft.PeftModel.from_pretrained(row.causal_lm(), tmp_path / "medicine", adapter_name="medicine")
+    torch.testing.assert_close(logits(again), outputs["medicine"])
+    again.load_adapter(tmp_path / "law", adapter_name="law")
+    again.set_adapter("law")
+    torch.testing.assert_close(logits(again), outputs["law"])
+    again.delete_adapter("law")
+    assert list(again.peft_config) == ["medicine"]
+
+
+@first_rows
+def test_adapters_of_transformers_own(row, tmp_path):
+    """`model.add_adapter` / `load_adapter` without PEFT's wrapper; the folder then holds the adapter alone."""
+    model = row.causal_lm()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=LORA_TARGETS[row.family]), adapter_name="default")
+    stirred(model)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} & {"config.json", "model.safetensors"} == set()
+    again = row.causal_lm()
+    again.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+@first_rows
+def test_prompt_tuning(row, tmp_path):
+    """Virtual tokens train, `generate` sees them, and they come back from a folder."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(row.causal_lm(), config)
+    with torch.no_grad():
+        model.prompt_encoder.default.embedding.weight.normal_(std=2.0)
+    ids = some_ids()
+    loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+    loss.backward()
+    assert model.prompt_encoder.default.embedding.weight.grad.abs().sum() > 0
+    model.eval()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with_prompt = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    without = row.causal_lm().generate(ids, **options)
+    assert with_prompt.tolist() != without.tolist()
+    # The same by hand: the virtual tokens' embeddings before those of the text.
+    base = model.get_base_model()
+    prompt = model.prompt_encoder.default.embedding.weight[None]
+    embedded = torch.cat([prompt, base.get_input_embeddings()(ids)], dim=1)
+    by_hand = base.generate(inputs_embeds=embedded, attention_mask=torch.ones(1, embedded.shape[1]), **options)
+    assert with_prompt[0, ids.shape[1] :].tolist() == by_hand[0].tolist()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(row.causal_lm(), tmp_path).eval()
+    loaded = again.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert loaded.tolist() == with_prompt.tolist()
+
+
+@first_rows
+def test_prefix_tuning_refuses(row):
+    """It would write keys and values into a cache that has none: an error with the reason, at the first call."""
+    model = row.causal_lm()
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=4,
+        num_layers=model.config.num_hidden_layers,
+        token_dim=model.config.hidden_size,
+        num_attention_heads=model.config.num_attention_heads,
+    )
+    with pytest.raises((ValueError, NotImplementedError), match=r"prefix tuning.*no place.*prompt tuning"):
+        peft.get_peft_model(model, config)(input_ids=some_ids())
+
+
+class TestTorchao:
+    """8-bit weights through torchao."""
+
+    @pytest.fixture(autouse=True)
+    def _needs_torchao(self):
+        pytest.importorskip("torchao", reason="needs torchao: pip install hf-linear-attn[quantization]")
+
+    @first_rows
+    def test_int8_weights(self, row, tmp_path):
+        """Loaded with int8 weights: close logits, smaller linear layers, generation runs."""
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        model = row.causal_lm()
+        model.save_pretrained(tmp_path)
+        small = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.float32
+        )
+        kinds = {type(p).__name__ for p in small.model.layers.parameters()}
+        assert any("Int8" in kind or "Quantized" in kind for kind in kinds), kinds
+        exact, rounded = logits(model), logits(small)
+        assert (exact - rounded).abs().max() < 0.2 * exact.std()  # a step of int8 is 1/127 of a row's largest weight
+        assert not torch.equal(exact, rounded)
+        generated = small.generate(some_ids(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert generated.shape == (1, some_ids().shape[1] + 4)
