@@ -5,7 +5,7 @@ import torch
 from common.batches import LAYOUTS, tokens
 from common.families import first_rows, traced_causal_rows, traced_rows
 from common.padding import padded_batch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from transformers import StaticCache
 
@@ -22,9 +22,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def traced(function):
-    """`function` in one graph, run as it is (no code is generated, which takes seconds), and the counter of graphs."""
-    counter = CompileCounter()
+def traced(function, backend="eager"):
+    """`function` in one graph, run as it is (no code is generated, which takes minutes), and the counter of graphs."""
+    counter = CompileCounterWithBackend(backend)
     return torch.compile(function, backend=counter, fullgraph=True), counter
 
 
@@ -68,7 +68,7 @@ def test_lengths_do_not_recompile_for_ever(row):
 @traced_causal_rows
 def test_training_step_is_one_graph(row):
     model = row.causal_lm(**row.layers(2)).train()
-    compiled, counter = traced(model)
+    compiled, counter = traced(model, "aot_eager")  # the backward is a graph, too
     ids = tokens(2, 30)
     compiled(ids, labels=ids, use_cache=False).loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -111,6 +111,7 @@ def test_decoding_with_a_dynamic_cache_is_two_graphs(row):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @first_rows
 def test_generated_code(row):
     """Once with the real compiler: forward and backward."""

@@ -95,8 +95,9 @@ def mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **
     """What generate() hands on as `attention_mask`: this call's columns, or None, so that its shape does not grow."""
     if attention_mask is None:
         return None
-    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return padding_mask(attention_mask, inputs_embeds.shape[0], inputs_embeds.shape[1], past_length)
+    # Only this call's columns are looked at: PEFT counts its virtual tokens in the cache, but not always in the mask.
+    length = inputs_embeds.shape[1]
+    return padding_mask(attention_mask[:, -length:], inputs_embeds.shape[0], length)
 
 
 def next_token_labels(labels: torch.Tensor, sequence: SequenceInputs) -> torch.Tensor:
