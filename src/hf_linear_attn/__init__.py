@@ -21,6 +21,7 @@ from .modeling.modeling_danet import (
     DanetForTokenClassification,
     DanetModel,
 )
+from .modeling.configuration_sea import SeaConfig
 from .modeling.modeling_fastformer import (
     FastformerAttention,
     FastformerBlock,
@@ -38,6 +39,14 @@ from .modeling.modeling_leap import (
     LeapForSequenceClassification,
     LeapForTokenClassification,
     LeapModel,
+)
+from .modeling.modeling_sea import (
+    SeaForCausalLM,
+    SeaForMaskedLM,
+    SeaForQuestionAnswering,
+    SeaForSequenceClassification,
+    SeaForTokenClassification,
+    SeaModel,
 )
 from .modeling.recurrent_cache import RecurrentCache
 from .registration import register_all
@@ -74,5 +83,12 @@ __all__ = [
     "LeapForTokenClassification",
     "LeapModel",
     "RecurrentCache",
+    "SeaConfig",
+    "SeaForCausalLM",
+    "SeaForMaskedLM",
+    "SeaForQuestionAnswering",
+    "SeaForSequenceClassification",
+    "SeaForTokenClassification",
+    "SeaModel",
     "__version__",
 ]

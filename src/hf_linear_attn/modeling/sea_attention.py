@@ -262,6 +262,18 @@ class SeaAttentionCore(nn.Module):
             state=new_state,
         )
 
+    def advance(self, q, k, v, layout: TokenLayout, scaling: float | None, state: SeaState | None) -> SeaState:
+        """The state after the tokens of ``layout`` alone, without attending; arguments as for ``forward``. Causal
+        only.
+        """
+        q = q if scaling is None else q * scaling
+        groups = self.options.num_heads // k.shape[1]
+        q, k, v = (layout.compact(x) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+        hidden, kernel_state = self._encode(q, k, v, layout, layout.keep, state)
+        _, rows_state = self._cell_logits(hidden, layout, state)
+        _, value_sum = self._average(None, v, layout, layout.keep, state)
+        return SeaState(kernel_state, value_sum, *rows_state)
+
     def _check(self, q, k, v, teacher, key_cache) -> None:
         heads, dim = self.options.num_heads, self.options.head_dim
         if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != dim or q.shape[2] == 0:
