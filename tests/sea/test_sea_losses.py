@@ -117,4 +117,4 @@ def test_training_on_the_loss_beats_equal_weights():
         optimizer.zero_grad()
         out.losses["estimate_kl"].backward()
         optimizer.step()
-    assert out.losses["estimate_kl"] / sea_attention.ESTIMATE_KL_WEIGHT < 0.8 * before["uniform_kl"]
+    assert out.losses["estimate_kl"] / sea_attention.LOSS_WEIGHTS["estimate_kl"] < 0.8 * before["uniform_kl"]

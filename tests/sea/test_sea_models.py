@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import hf_linear_attn
 from hf_linear_attn.conversion import linearize
+from hf_linear_attn.modeling.sea_host_attention import Distillation
 from hf_linear_attn.modeling.sea_losses import TeacherTargets
 
 from .hosts import CAUSAL_HOSTS, HOSTS, host_config, make_ids, make_student, make_teacher
@@ -193,11 +194,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(host, reentrant):
 def test_targets_give_a_loss_for_each_layer():
     student, ids = make_student("llama"), make_ids()
     heads = {i: TeacherTargets(scores=torch.randn(2, 4, 20, 20), context=torch.randn(2, 20, 16)) for i in (0, 1)}
-    output = student(ids, sea_targets=heads)
+    output = student(ids, distillation=Distillation(heads, measure=True))
     assert [sorted(terms) for terms in output.attention_losses] == [
         ["context_mse", "estimate_kl", "estimate_mse", "student_kl", "student_mse"]
     ] * 2
-    assert student(ids, sea_targets={1: heads[1]}).attention_losses[0] == {}
+    assert student(ids, distillation=Distillation({1: heads[1]})).attention_losses[0] == {}
+    assert 0 < output.fidelity[0]["top_k_recall"] < 1
 
 
 def test_sparsity_can_change_after_training():
@@ -270,4 +272,4 @@ def test_inputs_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match='"sea" only'):
         linearize(make_teacher("bert"), "leap")
     with pytest.raises(ValueError, match="the teacher's scores"):
-        student(ids, sea_targets={0: TeacherTargets(scores=torch.zeros(2, 2, 9, 9))})
+        student(ids, distillation=Distillation({0: TeacherTargets(scores=torch.zeros(2, 2, 9, 9))}))

@@ -58,7 +58,13 @@ class SeaConfig(PreTrainedConfig):
     """
 
     model_type = "sea"
-    keys_to_ignore_at_inference = ["past_key_values", "estimated_attentions", "kept_cells", "attention_losses"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "estimated_attentions",
+        "kept_cells",
+        "attention_losses",
+        "fidelity",
+    ]
     sub_configs = {"host_config": AutoConfig}
 
     host_config: dict | PreTrainedConfig | None = None

@@ -31,9 +31,8 @@ from .real_token_order import TokenLayout
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sea_attention import CLEAN_GATE_BIAS, SeaAttentionCore
 from .sea_cache import SeaCacheLayer
-from .sea_host_attention import ATTENTION_NAME, SeaCall, register_attention
+from .sea_host_attention import ATTENTION_NAME, Distillation, SeaCall, register_attention
 from .sea_hosts import attention_layers, find_host
-from .sea_losses import TeacherTargets
 from .sequence_inputs import SequenceInputs, check_token_ids, prepare_sequence
 
 
@@ -115,16 +114,15 @@ class SeaPreTrainedModel(PreTrainedModel):
 
     def _run_host(
         self,
-        input_ids,
-        attention_mask,
-        position_ids,
-        past_key_values,
-        inputs_embeds,
-        use_cache,
-        output_sea,
-        sea_targets,
-        sea_loss_rows,
-        kwargs,
+        input_ids=None,
+        inputs_embeds=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        output_sea=False,
+        distillation=None,
+        **kwargs,
     ) -> tuple[ModelOutput, SequenceInputs]:
         """Prepare ranks, masks and caches, call the host, collect what the layers left."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -133,67 +131,76 @@ class SeaPreTrainedModel(PreTrainedModel):
         if input_ids is not None:
             check_token_ids(input_ids, self.get_input_embeddings().num_embeddings, self.training)
         causal = self.config.is_causal
-        use_cache = causal and (self.config.use_cache if use_cache is None else use_cache)
-        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
-            if past_key_values is not None:
-                raise ValueError("`past_key_values` cannot be updated under checkpointing, which runs layers twice")
-            use_cache = False
-        elif sea_targets is not None:
-            use_cache = False
-        cache = self._cache(past_key_values, use_cache, tokens.shape[0])
+        cache = self._cache(past_key_values, causal, use_cache, tokens.shape[0], distillation is not None)
         past = 0 if cache is None else cache.get_seq_length()
-        old_mask = None if cache is None else cache.layers[0].key_mask
+        call, sequence = self._prepare(tokens, attention_mask, position_ids, cache, past, kwargs)
+        call.collect = output_sea or distillation is not None
+        call.distillation = distillation
+        if causal:
+            kwargs |= {"use_cache": cache is not None, "past_key_values": cache}
+        kwargs |= {"return_dict": True, "position_ids": sequence.position_ids}
+        if past == 0:  # what hosts do with the mask besides attention: warn
+            kwargs["attention_mask"] = attention_mask
+        output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
+        if causal and cache is None and "past_key_values" in output:
+            output["past_key_values"] = None
+        results = [call.results[i] for i in sorted(call.results)]
+        if output_sea:
+            output["estimated_attentions"] = tuple(result.estimated_probs for result in results)
+            output["kept_cells"] = tuple(result.cells for result in results)
+        if distillation is not None:
+            output["attention_losses"] = tuple(result.losses for result in results)
+            if distillation.measure:
+                output["fidelity"] = tuple(result.fidelity for result in results)
+        return output, sequence
+
+    def _prepare(self, tokens, attention_mask, position_ids, cache, past: int, kwargs: dict):
+        """Ranks and masks of a call; takes the keywords out of `kwargs` that only matter here."""
         documents = {name: kwargs.pop(name, None) for name in ("seq_idx", "cu_seq_lens_q")}
         for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
             kwargs.pop(name, None)
+        types = kwargs.get("token_type_ids")
+        if types is None or not find_host(self.config.host_config).token_types:
+            kwargs.pop("token_type_ids", None)
+            if types is not None and can_read_values() and bool(types.any()):
+                raise ValueError(
+                    f"`token_type_ids` other than 0 mean nothing to a {self.config.host_config.model_type} host"
+                )
+        batch, length, device = *tokens.shape[:2], tokens.device
+        old_mask = None if cache is None else cache.layers[0].key_mask
         counts = None
         if past:
-            counts = torch.full((tokens.shape[0],), past, device=tokens.device) if old_mask is None else old_mask.sum(1)
+            counts = torch.full((batch,), past, device=device) if old_mask is None else old_mask.sum(1)
         sequence = prepare_sequence(tokens, attention_mask, position_ids, past, counts, **documents)
         if sequence.segment_ids is not None:
             raise ValueError(
-                "packed documents (`seq_idx`, `cu_seq_lens_q` or restarting `position_ids`) cannot be honoured by SEA, whose "
-                "estimator looks over whole rows: put each document into its own row, padded, with an `attention_mask`"
+                "packed documents (`seq_idx`, `cu_seq_lens_q` or restarting `position_ids`) cannot be honoured by SEA, "
+                "whose estimator looks over whole rows: put each document into its own row, padded, with an "
+                "`attention_mask`"
             )
-        key_mask = _join_masks(old_mask, sequence.mask, tokens.shape[0], past, tokens.shape[1], tokens.device)
-        positions = sequence.position_ids
+        key_mask = _join_masks(old_mask, sequence.mask, batch, past, length, device)
         if sequence.mask is not None:
-            positions = positions.masked_fill(~sequence.mask, 0)
-        self._check_length(positions)
+            sequence.position_ids = sequence.position_ids.masked_fill(~sequence.mask, 0)
+        self._check_length(sequence.position_ids)
         call = SeaCall(
-            layout=TokenLayout.from_mask(key_mask, tokens.shape[0], tokens.shape[1], tokens.device, past),
+            layout=TokenLayout.from_mask(key_mask, batch, length, device, past),
             mask=None if key_mask is None else key_mask[:, past:],
             key_mask=key_mask,
             cache=cache,
             output_attentions=bool(kwargs.get("output_attentions", self.config.output_attentions)),
-            collect=output_sea or sea_targets is not None,
-            targets=sea_targets or {},
-            loss_rows=sea_loss_rows,
         )
-        if causal:
-            kwargs |= {"use_cache": use_cache, "past_key_values": cache}
-        kwargs["return_dict"] = True
-        output = self.host_model(
-            input_ids=input_ids,
-            attention_mask=_host_mask(attention_mask, tokens, past),
-            position_ids=positions,
-            inputs_embeds=inputs_embeds,
-            sea_call=call,
-            **kwargs,
-        )
-        if causal and not use_cache and "past_key_values" in output:
-            output["past_key_values"] = None
-        if call.collect:
-            layers = sorted(call.results)
-            output["estimated_attentions"] = tuple(call.results[i].estimated_probs for i in layers)
-            output["kept_cells"] = tuple(call.results[i].cells for i in layers)
-            if sea_targets is not None:
-                output["attention_losses"] = tuple(call.results[i].losses for i in layers)
-        return output, sequence
+        return call, sequence
 
-    def _cache(self, past_key_values, use_cache: bool, batch: int):
+    def _cache(self, past_key_values, causal: bool, use_cache: bool | None, batch: int, distilling: bool):
+        """The cache to go on from, a new one, or None."""
+        checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
         if past_key_values is None:
-            return RecurrentCache(config=self.config) if use_cache else None
+            wanted = self.config.use_cache if use_cache is None else use_cache
+            return (
+                RecurrentCache(config=self.config) if causal and wanted and not (checkpointing or distilling) else None
+            )
+        if checkpointing:
+            raise ValueError("`past_key_values` cannot be updated under checkpointing, which runs layers twice")
         if not self.config.is_causal:
             raise ValueError("`past_key_values` needs a causal host; a bidirectional SEA model reads whole texts")
         layers = getattr(past_key_values, "layers", [])
@@ -229,13 +236,6 @@ def _join_masks(old, new, batch: int, past: int, length: int, device) -> torch.T
     return torch.cat([old, new], dim=1)
 
 
-def _host_mask(attention_mask, tokens, past: int):
-    """The 2-D mask for what hosts do with it besides attention (warnings); None with a cache, where only shapes would
-    differ.
-    """
-    return attention_mask if past == 0 else None
-
-
 def _initialize_core(core: SeaAttentionCore, config: SeaConfig) -> None:
     """Initial values of one core, leaving alone what a checkpoint has filled."""
     std = getattr(config.host_config, "initializer_range", None) or getattr(config.host_config, "init_std", 0.02)
@@ -262,21 +262,26 @@ def _initialize_core(core: SeaAttentionCore, config: SeaConfig) -> None:
         module._is_hf_initialized = True
 
 
-class _SeaForward(SeaPreTrainedModel):
-    """The forward that the body and the heads share."""
+class SeaModel(SeaPreTrainedModel):
+    """The host's body with SEA; returns what the host's body returns."""
+
+    def __init__(self, config: SeaConfig, **kwargs):
+        super().__init__(config)
+        self._build(config, AutoModel, find_host(config.host_config).base_name, **kwargs)
+        self.post_init()
 
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_sea: bool = False,
-        sea_targets: dict[int, TeacherTargets] | None = None,
-        sea_loss_rows: torch.Tensor | None = None,
+        distillation: Distillation | None = None,
         **kwargs,
     ) -> ModelOutput:
         """Run the model.
@@ -284,49 +289,65 @@ class _SeaForward(SeaPreTrainedModel):
         Args:
             input_ids (`(B, T)`) or inputs_embeds (`(B, T, d)`): the tokens.
             attention_mask (`(B, T)`, or with a cache `(B, past + T)`, *optional*): 1 keeps, 0 is padding, on any side.
+            token_type_ids (`(B, T)`, *optional*): for hosts that have them (BERT, GPT-2).
             position_ids (`(B, T)`, *optional*): positions for the host; ranks among the real tokens if not given.
             past_key_values (`Cache`, *optional*): causal hosts: what to go on from; updated in place.
             use_cache (`bool`, *optional*): causal hosts: whether to make and return a cache.
-            output_sea (`bool`): also return `estimated_attentions`, a tuple of (B, H, T, M), and `kept_cells`, bool
-            of the same
-                shape, one a SEA layer.
-            sea_targets (`dict`, *optional*): `TeacherTargets` by layer; the output then has `attention_losses`, a
-            dict of
-                weighted terms a layer.
-            sea_loss_rows (`(R,)`, *optional*): ranks of the query rows that those losses look at.
-            **kwargs: what the host's forward takes: `labels`, `token_type_ids`, `logits_to_keep`,
-            `output_hidden_states`,
-                `output_attentions` (T x T: small T), ...
+            output_sea (`bool`): also return `estimated_attentions`, a tuple of (B, H, T, M), and `kept_cells`, bool of
+                the same shape, one a SEA layer.
+            distillation (`Distillation`, *optional*): targets of a teacher; the output then has `attention_losses`, a
+                dict of weighted terms a layer, and `fidelity` if it asks for that.
+            **kwargs: what the host's forward takes, such as `output_hidden_states` and `output_attentions` (T x T:
+                for small T).
 
         Returns:
             The host's output class, with the fields named above where asked for.
         """
-        output, _ = self._run_host(
+        return self._run_host(
             input_ids,
+            inputs_embeds,
             attention_mask,
             position_ids,
             past_key_values,
-            inputs_embeds,
             use_cache,
             output_sea,
-            sea_targets,
-            sea_loss_rows,
-            kwargs,
-        )
-        return output
+            distillation,
+            token_type_ids=token_type_ids,
+            **kwargs,
+        )[0]
 
 
-class SeaModel(_SeaForward):
-    """The host's body with SEA; returns what the host's body returns."""
+class _SeaWithLabels(SeaPreTrainedModel):
+    """The forward of the heads that take `labels`, in the host's form."""
 
-    def __init__(self, config: SeaConfig, **kwargs):
-        super().__init__(config)
-        prefix = find_host(config.host_config).base_name
-        self._build(config, AutoModel, prefix, **kwargs)
-        self.post_init()
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_sea: bool = False,
+        distillation: Distillation | None = None,
+        **kwargs,
+    ) -> ModelOutput:
+        """Predict; arguments as for `SeaModel`, labels as the host's model for this task takes them."""
+        return self._run_host(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            output_sea=output_sea,
+            distillation=distillation,
+            token_type_ids=token_type_ids,
+            labels=labels,
+            **kwargs,
+        )[0]
 
 
-class SeaForMaskedLM(_SeaForward):
+class SeaForMaskedLM(_SeaWithLabels):
     """The host's masked language model with SEA."""
 
     def __init__(self, config: SeaConfig):
@@ -335,7 +356,7 @@ class SeaForMaskedLM(_SeaForward):
         self.post_init()
 
 
-class SeaForSequenceClassification(_SeaForward):
+class SeaForSequenceClassification(_SeaWithLabels):
     """The host's classifier of texts with SEA."""
 
     def __init__(self, config: SeaConfig):
@@ -345,7 +366,7 @@ class SeaForSequenceClassification(_SeaForward):
         self.post_init()
 
 
-class SeaForTokenClassification(_SeaForward):
+class SeaForTokenClassification(_SeaWithLabels):
     """The host's classifier of tokens with SEA."""
 
     def __init__(self, config: SeaConfig):
@@ -355,7 +376,7 @@ class SeaForTokenClassification(_SeaForward):
         self.post_init()
 
 
-class SeaForQuestionAnswering(_SeaForward):
+class SeaForQuestionAnswering(SeaPreTrainedModel):
     """The host's question answering model with SEA."""
 
     def __init__(self, config: SeaConfig):
@@ -363,8 +384,36 @@ class SeaForQuestionAnswering(_SeaForward):
         self._build(config, AutoModelForQuestionAnswering)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        output_sea: bool = False,
+        distillation: Distillation | None = None,
+        **kwargs,
+    ) -> ModelOutput:
+        """Score where an answer starts and ends; arguments as for `SeaModel`."""
+        return self._run_host(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            output_sea=output_sea,
+            distillation=distillation,
+            token_type_ids=token_type_ids,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            **kwargs,
+        )[0]
 
-class SeaForCausalLM(RecurrentGenerationMixin, _SeaForward, GenerationMixin):
+
+class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMixin):
     """The host's causal language model with SEA."""
 
     def __init__(self, config: SeaConfig):
@@ -382,6 +431,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, _SeaForward, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -389,26 +439,26 @@ class SeaForCausalLM(RecurrentGenerationMixin, _SeaForward, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_sea: bool = False,
-        sea_targets: dict[int, TeacherTargets] | None = None,
-        sea_loss_rows: torch.Tensor | None = None,
+        distillation: Distillation | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> ModelOutput:
-        """Predict each next token; arguments as for the other heads.
+        """Predict each next token; arguments as for `SeaModel`.
 
         labels (`(B, T)`, *optional*) are shifted inside; -100 is ignored, and so is padding, wherever it stands.
         """
         output, sequence = self._run_host(
             input_ids,
+            inputs_embeds,
             attention_mask,
             position_ids,
             past_key_values,
-            inputs_embeds,
             use_cache,
             output_sea,
-            sea_targets,
-            sea_loss_rows,
-            kwargs | {"logits_to_keep": logits_to_keep},
+            distillation,
+            token_type_ids=token_type_ids,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
         )
         if labels is not None:
             arguments = {"num_items_in_batch": num_items_in_batch}

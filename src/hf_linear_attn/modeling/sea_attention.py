@@ -8,7 +8,7 @@ functions of Transformers. The pretrained projections stay in the host; a core h
 specification, section 1.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,13 +35,13 @@ from .sea_estimator import (
     SeaEncoder,
     interpolated_identity,
 )
-from .sea_losses import TeacherTargets, attention_losses
+from .sea_losses import TeacherTargets, attention_fidelity, attention_losses
 from .sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells, grown_average
 
 BACKENDS = ("auto", "dense", "chunked")
 DENSE_PAIRS = 1 << 20  # "auto" takes the dense form up to this many (query, key) pairs: 1024 x 1024
 CLEAN_GATE_BIAS = 4.0  # sigmoid(4) = 0.98: a converted layer starts close to sparse attention alone
-ESTIMATE_KL_WEIGHT = STUDENT_KL_WEIGHT = 0.1
+LOSS_WEIGHTS = {"estimate_kl": 0.1, "estimate_mse": 1.0, "student_kl": 0.1, "student_mse": 1.0, "context_mse": 1.0}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ class SeaOptions:
     max_positions: int = 2048
     official: bool = False
     backend: str = "auto"
-    loss_weights: dict = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("num_heads", "head_dim", "k", "predictor_length", "max_positions"):
@@ -138,6 +137,7 @@ class SeaCoreOutput:
         kept: (N, H, T, S) bool over key slots, only if asked for.
         attention_probs: (N, H, T, S), sparse attention times its gate (a row sums to the gate), only if asked for.
         state: SeaState after the last token of a causal layer.
+        fidelity: what `attention_fidelity` measures, only if asked for.
     """
 
     context: torch.Tensor
@@ -148,6 +148,7 @@ class SeaCoreOutput:
     kept: torch.Tensor | None
     attention_probs: torch.Tensor | None
     state: SeaState | None
+    fidelity: dict | None = None
 
 
 class SeaAttentionCore(nn.Module):
@@ -199,6 +200,7 @@ class SeaAttentionCore(nn.Module):
         key_cache: tuple[torch.Tensor, torch.Tensor] | None = None,
         output_attentions: bool = False,
         loss_rows: torch.Tensor | None = None,
+        measure: bool = False,
     ) -> SeaCoreOutput:
         """Attend.
 
@@ -214,6 +216,7 @@ class SeaAttentionCore(nn.Module):
             key_cache: keys and values (N, G, S, D) of all tokens including these, by slot.
             output_attentions: also return ``kept`` and ``attention_probs``, which are T x S.
             loss_rows: (R,) ranks of the query rows that the attention losses look at; None is all.
+            measure: also measure how well the estimate finds the teacher's attention (`fidelity`).
 
         Raises:
             ValueError: shapes that do not fit, more tokens than the position table has rows.
@@ -245,9 +248,13 @@ class SeaAttentionCore(nn.Module):
         if not options.official:
             context = context.masked_fill(~keep[:, None, :, None], 0.0)
         context = context.transpose(1, 2).flatten(2).to(v.dtype)  # (N, T, H D)
-        losses = {}
+        losses, fidelity = {}, None
         if teacher is not None:
-            losses = self._losses(q, k_heads, scale, logits, visible, keep, context, teacher, layout, loss_rows)
+            teacher = self._targets(teacher, context, layout)
+            losses = self._losses(q, k_heads, scale, logits, visible, keep, context, teacher, loss_rows)
+            if measure:
+                limit = options.cell_limit
+                fidelity = attention_fidelity(cells, logits, visible, keep, teacher, options.k, limit, loss_rows)
         new_state = SeaState(kernel_state, value_sum, *rows_state) if causal else None
         if kept is not None:
             kept, sparse_probs = (layout.restore(layout.restore_keys(x)) for x in (kept, gate * sparse_probs))
@@ -260,6 +267,7 @@ class SeaAttentionCore(nn.Module):
             kept=kept,
             attention_probs=sparse_probs,
             state=new_state,
+            fidelity=fidelity,
         )
 
     def advance(self, q, k, v, layout: TokenLayout, scaling: float | None, state: SeaState | None) -> SeaState:
@@ -365,29 +373,31 @@ class SeaAttentionCore(nn.Module):
         weights = rows / probs.shape[2]  # the clean form divides by the sum of the grown weights instead
         return grown_average(weights, v, layout.lengths, normalize=not self.options.official), None
 
-    def _losses(self, q, k, scale, logits, visible, keep, context, teacher, layout, loss_rows) -> dict:
-        """Weighted terms of the layer's loss (specification, section 2.2)."""
+    def _targets(self, teacher, context, layout: TokenLayout) -> TeacherTargets:
+        """A teacher's targets, checked and compacted."""
         if not isinstance(teacher, TeacherTargets):
             scores, teacher_context = teacher
             teacher = TeacherTargets(context=teacher_context, scores=scores)
-        teacher.check(q.shape[0], q.shape[1], q.shape[2], context.shape[-1])
-        scores = teacher.scores
-        targets = TeacherTargets(
-            scores=None if scores is None else layout.compact(layout.compact(scores), dim=3),
+        teacher.check(context.shape[0], self.options.num_heads, context.shape[1], context.shape[2])
+        return TeacherTargets(
+            context=None if teacher.context is None else layout.compact(teacher.context, dim=1),
+            scores=None if teacher.scores is None else layout.compact(layout.compact(teacher.scores), dim=3),
             q=None if teacher.q is None else layout.compact(teacher.q),
             k=None if teacher.k is None else layout.compact(teacher.k),
             scaling=teacher.scaling,
         )
+
+    def _losses(self, q, k, scale, logits, visible, keep, context, teacher: TeacherTargets, loss_rows) -> dict:
+        """Weighted terms of the layer's loss (specification, section 2.2)."""
         options = self.options
         terms = attention_losses(
-            q, k, scale, logits, visible, keep, targets, options.causal, options.official, loss_rows
+            q, k, scale, logits, visible, keep, teacher, options.causal, options.official, loss_rows
         )
         if teacher.context is not None:
-            error = (context - layout.compact(teacher.context, dim=1)).to(logits.dtype).square()
+            error = (context - teacher.context).to(accumulation_dtype(context.dtype)).square()
             if options.official:
                 terms["context_mse"] = error.mean()
             else:
                 real = keep.sum().clamp_min(1) * context.shape[-1]
                 terms["context_mse"] = error.masked_fill(~keep[..., None], 0.0).sum() / real
-        weights = {"estimate_kl": ESTIMATE_KL_WEIGHT, "student_kl": STUDENT_KL_WEIGHT} | options.loss_weights
-        return {name: weights.get(name, 1.0) * term for name, term in terms.items()}
+        return {name: LOSS_WEIGHTS[name] * term for name, term in terms.items()}

@@ -20,6 +20,21 @@ ATTENTION_NAME = "hf_linear_attn_sea"
 
 
 @dataclass
+class Distillation:
+    """What a student's layers are compared with.
+
+    Attributes:
+        targets: a teacher's `TeacherTargets` by layer, as `record_targets` makes them.
+        loss_rows: (R,) ranks of the query rows that the losses look at; None for all (time O(T^2)).
+        measure: whether layers also measure how well the estimate finds the teacher's attention.
+    """
+
+    targets: dict[int, TeacherTargets]
+    loss_rows: torch.Tensor | None = None
+    measure: bool = False
+
+
+@dataclass
 class SeaCall:
     """One forward call of a SEA model.
 
@@ -30,8 +45,8 @@ class SeaCall:
         cache: the Transformers cache, or None.
         output_attentions: whether layers return their T x S attention.
         collect: whether layers leave their results in `results`.
-        targets: teacher targets by layer.
-        loss_rows: (R,) query rows of the attention losses, None for all.
+        distillation: a teacher's targets, None outside distillation.
+        recorded: where softmax layers leave their own targets (a teacher's forward), or None.
         results: layer -> SeaCoreOutput (its state removed).
     """
 
@@ -41,8 +56,8 @@ class SeaCall:
     cache: Any = None
     output_attentions: bool = False
     collect: bool = False
-    targets: dict[int, TeacherTargets] = field(default_factory=dict)
-    loss_rows: torch.Tensor | None = None
+    distillation: Distillation | None = None
+    recorded: dict[int, TeacherTargets] | None = None
     results: dict[int, SeaCoreOutput] = field(default_factory=dict)
 
 
@@ -77,20 +92,26 @@ def sea_attention_forward(
     if layer is not None:
         layer.append_mask(sea_call.mask, query.shape[0], time, query.device)
     if core is None:
-        return _softmax_layer(query, key, value, sea_call, bool(module.is_causal), scaling, dropout)
+        output = _softmax_layer(query, key, value, sea_call, bool(module.is_causal), scaling, dropout)
+        if sea_call.recorded is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            sea_call.recorded[index] = TeacherTargets(context=output[0].flatten(2), q=query, k=key, scaling=scale)
+        return output
     new_key, new_value = key[:, :, past : past + time], value[:, :, past : past + time]
     state = None if layer is None else layer.get_state()
+    distillation = sea_call.distillation
     output = core(
         query,
         new_key,
         new_value,
-        teacher=sea_call.targets.get(index),
+        teacher=None if distillation is None else distillation.targets.get(index),
         scaling=scaling,
         layout=sea_call.layout,
         state=None if state is None else SeaState(*state),
         key_cache=None if layer is None else (key, value),
         output_attentions=sea_call.output_attentions,
-        loss_rows=sea_call.loss_rows,
+        loss_rows=None if distillation is None else distillation.loss_rows,
+        measure=distillation is not None and distillation.measure,
     )
     if layer is not None:
         replay = _replay(core, sea_call, scaling, query, new_key, new_value) if layer.record_past else None

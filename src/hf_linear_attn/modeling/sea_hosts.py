@@ -15,19 +15,21 @@ class Host:
         base_name: the attribute that holds the body in the host's models with heads (their `base_model_prefix`).
         causal: whether a token sees only earlier ones.
         learned_positions: whether its position table bounds the length.
+        token_types: whether its forward takes `token_type_ids`.
     """
 
     attention_class: str
     base_name: str
     causal: bool
     learned_positions: bool
+    token_types: bool = False
 
 
 HOSTS = {
-    "bert": Host("BertSelfAttention", "bert", causal=False, learned_positions=True),
+    "bert": Host("BertSelfAttention", "bert", causal=False, learned_positions=True, token_types=True),
     "llama": Host("LlamaAttention", "model", causal=True, learned_positions=False),
     "opt": Host("OPTAttention", "model", causal=True, learned_positions=True),
-    "gpt2": Host("GPT2Attention", "transformer", causal=True, learned_positions=True),
+    "gpt2": Host("GPT2Attention", "transformer", causal=True, learned_positions=True, token_types=True),
 }
 
 
