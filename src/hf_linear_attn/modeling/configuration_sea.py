@@ -62,6 +62,7 @@ class SeaConfig(PreTrainedConfig):
         "past_key_values",
         "estimated_attentions",
         "kept_cells",
+        "kept_keys",
         "attention_losses",
         "fidelity",
     ]

@@ -148,6 +148,8 @@ class SeaPreTrainedModel(PreTrainedModel):
         if output_sea:
             output["estimated_attentions"] = tuple(result.estimated_probs for result in results)
             output["kept_cells"] = tuple(result.cells for result in results)
+            if call.output_attentions:
+                output["kept_keys"] = tuple(result.kept for result in results)
         if distillation is not None:
             output["attention_losses"] = tuple(result.losses for result in results)
             if distillation.measure:
@@ -294,7 +296,7 @@ class SeaModel(SeaPreTrainedModel):
             past_key_values (`Cache`, *optional*): causal hosts: what to go on from; updated in place.
             use_cache (`bool`, *optional*): causal hosts: whether to make and return a cache.
             output_sea (`bool`): also return `estimated_attentions`, a tuple of (B, H, T, M), and `kept_cells`, bool of
-                the same shape, one a SEA layer.
+                the same shape, one a SEA layer; with `output_attentions` also `kept_keys`, bool (B, H, T, S).
             distillation (`Distillation`, *optional*): targets of a teacher; the output then has `attention_losses`, a
                 dict of weighted terms a layer, and `fidelity` if it asks for that.
             **kwargs: what the host's forward takes, such as `output_hidden_states` and `output_attentions` (T x T:
