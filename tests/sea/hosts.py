@@ -13,9 +13,8 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 def host_config(name: str, **changes):
     """bert, llama (grouped queries), opt (project_in/out, scaled queries), gpt2 (scores scaled by layer)."""
     if name == "bert":
-        return BertConfig(
-            **SIZES, num_attention_heads=2, intermediate_size=24, initializer_range=0.3, pad_token_id=0, **changes
-        )
+        fields = {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.3, "pad_token_id": 0}
+        return BertConfig(**(SIZES | fields | changes))
     if name == "llama":
         fields = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "initializer_range": 0.3}
         return LlamaConfig(**(SIZES | TOKENS | fields | changes))
