@@ -53,7 +53,7 @@ class SeaConfig(PreTrainedConfig):
             not normalised, gates start half closed, no limit of keys per cell). For comparisons with published numbers.
         backend (`str`, defaults to `"auto"`): `"dense"` (reference, T x T), `"chunked"` (linear memory), or `"auto"`:
         dense
-            up to 1024 x 1024 scores, chunked beyond. Results are equal.
+            up to 1024 keys, chunked beyond. Results are equal.
         use_cache (`bool`, defaults to `True`): whether a causal model returns its cache.
     """
 

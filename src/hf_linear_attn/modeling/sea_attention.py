@@ -39,7 +39,7 @@ from .sea_losses import TeacherTargets, attention_fidelity, attention_losses
 from .sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells, grown_average
 
 BACKENDS = ("auto", "dense", "chunked")
-DENSE_PAIRS = 1 << 20  # "auto" takes the dense form up to this many (query, key) pairs: 1024 x 1024
+DENSE_KEYS = 1024  # "auto" takes the dense form up to this many keys, where it is faster and still small
 CLEAN_GATE_BIAS = 4.0  # sigmoid(4) = 0.98: a converted layer starts close to sparse attention alone
 LOSS_WEIGHTS = {"estimate_kl": 0.1, "estimate_mse": 1.0, "student_kl": 0.1, "student_mse": 1.0, "context_mse": 1.0}
 
@@ -346,7 +346,7 @@ class SeaAttentionCore(nn.Module):
         limit, backend = self.options.cell_limit, self.options.backend
         num_keys = layout.key_length if self.options.causal else q.shape[2]
         if backend == "auto":
-            backend = "dense" if q.shape[2] * num_keys <= DENSE_PAIRS else "chunked"
+            backend = "dense" if num_keys <= DENSE_KEYS else "chunked"
         kept = probs = context = None
         if backend == "chunked":
             context = chunked_sparse_attention(q, keys, values, cells, visible, scale, limit, slots)

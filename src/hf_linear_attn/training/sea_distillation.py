@@ -123,7 +123,8 @@ def record_targets(teacher: PreTrainedModel, inputs: dict[str, Any]) -> tuple[di
     positions = sequence.position_ids
     if sequence.mask is not None:
         positions = positions.masked_fill(~sequence.mask, 0)
-    layout = TokenLayout.from_mask(sequence.mask, *tokens.shape[:2], tokens.device)
+    batch, length = tokens.shape[:2]
+    layout = TokenLayout.from_mask(sequence.mask, batch, length, tokens.device)
     call = SeaCall(layout=layout, mask=sequence.mask, key_mask=sequence.mask, recorded={})
     if HOSTS[teacher.config.model_type].causal:
         arguments["use_cache"] = False
@@ -152,6 +153,8 @@ class SeaDistillationTrainer(Trainer):
     Raises:
         ValueError: a model that is no SEA model, a teacher of another shape.
     """
+
+    args: SeaDistillationArguments
 
     def __init__(self, model: nn.Module, teacher: PreTrainedModel, args: SeaDistillationArguments, **kwargs):
         student = sea_model(model)
