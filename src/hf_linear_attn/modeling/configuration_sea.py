@@ -117,11 +117,12 @@ class SeaConfig(PreTrainedConfig):
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if name in SHARED_WITH_HOST and self.__dict__.get("_post_init_done"):
+        # Until `__post_init__` sets the layer types, `host_config` is still the caller's own object.
+        if name in SHARED_WITH_HOST and self.__dict__.get("layer_types") is not None:
             self._share(name, value)
 
     def _share(self, name, value) -> None:
-        if getattr(self.host_config, name, None) != value:
+        if isinstance(self.host_config, PreTrainedConfig) and getattr(self.host_config, name, None) != value:
             setattr(self.host_config, name, value)
 
     @property

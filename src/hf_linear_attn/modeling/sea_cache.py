@@ -92,6 +92,7 @@ class SeaCacheLayer(RecurrentStateLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the last `-tokens_to_remove` columns: the state by replay, keys and values by cutting."""
+        tokens_to_remove = int(tokens_to_remove)  # generate() of some releases passes a tensor
         if self.number_of_states or tokens_to_remove > 0:
             super().crop(tokens_to_remove)
         keep = self.slots + tokens_to_remove
