@@ -10,6 +10,7 @@ Notation in all docstrings: B batch, T time (tokens), H heads, D or E head size,
 from .modeling.configuration_danet import DanetConfig
 from .modeling.configuration_fastformer import FastformerConfig
 from .modeling.configuration_leap import LeapConfig
+from .modeling.configuration_sea import SeaConfig
 from .modeling.danet_block import DanetBlock, DenseAttention
 from .modeling.modeling_danet import (
     DanetForCausalLM,
@@ -21,7 +22,6 @@ from .modeling.modeling_danet import (
     DanetForTokenClassification,
     DanetModel,
 )
-from .modeling.configuration_sea import SeaConfig
 from .modeling.modeling_fastformer import (
     FastformerAttention,
     FastformerBlock,

@@ -90,7 +90,6 @@ def distill(options: DistillOptions) -> dict[str, Any]:
         "machine": describe_machine(),
     }
     model = trainer.model.merge_and_unload() if options.lora else sea_model(trainer.model)
-    model.config.use_cache = True  # Trainer switches it off for training, and would save it so
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")

@@ -166,7 +166,9 @@ class SeaDistillationTrainer(Trainer):
             for name, parameter in student.named_parameters():
                 if SEA_MARK not in name and "lora_" not in name:
                     parameter.requires_grad_(False)
+        use_cache = student.config.use_cache
         super().__init__(model=model, args=args, **kwargs)
+        student.config.use_cache = use_cache  # Trainer switches it off, and would save it so; this loss makes no cache
         # The loss is a mean over the batch: Trainer divides it by the accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
