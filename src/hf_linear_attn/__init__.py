@@ -10,6 +10,7 @@ Notation in all docstrings: B batch, T time (tokens), H heads, D or E head size,
 from .modeling.configuration_danet import DanetConfig
 from .modeling.configuration_fastformer import FastformerConfig
 from .modeling.configuration_leap import LeapConfig
+from .modeling.configuration_sea import SeaConfig
 from .modeling.danet_block import DanetBlock, DenseAttention
 from .modeling.modeling_danet import (
     DanetForCausalLM,
@@ -38,6 +39,14 @@ from .modeling.modeling_leap import (
     LeapForSequenceClassification,
     LeapForTokenClassification,
     LeapModel,
+)
+from .modeling.modeling_sea import (
+    SeaForCausalLM,
+    SeaForMaskedLM,
+    SeaForQuestionAnswering,
+    SeaForSequenceClassification,
+    SeaForTokenClassification,
+    SeaModel,
 )
 from .modeling.recurrent_cache import RecurrentCache
 from .registration import register_all
@@ -74,5 +83,12 @@ __all__ = [
     "LeapForTokenClassification",
     "LeapModel",
     "RecurrentCache",
+    "SeaConfig",
+    "SeaForCausalLM",
+    "SeaForMaskedLM",
+    "SeaForQuestionAnswering",
+    "SeaForSequenceClassification",
+    "SeaForTokenClassification",
+    "SeaModel",
     "__version__",
 ]

@@ -7,9 +7,11 @@ from .modeling import (
     configuration_danet,
     configuration_fastformer,
     configuration_leap,
+    configuration_sea,
     modeling_danet,
     modeling_fastformer,
     modeling_leap,
+    modeling_sea,
 )
 
 AUTO_CLASSES = {
@@ -58,10 +60,26 @@ FAMILIES: dict[str, tuple[type, dict[str, type]]] = {
             "AutoModelForMultipleChoice": modeling_danet.DanetForMultipleChoice,
         },
     ),
+    "sea": (
+        configuration_sea.SeaConfig,
+        {
+            "AutoModel": modeling_sea.SeaModel,
+            "AutoModelForCausalLM": modeling_sea.SeaForCausalLM,
+            "AutoModelForMaskedLM": modeling_sea.SeaForMaskedLM,
+            "AutoModelForSequenceClassification": modeling_sea.SeaForSequenceClassification,
+            "AutoModelForTokenClassification": modeling_sea.SeaForTokenClassification,
+            "AutoModelForQuestionAnswering": modeling_sea.SeaForQuestionAnswering,
+        },
+    ),
 }
 
 # Where PEFT puts adapters when the user names no target: family -> names of linear layers.
-LORA_TARGETS = {"leap": ["qfkv_proj"], "fastformer": ["qkv_proj"], "danet": ["query_proj", "q_proj", "v_proj"]}
+LORA_TARGETS = {
+    "leap": ["qfkv_proj"],
+    "fastformer": ["qkv_proj"],
+    "danet": ["query_proj", "q_proj", "v_proj"],
+    "sea": ["query", "value", "q_proj", "v_proj", "c_attn"],  # of whichever host
+}
 
 
 def register_all() -> None:

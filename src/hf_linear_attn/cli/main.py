@@ -10,6 +10,7 @@ from .parser import did_you_mean
 COMMANDS = {
     "demo": ("demo", "train a small LEAP and a GPT-2 on real text, compare them, generate"),
     "train": ("train", "train a language model with every knob, and resume it"),
+    "distill": ("distill", "turn a pretrained model into a SEA model and distil it"),
     "generate": ("generate", "continue a prompt with a trained model"),
     "card": ("card", "write the model card of a checkpoint"),
 }

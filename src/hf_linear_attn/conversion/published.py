@@ -6,7 +6,7 @@ from importlib import import_module
 import torch
 
 # family -> module here whose `from_published(config, state_dict)` builds the model
-CONVERTERS = {"leap": "leap", "fastformer": "leap", "danet": "danet"}
+CONVERTERS = {"leap": "leap", "fastformer": "leap", "danet": "danet", "sea": "sea"}
 
 
 def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor]):
@@ -14,7 +14,8 @@ def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor
 
     Args:
         family (`str`): `"leap"` or `"fastformer"` (package leap-transformer) give `LeapForCausalLM` / `FastformerForCausalLM`;
-            `"danet"` gives a `DanetForPreTraining` with the published scale, pooling and epsilon.
+            `"danet"` gives a `DanetForPreTraining` with the published scale, pooling and epsilon;
+            `"sea"` gives the `SeaAttentionCore` of one layer.
         config (`dict`): the published configuration fields.
         state_dict (`dict`): the published parameter names and tensors; the model takes their dtype.
 

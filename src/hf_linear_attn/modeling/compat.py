@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -29,6 +30,7 @@ def can_read_values() -> bool:
 
 
 __all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
     "STATIC_LAYER_TYPE_MAPPING",
     "CacheLayerMixin",
     "GradientCheckpointingLayer",

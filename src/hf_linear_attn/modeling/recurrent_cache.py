@@ -26,6 +26,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     _layer_type = LAYER_TYPE  # Transformers enters subclasses that name a type into its table for dynamic caches
     supports_early_init = False
+    holds_keys = False
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         CacheLayerMixin.__init__(self)
@@ -79,6 +80,17 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             self.cumulative_length.add_(num_new_tokens)
         else:
             self.cumulative_length += num_new_tokens
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """What a saved cache holds of this layer, by name; empty before the first token."""
+        if self.get_state() is None:
+            return {}
+        return {str(i): state for i, state in enumerate(self._all_states())}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor], length: int) -> None:
+        """Take over what `saved_tensors` gave after `length` columns."""
+        self._store(tuple(tensors[str(i)] for i in range(len(tensors))))
+        self.cumulative_length = length
 
     def _all_states(self) -> tuple[torch.Tensor, ...]:
         return tuple(self.recurrent_states[i] for i in range(self.number_of_states))
@@ -262,20 +274,18 @@ class RecurrentCache(DynamicCache):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
         for i, (layer, length) in enumerate(zip(cache.layers, lengths)):
             found = {name.split(".")[2]: t for name, t in tensors.items() if name.startswith(f"layers.{i}.")}
-            if isinstance(layer, RecurrentStateLayer) != ("keys" not in found):
+            if getattr(layer, "holds_keys", True) != ("keys" in found):
                 raise ValueError(f"layer {i} of {path} is of another kind than layer {i} of `config`")
-            if "keys" in found:
-                layer.update(found["keys"], found["values"])
+            if isinstance(layer, RecurrentStateLayer):
+                layer.load_tensors(found, length)
             else:
-                layer._store(tuple(found[str(j)] for j in range(len(found))))
-                layer.cumulative_length = length
+                layer.update(found["keys"], found["values"])
         return cache
 
     def _tensors(self):
         for i, layer in enumerate(self.layers):
             if isinstance(layer, RecurrentStateLayer):
-                if layer.get_state() is not None:
-                    yield from ((f"layers.{i}.{j}", s) for j, s in enumerate(layer._all_states()))
+                yield from ((f"layers.{i}.{name}", tensor) for name, tensor in layer.saved_tensors().items())
             elif layer.is_initialized:
                 yield from ((f"layers.{i}.keys", layer.keys), (f"layers.{i}.values", layer.values))
 

@@ -1,0 +1,80 @@
+"""`hf-linear-attn distill`: a pretrained model into a SEA model with sparse linear attention."""
+
+import sys
+
+from ..training.distill_options import DistillOptions
+from .parser import Parser
+
+DESCRIPTION = """\
+Convert a pretrained BERT, Llama, OPT or GPT-2 to SEA (sparse attention with an estimated mask), and distil it.
+
+The output folder receives the student and its tokenizer (the Auto classes load it), checkpoints, and
+distillation_report.json with the metrics of teacher and student before and after. Without --data the text of a language
+model is the State of the Union speeches."""
+
+EXAMPLES = """\
+examples:
+  hf-linear-attn distill --example --steps 300 --k 32 --predictor-length 64 --output outputs/example
+      a small teacher is trained on the speeches first: minutes on two cores
+  hf-linear-attn distill --teacher HuggingFaceTB/SmolLM2-135M --block-length 2048 --precision bfloat16 --output
+  outputs/sea hf-linear-attn distill --teacher my-bert --task classification --data train.csv --validation-data
+  test.csv --k 13 hf-linear-attn distill --resume --output outputs/sea
+"""
+
+ROWS = {
+    "perplexity": "perplexity",
+    "accuracy": "accuracy",
+    "distillation_loss": "distillation loss",
+    "estimate_kl": "KL of the estimate",
+    "uniform_kl": "(KL of equal weights)",
+    "top_k_recall": "recall of the teacher's top k",
+    "attention_mass": "teacher's attention on kept keys",
+    "keys_per_query": "keys a query and head",
+}
+
+
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="hf-linear-attn distill", description=DESCRIPTION, epilog=EXAMPLES)
+    made.add_dataclass(DistillOptions)
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, distil, print the result. Exit codes: 0, 2 for a wrong value, 130 or 143 after Ctrl-C or SIGTERM (resume
+    continues).
+    """
+    command = parser()
+    given = command.parse(arguments)
+    try:
+        options = DistillOptions.for_resume(given) if given.get("resume") else DistillOptions(**given)
+    except (ValueError, TypeError) as error:
+        command.error(str(error))
+    from ..training.distill import distill
+    from ..training.language_modeling import TrainingInterrupted
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        report = distill(options)
+    except TrainingInterrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 128 + stop.signal_number
+    print(f"\n{summary(report)}\n\nstudent and report: {options.output}")
+    return 0
+
+
+def summary(report: dict) -> str:
+    """The report as a table: teacher, student before and after."""
+    before, after = report["before"], report["after"]
+    lines = [f"{'':34}{'teacher':>10}{'before':>10}{'after':>10}"]
+    for name, title in ROWS.items():
+        if name in after:
+            teacher = after.get(f"teacher_{name}")
+            lines.append(
+                f"{title:34}{'' if teacher is None else format(teacher, '.4g'):>10}{before[name]:>10.4g}{after[name]:>10.4g}"
+            )
+    lines.append(
+        f"{report['steps']} steps in {report['seconds']:.0f} s, peak memory {report['peak_memory_mb']:.0f} MiB"
+    )
+    return "\n".join(lines)

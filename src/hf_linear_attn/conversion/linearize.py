@@ -1,0 +1,134 @@
+"""A pretrained Transformer into a SEA model that keeps its weights."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..modeling.configuration_sea import SeaConfig
+from ..modeling.modeling_sea import (
+    SeaForCausalLM,
+    SeaForMaskedLM,
+    SeaForQuestionAnswering,
+    SeaForSequenceClassification,
+    SeaForTokenClassification,
+    SeaModel,
+    SeaPreTrainedModel,
+)
+from ..modeling.sea_hosts import find_host
+
+TASKS = {
+    "AutoModelForCausalLM": (SeaForCausalLM, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "AutoModelForMaskedLM": (SeaForMaskedLM, "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    "AutoModelForSequenceClassification": (
+        SeaForSequenceClassification,
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    ),
+    "AutoModelForTokenClassification": (SeaForTokenClassification, "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    "AutoModelForQuestionAnswering": (SeaForQuestionAnswering, "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    "AutoModel": (SeaModel, "MODEL_MAPPING_NAMES"),
+}
+SEA_MARK = ".sea."
+
+
+def linearize(
+    model: PreTrainedModel | str | os.PathLike, family: str = "sea", *, task: str | None = None, dtype=None, **options
+) -> SeaPreTrainedModel:
+    """Put linear-time attention into a pretrained model; every weight it has is carried over exactly.
+
+    The new model predicts about what the old one does where `k` covers its texts, and badly elsewhere until it is
+    distilled (`SeaDistillationTrainer`), because the estimator that SEA adds starts from random weights.
+
+    Args:
+        model: a BERT, Llama, OPT or GPT-2 in memory (it is not changed), or the path or Hub id of one.
+        family: `"sea"`, the only family that can be put into a pretrained model.
+        task (*optional*): the Auto class to load a path with, such as `"AutoModelForCausalLM"`; from its
+        configuration's
+            `architectures` if not given. For a model in memory its class decides.
+        dtype (*optional*): dtype to load a path in; float32 if not given.
+        **options: fields of `SeaConfig`, such as `k`, `predictor_length`, `softmax_layers`.
+
+    Returns:
+        `SeaForCausalLM`, `SeaForMaskedLM`, ... on the device and in the dtype and mode of the given model.
+
+    Raises:
+        ValueError: another family, an unsupported host, a class of the host that has no SEA counterpart, an unknown
+            option.
+    """
+    if family != "sea":
+        raise ValueError(f'`family` is {family!r}; a pretrained model can be turned into "sea" only')
+    known = set(SeaConfig.__dataclass_fields__) - {"host_config"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(
+            f"unknown option(s) {unknown}: `linearize` takes the fields of SeaConfig, such as k, predictor_length"
+        )
+    teacher = model if isinstance(model, torch.nn.Module) else _load(model, task, dtype)
+    find_host(teacher.config)
+    sea_class = _sea_class(teacher)
+    config = SeaConfig(host_config=teacher.config, **options)
+    config.tie_word_embeddings = bool(getattr(teacher.config, "tie_word_embeddings", False))
+    pooler = {}
+    if sea_class is SeaModel and hasattr(teacher, "pooler"):
+        pooler["add_pooling_layer"] = teacher.pooler is not None
+    student = sea_class(config, **pooler)
+    torch.nn.Module.to(student, dtype=teacher.dtype, device=teacher.device)
+    _carry_over(teacher, student)
+    if getattr(teacher, "generation_config", None) is not None and student.can_generate():
+        student.generation_config = transformers.GenerationConfig.from_dict(teacher.generation_config.to_dict())
+    return student.train(teacher.training)
+
+
+def _load(path, task: str | None, dtype) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path)
+    find_host(config)
+    if task is None:
+        architecture = (config.architectures or [None])[0]
+        names = {name: task_name for task_name in TASKS for name in [_class_name(task_name, config.model_type)] if name}
+        if architecture not in names:
+            raise ValueError(
+                f"cannot tell from {_shown(path)} for which task to load it (architectures: {config.architectures}): pass "
+                f"`task`, one of {', '.join(TASKS)}"
+            )
+        task = names[architecture]
+    if task not in TASKS:
+        raise ValueError(f"`task` is {task!r}, expected one of {', '.join(TASKS)}")
+    return getattr(transformers, task).from_pretrained(path, dtype=dtype or torch.float32)
+
+
+def _shown(path) -> str:
+    return json.dumps(str(path if not Path(str(path)).is_absolute() else Path(str(path)).name))
+
+
+def _class_name(task: str, model_type: str) -> str | None:
+    return getattr(modeling_auto, TASKS[task][1]).get(model_type)
+
+
+def _sea_class(teacher: PreTrainedModel) -> type[SeaPreTrainedModel]:
+    name = type(teacher).__name__
+    for task, (sea_class, _) in TASKS.items():
+        if _class_name(task, teacher.config.model_type) == name:
+            return sea_class
+    supported = [c for c in (_class_name(task, teacher.config.model_type) for task in TASKS) if c]
+    raise ValueError(f"{name} has no SEA counterpart; classes of this host that have one: {', '.join(supported)}")
+
+
+@torch.no_grad()
+def _carry_over(teacher: PreTrainedModel, student: SeaPreTrainedModel) -> None:
+    """Copy every weight under its own name; only SEA's may be left over."""
+    target: torch.nn.Module = student.host_model
+    missing, unexpected = target.load_state_dict(teacher.state_dict(), strict=False)
+    foreign = [name for name in missing if SEA_MARK not in name]
+    if foreign or unexpected:
+        raise ValueError(
+            f"the host's weights do not fit the model built from its configuration: missing {foreign[:5]}, unexpected "
+            f"{unexpected[:5]}"
+        )
+    student.tie_weights()
+
+
+__all__ = ["linearize"]

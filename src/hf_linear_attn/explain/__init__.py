@@ -1,0 +1,1 @@
+"""What models attend to, as numbers and pictures."""

@@ -1,0 +1,186 @@
+"""Configuration of the SEA family: a host's configuration and what SEA adds to it."""
+
+import copy
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, BertConfig, PreTrainedConfig
+
+from .sea_attention import SeaOptions
+from .sea_cache import SEA_LAYER_TYPE
+from .sea_hosts import find_host, head_size
+
+# Kept equal in both configurations, because Transformers reads them on ours and the host's heads on theirs.
+SHARED_WITH_HOST = (
+    "vocab_size",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+
+
+@strict
+class SeaConfig(PreTrainedConfig):
+    """Configuration of SEA: sparse attention with an estimated mask, inside a BERT, Llama, OPT or GPT-2.
+
+    Args:
+        host_config (`PreTrainedConfig` or `dict`, *optional*): the host's configuration; `BertConfig()` if not given.
+        k (`int`, defaults to 64): mean number of keys that a query attends to in a head. Quality and cost grow with
+        it; it can
+            be changed after training. The paper's k: 7 to 25 for short texts, 32 to 128 for language models.
+        predictor_length (`int`, defaults to 128): width M of the compressed attention, a multiple of 2
+        (bidirectional) or 4
+            (causal). Cost per token grows with it; finer than the text is long (M > T) is of no use.
+        topk_group (`str`, defaults to `"causal_batch"`): cells compete within a row over its heads
+        (`"causal_batch"`), within
+            each row of each head (`"query"`), each head (`"head"`) or a whole sample (`"batch"`). Causal hosts: the
+            first only.
+        max_keys_per_cell (`int`, *optional*): most keys that one selected cell hands out, evenly spaced; `k` if not
+        given.
+            Bounds the cost of long texts, where a cell covers T / M keys.
+        feature_factor (`float`, *optional*): divides the number of random features, floor(D ln D / factor); 1 for
+            bidirectional hosts and 8 for causal ones if not given. More features: a better estimate, more cost.
+        num_features (`int`, *optional*): the number of random features itself; overrides `feature_factor`.
+        feature_redraw_interval (`int`, defaults to 1000): optimizer steps between redraws in training; 0 for never.
+        max_positions (`int`, *optional*): rows of the causal estimator's position table, the longest text in tokens;
+        the
+            host's `max_position_embeddings` if not given.
+        softmax_layers (`list` of `int`, *optional*): layers that keep the host's softmax attention (counted from 0).
+        official (`bool`, defaults to `False`): the published layer with its quirks (padding changes results, the
+        average is
+            not normalised, gates start half closed, no limit of keys per cell). For comparisons with published numbers.
+        backend (`str`, defaults to `"auto"`): `"dense"` (reference, T x T), `"chunked"` (linear memory), or `"auto"`:
+        dense
+            up to 1024 keys, chunked beyond. Results are equal.
+        use_cache (`bool`, defaults to `True`): whether a causal model returns its cache.
+    """
+
+    model_type = "sea"
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "estimated_attentions",
+        "kept_cells",
+        "kept_keys",
+        "attention_losses",
+        "fidelity",
+    ]
+    sub_configs = {"host_config": AutoConfig}
+
+    host_config: dict | PreTrainedConfig | None = None
+    k: int = 64
+    predictor_length: int = 128
+    topk_group: str = "causal_batch"
+    max_keys_per_cell: int | None = None
+    feature_factor: float | int | None = None
+    num_features: int | None = None
+    feature_redraw_interval: int = 1000
+    max_positions: int | None = None
+    softmax_layers: list[int] | None = None
+    official: bool = False
+    backend: str = "auto"
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    vocab_size: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        host = self.host_config
+        if host is None:
+            host = BertConfig()
+        elif isinstance(host, dict):
+            fields = dict(host)
+            if "model_type" not in fields:
+                raise ValueError('`host_config` must name its `model_type`, such as "bert" or "llama"')
+            host = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            host = copy.deepcopy(host)  # the teacher's configuration must not change with ours
+        self.host_config = host
+        find_host(host)
+        if kwargs.get("num_labels") is not None and self.id2label is None:
+            host.num_labels = kwargs["num_labels"]
+        for name in SHARED_WITH_HOST:
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(host, name, None))
+        if self.max_positions is None:
+            self.max_positions = host.max_position_embeddings
+        self.softmax_layers = sorted(set(self.softmax_layers or []))
+        self.layer_types = [SEA_LAYER_TYPE] * host.num_hidden_layers
+        super().__post_init__(**kwargs)
+        for name in SHARED_WITH_HOST:
+            self._share(name, getattr(self, name))
+        self.validate_architecture()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        # Until `__post_init__` sets the layer types, `host_config` is still the caller's own object.
+        if name in SHARED_WITH_HOST and self.__dict__.get("layer_types") is not None:
+            self._share(name, value)
+
+    def _share(self, name, value) -> None:
+        if isinstance(self.host_config, PreTrainedConfig) and getattr(self.host_config, name, None) != value:
+            setattr(self.host_config, name, value)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the host."""
+        return self.host_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the host."""
+        return self.host_config.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the host."""
+        return self.host_config.num_attention_heads
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest text in tokens: the host's limit, or that of the estimator's position table."""
+        host = self.host_config.max_position_embeddings
+        return min(host, self.max_positions) if find_host(self.host_config).causal else host
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only earlier ones."""
+        return find_host(self.host_config).causal
+
+    def core_options(self) -> SeaOptions:
+        """What each SEA layer is built from."""
+        return SeaOptions(
+            num_heads=self.num_attention_heads,
+            head_dim=head_size(self.host_config),
+            causal=self.is_causal,
+            k=self.k,
+            predictor_length=self.predictor_length,
+            feature_factor=self.feature_factor,
+            num_features=self.num_features,
+            topk_group=self.topk_group,
+            max_keys_per_cell=self.max_keys_per_cell,
+            max_positions=self.max_positions,
+            official=self.official,
+            backend=self.backend,
+        )
+
+    def validate_architecture(self):
+        """Refuse values that no model can be built from."""
+        self.core_options()
+        wrong = [i for i in self.softmax_layers if not 0 <= i < self.num_hidden_layers]
+        if wrong:
+            raise ValueError(
+                f"`softmax_layers` names {wrong}, but the host has layers 0 to {self.num_hidden_layers - 1}"
+            )
+        if self.feature_redraw_interval < 0:
+            raise ValueError(f"`feature_redraw_interval` is {self.feature_redraw_interval}, expected 0 (never) or more")
+
+    def validate_layer_type(self):
+        """Our layer type is not one of Transformers' own, which is all that the base class would accept."""
+
+
+__all__ = ["SeaConfig"]

@@ -1,0 +1,403 @@
+"""One layer of SEA: estimate the attention with linear cost, keep its largest cells, attend on the keys behind them.
+
+    q, k, v -> kernel attention of [position, v] -> encoder -> row decoder -> convolutions -> softmax over M cells
+            -> largest cells -> softmax attention on their keys -> gates and a global average -> context
+
+N batch, H heads, T time, D head size, M compressed width. Tensors are head-major, (N, H, T, D), as in the attention
+functions of Transformers. The pretrained projections stay in the host; a core holds only what SEA adds. Source:
+specification, section 1.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .cell_maps import CAUSAL_TOPK_GROUPS, TOPK_GROUPS, select_cells
+from .kernel_attention import bidirectional_kernel_attention, causal_kernel_attention
+from .random_features import (
+    accumulation_dtype,
+    default_num_features,
+    orthogonal_gaussian_features,
+    relu_features,
+    softmax_key_features,
+    softmax_query_features,
+)
+from .real_token_order import TokenLayout
+from .sea_estimator import (
+    BIDIRECTIONAL_CHANNELS,
+    BIDIRECTIONAL_REDUCTION,
+    CAUSAL_CHANNELS,
+    CAUSAL_REDUCTION,
+    BidirectionalCellNetwork,
+    CausalCellNetwork,
+    SeaEncoder,
+    interpolated_identity,
+)
+from .sea_losses import TeacherTargets, attention_fidelity, attention_losses
+from .sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells, grown_average
+
+BACKENDS = ("auto", "dense", "chunked")
+DENSE_KEYS = 1024  # "auto" takes the dense form up to this many keys, where it is faster and still small
+CLEAN_GATE_BIAS = 4.0  # sigmoid(4) = 0.98: a converted layer starts close to sparse attention alone
+LOSS_WEIGHTS = {"estimate_kl": 0.1, "estimate_mse": 1.0, "student_kl": 0.1, "student_mse": 1.0, "context_mse": 1.0}
+
+
+@dataclass(frozen=True)
+class SeaOptions:
+    """Everything that defines a layer but its weights. See ``SeaConfig`` for the advice on each field.
+
+    ``None`` takes the default of the direction: ``feature_factor`` 1 or 8 (causal), ``max_keys_per_cell`` k (no limit
+    if official).
+
+    Raises:
+        ValueError: a value outside its range, or a group that causality forbids.
+    """
+
+    num_heads: int
+    head_dim: int
+    causal: bool
+    k: int = 64
+    predictor_length: int = 128
+    feature_factor: float | None = None
+    num_features: int | None = None
+    topk_group: str = "causal_batch"
+    max_keys_per_cell: int | None = None
+    max_positions: int = 2048
+    official: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self):
+        for name in ("num_heads", "head_dim", "k", "predictor_length", "max_positions"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        direction = "causal" if self.causal else "bidirectional"
+        divisor = CAUSAL_REDUCTION if self.causal else BIDIRECTIONAL_REDUCTION
+        if self.predictor_length % divisor:
+            raise ValueError(
+                f"predictor_length must be a multiple of {divisor} for a {direction} host, got {self.predictor_length}"
+                f": its network works on 1/{divisor} of that width"
+            )
+        groups = CAUSAL_TOPK_GROUPS if self.causal else TOPK_GROUPS
+        if self.topk_group not in groups:
+            raise ValueError(
+                f"topk_group must be one of {groups} for a {direction} host, got {self.topk_group!r}"
+                + ("; other groups let a row see how later rows score" if self.topk_group in TOPK_GROUPS else "")
+            )
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
+        if self.feature_factor is not None and not self.feature_factor > 0:
+            raise ValueError(
+                f"feature_factor must be positive (it divides the number of features), got {self.feature_factor}"
+            )
+        for name in ("num_features", "max_keys_per_cell"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
+
+    @property
+    def feature_count(self) -> int:
+        """F."""
+        if self.num_features is not None:
+            return self.num_features
+        factor = self.feature_factor if self.feature_factor is not None else (8 if self.causal else 1)
+        return default_num_features(self.head_dim, factor)
+
+    @property
+    def cell_limit(self) -> int | None:
+        """Keys that one cell may hand out; None is no limit."""
+        if self.max_keys_per_cell is not None:
+            return self.max_keys_per_cell
+        return None if self.official else self.k
+
+
+class SeaState(NamedTuple):
+    """What a causal layer keeps besides keys and values; its size does not depend on the length (specification,
+    section 3.4).
+
+    kernel (N, H, F, 2D + 1), value_sum (N, H, D), conv1_rows and conv2_rows (N, 2H, 4, M / 4).
+    """
+
+    kernel: torch.Tensor
+    value_sum: torch.Tensor
+    conv1_rows: torch.Tensor
+    conv2_rows: torch.Tensor
+
+
+@dataclass
+class SeaCoreOutput:
+    """Result of a layer, in the order of the input tokens.
+
+    Attributes:
+        context: (N, T, H D), heads concatenated, 0 at padded tokens (the official form leaves numbers there).
+        loss: scalar against the teacher, None without one.
+        losses: the terms of the loss.
+        estimated_probs: (N, H, T, M), softmax over the cells, 0 at padded rows.
+        cells: (N, H, T, M) bool, the selected ones.
+        kept: (N, H, T, S) bool over key slots, only if asked for.
+        attention_probs: (N, H, T, S), sparse attention times its gate (a row sums to the gate), only if asked for.
+        state: SeaState after the last token of a causal layer.
+        fidelity: what `attention_fidelity` measures, only if asked for.
+    """
+
+    context: torch.Tensor
+    loss: torch.Tensor | None
+    losses: dict
+    estimated_probs: torch.Tensor
+    cells: torch.Tensor
+    kept: torch.Tensor | None
+    attention_probs: torch.Tensor | None
+    state: SeaState | None
+    fidelity: dict | None = None
+
+
+class SeaAttentionCore(nn.Module):
+    """SEA between a host's projections. ``options`` may be changed between calls (another k, another backend)."""
+
+    def __init__(self, options: SeaOptions):
+        super().__init__()
+        self.options = options
+        dim, cells = options.head_dim, options.predictor_length
+        self.register_buffer("random_features", torch.empty(options.feature_count, dim))
+        self.encoder = SeaEncoder(dim)
+        if options.causal:
+            self.position_table = nn.Parameter(torch.empty(options.max_positions, dim))
+            self.row_decoder = nn.Linear(2 * dim, CAUSAL_CHANNELS * cells // CAUSAL_REDUCTION)
+            self.cnn = CausalCellNetwork(options.num_heads, cells)
+        else:
+            self.row_decoder = nn.Linear(2 * dim, BIDIRECTIONAL_CHANNELS * cells // BIDIRECTIONAL_REDUCTION)
+            self.cnn = BidirectionalCellNetwork(options.num_heads, cells)
+        self.scaler = nn.Linear(2 * dim, 2)  # gates of the sparse attention and of the mix with the average
+        self.reset_own_parameters()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        """Initialise what is not a plain layer: features, position table N(0, 1), gates (open in the clean form)."""
+        self.redraw_features()
+        if self.options.causal:
+            self.position_table.normal_()
+        if not self.options.official:
+            self.scaler.weight.zero_()
+            self.scaler.bias.fill_(CLEAN_GATE_BIAS)
+
+    @torch.no_grad()
+    def redraw_features(self, generator: torch.Generator | None = None) -> None:
+        """Draw a new projection for the kernel attention."""
+        if self.random_features.device.type != "meta":
+            self.random_features.copy_(orthogonal_gaussian_features(*self.random_features.shape, generator=generator))
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        teacher: TeacherTargets | tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        scaling: float | None = None,
+        layout: TokenLayout | None = None,
+        state: SeaState | None = None,
+        key_cache: tuple[torch.Tensor, torch.Tensor] | None = None,
+        output_attentions: bool = False,
+        loss_rows: torch.Tensor | None = None,
+        measure: bool = False,
+    ) -> SeaCoreOutput:
+        """Attend.
+
+        Args:
+            q: (N, H, T, D) queries.
+            k, v: (N, G, T, D) keys and values of the same tokens, G dividing H (grouped queries).
+            attention_mask: (N, T), 1 = keep. A padded token takes no part in anything. Excludes ``layout``.
+            teacher: targets, or a pair of scores (N, H, T, T) and context (N, T, H D). Not with a cache.
+            scaling: factor of the scores. Default: D^-0.5 bidirectional; 1 causal, where q comes scaled already,
+                because the estimator of the causal model sees scaled queries.
+            layout: ranks and slots, made once for all layers (needed with a cache).
+            state: SeaState of the tokens before these.
+            key_cache: keys and values (N, G, S, D) of all tokens including these, by slot.
+            output_attentions: also return ``kept`` and ``attention_probs``, which are T x S.
+            loss_rows: (R,) ranks of the query rows that the attention losses look at; None is all.
+            measure: also measure how well the estimate finds the teacher's attention (`fidelity`).
+
+        Raises:
+            ValueError: shapes that do not fit, more tokens than the position table has rows.
+        """
+        options = self.options
+        self._check(q, k, v, teacher, key_cache)
+        if layout is None:
+            layout = TokenLayout.from_mask(attention_mask, q.shape[0], q.shape[2], q.device)
+        causal = options.causal
+        scale = scaling if scaling is not None else (1.0 if causal else options.head_dim**-0.5)
+        if causal:  # scores and estimator see scaled queries
+            q, scale = q * scale, 1.0
+        groups = options.num_heads // k.shape[1]
+        q, k, v = (layout.compact(x) for x in (q, k, v))
+        keep, visible = layout.keep, layout.visible(causal)
+        k_heads, v_heads = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        hidden, kernel_state = self._encode(q, k_heads, v_heads, layout, keep, state)
+        logits, rows_state = self._cell_logits(hidden, layout, state)
+        probs = logits.to(accumulation_dtype(logits.dtype)).softmax(dim=-1)  # (N, H, T, M)
+        cells = select_cells(probs.detach(), visible, options.k, options.topk_group, keep, options.official)
+        # Sparse attention reads the cache by slot; without one, keys are those of this call, compacted.
+        keys, values, slots = (k, v, None) if key_cache is None else (*key_cache, layout.key_slots)
+        sparse, kept, sparse_probs = self._attend(
+            q, keys, values, cells, visible, scale, slots, layout, output_attentions
+        )
+        gate, mix = self.scaler(hidden).to(probs.dtype).sigmoid().split(1, dim=-1)  # (N, H, T, 1) each
+        average, value_sum = self._average(probs, v_heads, layout, keep, state)
+        context = mix * (gate * sparse) + (1 - mix) * average
+        if not options.official:
+            context = context.masked_fill(~keep[:, None, :, None], 0.0)
+        context = context.transpose(1, 2).flatten(2).to(v.dtype)  # (N, T, H D)
+        losses, fidelity = {}, None
+        if teacher is not None:
+            teacher = self._targets(teacher, context, layout)
+            losses = self._losses(q, k_heads, scale, logits, visible, keep, context, teacher, loss_rows)
+            if measure:
+                limit = options.cell_limit
+                fidelity = attention_fidelity(cells, logits, visible, keep, teacher, options.k, limit, loss_rows)
+        new_state = SeaState(kernel_state, value_sum, *rows_state) if causal else None
+        if kept is not None:
+            kept, sparse_probs = (layout.restore(layout.restore_keys(x)) for x in (kept, gate * sparse_probs))
+        return SeaCoreOutput(
+            context=layout.restore(context, dim=1),
+            loss=sum(losses.values()) if losses else None,
+            losses=losses,
+            estimated_probs=layout.restore(probs.masked_fill(~keep[:, None, :, None], 0.0)),
+            cells=layout.restore(cells),
+            kept=kept,
+            attention_probs=sparse_probs,
+            state=new_state,
+            fidelity=fidelity,
+        )
+
+    def advance(self, q, k, v, layout: TokenLayout, scaling: float | None, state: SeaState | None) -> SeaState:
+        """The state after the tokens of ``layout`` alone, without attending; arguments as for ``forward``. Causal
+        only.
+        """
+        q = q if scaling is None else q * scaling
+        groups = self.options.num_heads // k.shape[1]
+        q, k, v = (layout.compact(x) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+        hidden, kernel_state = self._encode(q, k, v, layout, layout.keep, state)
+        _, rows_state = self._cell_logits(hidden, layout, state)
+        _, value_sum = self._average(None, v, layout, layout.keep, state)
+        return SeaState(kernel_state, value_sum, *rows_state)
+
+    def _check(self, q, k, v, teacher, key_cache) -> None:
+        heads, dim = self.options.num_heads, self.options.head_dim
+        if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != dim or q.shape[2] == 0:
+            raise ValueError(f"q must have the shape (batch, {heads}, tokens, {dim}), got {tuple(q.shape)}")
+        for name, x in (("k", k), ("v", v)):
+            if x.dim() != 4 or x.shape[0] != q.shape[0] or x.shape[2:] != q.shape[2:] or heads % x.shape[1]:
+                raise ValueError(
+                    f"{name} must have the shape (batch, key heads, tokens, {dim}), key heads dividing {heads}, batch "
+                    f"and tokens as in q {tuple(q.shape)}; got {tuple(x.shape)}"
+                )
+        if teacher is not None and key_cache is not None:
+            raise ValueError("teacher targets cover whole sequences: call without a cache (use_cache=False)")
+
+    def _encode(self, q, k, v, layout, keep, state) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Kernel attention of the augmented values and the encoder: (N, H, T, 2D), and the kernel state of a causal
+        layer.
+        """
+        dtype = accumulation_dtype(v.dtype)
+        v = v.masked_fill(~keep[:, None, :, None], 0.0)
+        with torch.autocast(q.device.type, enabled=False):  # the kernel is unstable in half precision
+            if self.options.causal:
+                positions = self._position_rows(layout).to(dtype)  # (N, T, D)
+            else:
+                positions = interpolated_identity(layout.lengths, v.shape[2], v.shape[3], dtype)
+                positions = positions.masked_fill(~keep[..., None], 0.0)
+            values = torch.cat([positions[:, None].expand_as(v), v.to(dtype)], dim=-1)  # (N, H, T, 2D), position first
+            if self.options.causal:
+                query_features = relu_features(q, self.random_features)
+                key_features = relu_features(k, self.random_features, keep)
+                past = None if state is None else state.kernel
+                estimate, kernel_state = causal_kernel_attention(query_features, key_features, values, past)
+            else:
+                query_features = softmax_query_features(q, self.random_features)
+                key_features = softmax_key_features(k, self.random_features, None if self.options.official else keep)
+                estimate, kernel_state = bidirectional_kernel_attention(query_features, key_features, values), None
+        return self.encoder(torch.cat([estimate.to(v.dtype), v], dim=-1)), kernel_state
+
+    def _position_rows(self, layout: TokenLayout) -> torch.Tensor:
+        """Rows of the learned table for the ranks of this call, (N, T, D)."""
+        ranks, limit = layout.ranks(), self.position_table.shape[0]
+        if layout.key_length > limit and not torch.compiler.is_compiling():
+            longest = int((layout.past + layout.lengths).max())
+            if longest > limit:
+                raise ValueError(
+                    f"sequences of {longest} tokens exceed the position table of SEA, max_positions = {limit}: shorten "
+                    "them, or convert with a larger max_positions and train the new rows"
+                )
+        return self.position_table[ranks.clamp_max(limit - 1)]
+
+    def _cell_logits(self, hidden, layout, state) -> tuple[torch.Tensor, tuple]:
+        """Row decoder and convolutions: (N, H, T, 2D) -> (N, H, T, M)."""
+        rows = self.row_decoder(hidden)
+        if self.options.causal:
+            history = None if state is None else (state.conv1_rows, state.conv2_rows)
+            return self.cnn(rows, layout.lengths, history)
+        # The published network sees padded rows; otherwise the image ends with the last real one.
+        lengths = torch.full_like(layout.lengths, rows.shape[2]) if self.options.official else layout.lengths
+        return self.cnn(rows, lengths), ()
+
+    def _attend(self, q, keys, values, cells, visible, scale, slots, layout, output_attentions):
+        """Sparse attention by the chosen backend; the mask and the probabilities by rank, if asked for."""
+        limit, backend = self.options.cell_limit, self.options.backend
+        num_keys = layout.key_length if self.options.causal else q.shape[2]
+        if backend == "auto":
+            backend = "dense" if num_keys <= DENSE_KEYS else "chunked"
+        kept = probs = context = None
+        if backend == "chunked":
+            context = chunked_sparse_attention(q, keys, values, cells, visible, scale, limit, slots)
+        if backend == "dense" or output_attentions:
+            if slots is not None:
+                keys, values = layout.compact_keys(keys), layout.compact_keys(values)
+            keys, values = keys[:, :, :num_keys], values[:, :, :num_keys]
+            kept = grow_cells(cells, visible, num_keys, limit)
+            dense, probs = dense_sparse_attention(q, keys, values, kept, scale)
+            context = dense if context is None else context
+        return context, (kept if output_attentions else None), (probs if output_attentions else None)
+
+    def _average(self, probs, v, layout, keep, state) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The global average that is mixed in: running mean of the values, or their mean under the estimated
+        weights.
+        """
+        dtype = accumulation_dtype(v.dtype)
+        v = v.masked_fill(~keep[:, None, :, None], 0.0).to(dtype)
+        if self.options.causal:
+            start = 0 if state is None else state.value_sum[:, :, None].to(dtype)
+            sums = v.cumsum(dim=2) + start
+            return sums / layout.visible(True)[:, None, :, None], sums[:, :, -1]
+        rows = probs.masked_fill(~keep[:, None, :, None], 0.0).sum(dim=2)  # (N, H, M)
+        weights = rows / probs.shape[2]  # the clean form divides by the sum of the grown weights instead
+        return grown_average(weights, v, layout.lengths, normalize=not self.options.official), None
+
+    def _targets(self, teacher, context, layout: TokenLayout) -> TeacherTargets:
+        """A teacher's targets, checked and compacted."""
+        if not isinstance(teacher, TeacherTargets):
+            scores, teacher_context = teacher
+            teacher = TeacherTargets(context=teacher_context, scores=scores)
+        teacher.check(context.shape[0], self.options.num_heads, context.shape[1], context.shape[2])
+        return TeacherTargets(
+            context=None if teacher.context is None else layout.compact(teacher.context, dim=1),
+            scores=None if teacher.scores is None else layout.compact(layout.compact(teacher.scores), dim=3),
+            q=None if teacher.q is None else layout.compact(teacher.q),
+            k=None if teacher.k is None else layout.compact(teacher.k),
+            scaling=teacher.scaling,
+        )
+
+    def _losses(self, q, k, scale, logits, visible, keep, context, teacher: TeacherTargets, loss_rows) -> dict:
+        """Weighted terms of the layer's loss (specification, section 2.2)."""
+        options = self.options
+        terms = attention_losses(
+            q, k, scale, logits, visible, keep, teacher, options.causal, options.official, loss_rows
+        )
+        if teacher.context is not None:
+            error = (context - teacher.context).to(accumulation_dtype(context.dtype)).square()
+            if options.official:
+                terms["context_mse"] = error.mean()
+            else:
+                real = keep.sum().clamp_min(1) * context.shape[-1]
+                terms["context_mse"] = error.masked_fill(~keep[..., None], 0.0).sum() / real
+        return {name: LOSS_WEIGHTS[name] * term for name, term in terms.items()}

@@ -1,0 +1,174 @@
+"""The attention function that SEA enters into Transformers' registry, and what one forward call carries to it.
+
+The host's code stays Transformers': it projects, rotates and caches keys and values, then calls the registered
+function with the attention module. The function finds the module's SEA core, and the call's `SeaCall` among the
+keywords that hosts pass through. Because no mask is registered under that name, the host builds none.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .compat import ALL_ATTENTION_FUNCTIONS
+from .real_token_order import TokenLayout
+from .sea_attention import SeaAttentionCore, SeaCoreOutput, SeaState
+from .sea_losses import TeacherTargets
+
+ATTENTION_NAME = "hf_linear_attn_sea"
+
+
+@dataclass
+class Distillation:
+    """What a student's layers are compared with.
+
+    Attributes:
+        targets: a teacher's `TeacherTargets` by layer, as `record_targets` makes them.
+        loss_rows: (R,) ranks of the query rows that the losses look at; None for all (time O(T^2)).
+        measure: whether layers also measure how well the estimate finds the teacher's attention.
+    """
+
+    targets: dict[int, TeacherTargets]
+    loss_rows: torch.Tensor | None = None
+    measure: bool = False
+
+
+@dataclass
+class SeaCall:
+    """One forward call of a SEA model.
+
+    Attributes:
+        layout: ranks and slots of the tokens.
+        mask: (B, T) bool, real tokens of this call; None if nothing is padded.
+        key_mask: (B, S) bool over all slots of the cache and this call; None if nothing is padded.
+        cache: the Transformers cache, or None.
+        output_attentions: whether layers return their T x S attention.
+        collect: whether layers leave their results in `results`.
+        distillation: a teacher's targets, None outside distillation.
+        recorded: where softmax layers leave their own targets (a teacher's forward), or None.
+        results: layer -> SeaCoreOutput (its state removed).
+    """
+
+    layout: TokenLayout
+    mask: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    cache: Any = None
+    output_attentions: bool = False
+    collect: bool = False
+    distillation: Distillation | None = None
+    recorded: dict[int, TeacherTargets] | None = None
+    results: dict[int, SeaCoreOutput] = field(default_factory=dict)
+
+
+def register_attention() -> None:
+    """Make the registry know the attention function; harmless when repeated."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sea_attention_forward)
+
+
+def sea_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sea_call: SeaCall | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one host layer: query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D) and probabilities
+    or None.
+
+    The host's attention dropout is not applied in SEA layers, as in the published model; a softmax layer applies it.
+    """
+    if sea_call is None:
+        raise ValueError(
+            "this layer belongs to a SEA model: call that model, not its host, because ranks and states are prepared there"
+        )
+    core, index = getattr(module, "sea", None), int(module.layer_idx)
+    time, past = query.shape[2], sea_call.layout.past_slots
+    layer = None if sea_call.cache is None else sea_call.cache.layers[index]
+    if layer is not None:
+        layer.append_mask(sea_call.mask, query.shape[0], time, query.device)
+    if core is None:
+        output = _softmax_layer(query, key, value, sea_call, bool(module.is_causal), scaling, dropout)
+        if sea_call.recorded is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            sea_call.recorded[index] = TeacherTargets(context=output[0].flatten(2), q=query, k=key, scaling=scale)
+        return output
+    new_key, new_value = key[:, :, past : past + time], value[:, :, past : past + time]
+    state = None if layer is None else layer.get_state()
+    distillation = sea_call.distillation
+    output = core(
+        query,
+        new_key,
+        new_value,
+        teacher=None if distillation is None else distillation.targets.get(index),
+        scaling=scaling,
+        layout=sea_call.layout,
+        state=None if state is None else SeaState(*state),
+        key_cache=None if layer is None else (key, value),
+        output_attentions=sea_call.output_attentions,
+        loss_rows=None if distillation is None else distillation.loss_rows,
+        measure=distillation is not None and distillation.measure,
+    )
+    if layer is not None:
+        replay = _replay(core, sea_call, scaling, query, new_key, new_value) if layer.record_past else None
+        layer.update_state(tuple(output.state), time, sea_call.mask, replay)
+    if sea_call.collect:
+        output.state = None
+        sea_call.results[index] = output
+    context = output.context.unflatten(-1, (query.shape[1], -1))
+    return context, output.attention_probs if sea_call.output_attentions else None
+
+
+def _replay(core: SeaAttentionCore, call: SeaCall, scaling, query, key, value):
+    """How the cache undoes tokens: run the layer again over the ones that stay. Time is axis 1 of every input."""
+    mask = call.mask
+    if mask is None:
+        mask = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+    past = call.layout.past[:, None].expand_as(mask)
+
+    def advance(state, q, k, v, keep, past):
+        layout = TokenLayout.from_mask(keep, keep.shape[0], keep.shape[1], keep.device)
+        layout = TokenLayout(
+            layout.lengths, past[:, 0], layout.query_length, 0, layout.order, layout.inverse, layout.key_slots
+        )
+        return tuple(
+            core.advance(*(x.transpose(1, 2) for x in (q, k, v)), layout, scaling, SeaState(*state) if state else None)
+        )
+
+    return advance, (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, past)
+
+
+def _softmax_layer(query, key, value, call: SeaCall, causal: bool, scaling, dropout):
+    """Softmax attention of a layer that keeps it, with its T x S mask only where tokens are padded or cached."""
+    past, time = call.layout.past_slots, query.shape[2]
+    key, value = (x[:, :, : past + time].repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    mask = None
+    plain = call.key_mask is None and past == 0
+    if not plain or call.output_attentions:
+        slots = torch.arange(past + time, device=query.device)
+        mask = (
+            slots <= slots[past:, None]
+            if causal
+            else torch.ones(time, past + time, dtype=torch.bool, device=query.device)
+        )
+        mask = mask[None, None]
+        if call.key_mask is not None:
+            mask = mask & call.key_mask[:, None, None]
+    if not call.output_attentions:
+        context = nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=causal and plain, scale=scaling
+        )
+        if call.mask is not None:  # a padded row sees nothing: its softmax is 0 / 0
+            context = context.masked_fill(~call.mask[:, None, :, None], 0.0)
+        return context.transpose(1, 2), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ key.transpose(-1, -2) * scale).float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    probs = scores.softmax(dim=-1).to(query.dtype)
+    context = nn.functional.dropout(probs, dropout) @ value
+    if call.mask is not None:
+        context = context.masked_fill(~call.mask[:, None, :, None], 0.0)
+    return context.transpose(1, 2), probs

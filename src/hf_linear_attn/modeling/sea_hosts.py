@@ -1,0 +1,78 @@
+"""The hosts that SEA can work in: Transformers' own models, whose attention layers get a SEA core as a sub-module."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Host:
+    """What SEA has to know of a host.
+
+    Attributes:
+        attention_class: name of the class whose instances are its self-attention layers.
+        base_name: the attribute that holds the body in the host's models with heads (their `base_model_prefix`).
+        causal: whether a token sees only earlier ones.
+        learned_positions: whether its position table bounds the length.
+        token_types: whether its forward takes `token_type_ids`.
+    """
+
+    attention_class: str
+    base_name: str
+    causal: bool
+    learned_positions: bool
+    token_types: bool = False
+
+
+HOSTS = {
+    "bert": Host("BertSelfAttention", "bert", causal=False, learned_positions=True, token_types=True),
+    "llama": Host("LlamaAttention", "model", causal=True, learned_positions=False),
+    "opt": Host("OPTAttention", "model", causal=True, learned_positions=True),
+    "gpt2": Host("GPT2Attention", "transformer", causal=True, learned_positions=True, token_types=True),
+}
+
+
+def find_host(config: PreTrainedConfig) -> Host:
+    """The entry of a host's configuration.
+
+    Raises:
+        ValueError: a model type that is not supported, or a variant of it that SEA is not defined for.
+    """
+    if config.model_type not in HOSTS:
+        raise ValueError(
+            f"SEA cannot be put into a model of type {config.model_type!r}; supported hosts: {', '.join(sorted(HOSTS))}"
+        )
+    host = HOSTS[config.model_type]
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError("SEA replaces self-attention only: a host with add_cross_attention=True is not supported")
+    if bool(getattr(config, "is_decoder", False)) and not host.causal:
+        raise ValueError(
+            f"a {config.model_type} host with is_decoder=True (causal) is not supported: use it as an encoder, or take one "
+            f"of the causal hosts {', '.join(name for name, entry in HOSTS.items() if entry.causal)}"
+        )
+    if getattr(config, "is_causal", None) is False and host.causal:
+        raise ValueError(f"a {config.model_type} host with is_causal=False is not supported: its SEA layers are causal")
+    return host
+
+
+def attention_layers(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
+    """The self-attention modules of a host model, by layer.
+
+    Raises:
+        ValueError: their number is not that of the configuration's layers (another version of the host's code).
+    """
+    name = HOSTS[config.model_type].attention_class
+    layers = [module for module in model.modules() if type(module).__name__ == name]
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"found {len(layers)} modules of class {name} in {type(model).__name__}, expected {config.num_hidden_layers}, one "
+            "a layer: this version of Transformers builds the host differently"
+        )
+    return layers
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """D of a host."""
+    explicit = getattr(config, "head_dim", None)
+    return explicit if explicit is not None else config.hidden_size // config.num_attention_heads

@@ -1,0 +1,352 @@
+"""Distil a pretrained teacher into its SEA student with Trainer.
+
+    teacher = AutoModelForCausalLM.from_pretrained("path/or/hub-id")
+    student = linearize(teacher, "sea", k=64, predictor_length=128)
+    trainer = SeaDistillationTrainer(model=student, teacher=teacher, args=SeaDistillationArguments("out",
+    max_steps=1000),
+                                     train_dataset=...)
+    trainer.train()
+
+The teacher runs frozen, a batch at a time; of each of its layers only queries, keys and context are kept, and every T
+x T comparison is made by blocks of rows in the student's layer, so memory stays linear in the length.
+"""
+
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from ..modeling.modeling_sea import SeaPreTrainedModel
+from ..modeling.real_token_order import TokenLayout
+from ..modeling.sea_host_attention import ATTENTION_NAME, Distillation, SeaCall, register_attention
+from ..modeling.sea_hosts import HOSTS
+from ..modeling.sea_losses import TeacherTargets
+from ..modeling.sequence_inputs import prepare_sequence
+
+SEA_MARK = ".sea."
+PREDICTIONS = ("logits", "start_logits", "end_logits")
+
+
+@dataclass
+class SeaDistillationArguments(TrainingArguments):
+    """`TrainingArguments` with the weights of the losses. Defaults follow the paper: constant rate, weight decay 0.01.
+
+    Args:
+        learning_rate: rate of the weights that come from the teacher (1e-5; the paper's OPT runs take 2e-6).
+        sea_learning_rate: rate of what SEA adds.
+        task_weight: weight of the task's own loss (needs labels).
+        hidden_weight: weight of the mean squared error of the hidden states; 10 for BERT, 5 for OPT in the paper.
+        logits_weight: weight of the KL of the predictions; 0.1 for BERT, 0.2 for OPT in the paper.
+        attention_weight: weight of the layers' losses (estimate, attention, context).
+        attention_loss_rows: how many query rows, drawn anew at each step, the layers' losses look at; None for all. The
+            loss then costs rows x T instead of T x T.
+        train_host: whether the teacher's weights are trained along; with False only SEA is (and adapters, if any).
+    """
+
+    learning_rate: float = field(default=1e-5)
+    sea_learning_rate: float = field(default=1e-4)
+    weight_decay: float = field(default=0.01)
+    lr_scheduler_type: str = field(default="constant")
+    task_weight: float = field(default=0.1)
+    hidden_weight: float = field(default=10.0)
+    logits_weight: float = field(default=0.1)
+    attention_weight: float = field(default=1.0)
+    attention_loss_rows: int | None = field(default=None)
+    train_host: bool = field(default=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights = {
+            name: getattr(self, name) for name in ("task_weight", "hidden_weight", "logits_weight", "attention_weight")
+        }
+        for name, value in weights.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if not any(weights.values()):
+            raise ValueError("all loss weights are 0: there is nothing to learn from")
+        if self.attention_loss_rows is not None and self.attention_loss_rows < 1:
+            raise ValueError(
+                f"attention_loss_rows must be at least 1, or None for all rows, got {self.attention_loss_rows}"
+            )
+        if not self.sea_learning_rate > 0:
+            raise ValueError(f"sea_learning_rate must be greater than 0, got {self.sea_learning_rate}")
+
+
+class FeatureRedraw(TrainerCallback):
+    """Draws the random features anew every `interval` optimizer steps, the same on every device and after a resume."""
+
+    def __init__(self, interval: int):
+        self.interval = interval
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Redraw, if it is time."""
+        if self.interval and state.global_step % self.interval == 0:
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + state.global_step)
+            sea_model(model).redraw_features(generator)
+
+
+def sea_model(model: nn.Module) -> SeaPreTrainedModel:
+    """The SEA model inside wrappers (PEFT, DistributedDataParallel)."""
+    for module in model.modules():
+        if isinstance(module, SeaPreTrainedModel):
+            return module
+    raise ValueError(f'{type(model).__name__} holds no SEA model: make one with `linearize(model, "sea")`')
+
+
+@contextmanager
+def _recording(teacher: PreTrainedModel):
+    """Let the teacher's layers leave their targets while the context is open."""
+    register_attention()
+    config = teacher.config
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION_NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@torch.no_grad()
+def record_targets(teacher: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[int, TeacherTargets], Any]:
+    """Run a teacher on a batch: its layers' targets and its output with hidden states. Memory linear in T.
+
+    `inputs` is what Trainer gives a model; padding may stand anywhere, as for the student.
+    """
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    arguments = {name: value for name, value in inputs.items() if name != "position_ids"}
+    sequence = prepare_sequence(tokens, inputs.get("attention_mask"), inputs.get("position_ids"))
+    positions = sequence.position_ids
+    if sequence.mask is not None:
+        positions = positions.masked_fill(~sequence.mask, 0)
+    batch, length = tokens.shape[:2]
+    layout = TokenLayout.from_mask(sequence.mask, batch, length, tokens.device)
+    call = SeaCall(layout=layout, mask=sequence.mask, key_mask=sequence.mask, recorded={})
+    if HOSTS[teacher.config.model_type].causal:
+        arguments["use_cache"] = False
+    if not HOSTS[teacher.config.model_type].token_types:
+        arguments.pop("token_type_ids", None)
+    with _recording(teacher):
+        output = teacher(
+            **arguments, position_ids=positions, output_hidden_states=True, return_dict=True, sea_call=call
+        )
+    return call.recorded, output
+
+
+class SeaDistillationTrainer(Trainer):
+    """A Trainer whose loss compares the student with a teacher: predictions, hidden states, and every attention layer.
+
+    In evaluation the loss is the task's own (so that it compares with any other model's), and the metrics add
+    `teacher_loss`, `distillation_loss`, `estimate_kl` against `uniform_kl` (below it the estimate knows something),
+    `top_k_recall`, `attention_mass` and `keys_per_query`, means over layers.
+
+    Args:
+        model: a SEA model from `linearize`, with or without PEFT adapters.
+        teacher: the pretrained model; frozen here. It must be another object than the student's host.
+        args: `SeaDistillationArguments`.
+        **kwargs: as for `Trainer`.
+
+    Raises:
+        ValueError: a model that is no SEA model, a teacher of another shape.
+    """
+
+    args: SeaDistillationArguments
+
+    def __init__(self, model: nn.Module, teacher: PreTrainedModel, args: SeaDistillationArguments, **kwargs):
+        student = sea_model(model)
+        _check_teacher(teacher, student)
+        if not isinstance(args, SeaDistillationArguments):
+            raise ValueError("`args` must be SeaDistillationArguments, which hold the weights of the losses")
+        self.teacher = teacher.eval().requires_grad_(False)
+        if not args.train_host:
+            for name, parameter in student.named_parameters():
+                if SEA_MARK not in name and "lora_" not in name:
+                    parameter.requires_grad_(False)
+        use_cache = student.config.use_cache
+        super().__init__(model=model, args=args, **kwargs)
+        student.config.use_cache = use_cache  # Trainer switches it off, and would save it so; this loss makes no cache
+        # The loss is a mean over the batch: Trainer divides it by the accumulated batches.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        self.teacher.to(args.device)
+        self.add_callback(FeatureRedraw(student.config.feature_redraw_interval))
+        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def create_optimizer(self, model=None):
+        """AdamW with two rates: the teacher's weights and SEA's."""
+        model = self.model if model is None else model
+        if self.optimizer is not None:
+            return self.optimizer
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[SEA_MARK in name, name in decayed].append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.args.sea_learning_rate if is_sea else self.args.learning_rate,
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                }
+                for (is_sea, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum of section 2.2; in evaluation the task's loss, and the rest goes into the metrics."""
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        targets, expected = record_targets(self.teacher, inputs)
+        evaluating = not model.training
+        distillation = Distillation(targets, self._loss_rows(inputs), measure=evaluating)
+        output = model(**inputs, distillation=distillation, output_hidden_states=True)
+        terms = self._loss_terms(output, expected, inputs)
+        loss = torch.stack(list(terms.values())).sum()
+        if evaluating:
+            fidelity = [layer for layer in output["fidelity"] if layer]
+            for name in fidelity[0] if fidelity else ():
+                self._terms[name].append(torch.stack([layer[name] for layer in fidelity]).mean())
+            self._terms["distillation_loss"].append(loss.detach())
+            if expected.get("loss") is not None:
+                self._terms["teacher_loss"].append(expected["loss"].detach())
+            loss = output["loss"] if output.get("loss") is not None else loss
+        else:
+            for name, term in terms.items():
+                self._terms[name].append(term.detach())
+        return (loss, output) if return_outputs else loss
+
+    def _loss_terms(self, output, expected, inputs) -> dict[str, torch.Tensor]:
+        """The weighted terms; those of weight 0 are left out."""
+        args, terms = self.args, {}
+        mask = inputs.get("attention_mask")
+        if args.task_weight and output.get("loss") is not None:
+            terms["task_loss"] = args.task_weight * output["loss"]
+        if args.hidden_weight:
+            errors = [
+                _masked_mean((ours.float() - theirs.float()).square().mean(dim=-1), mask)
+                for ours, theirs in zip(output["hidden_states"], expected["hidden_states"])
+            ]
+            terms["hidden_loss"] = args.hidden_weight * torch.stack(errors).mean()
+        if args.logits_weight:
+            divergences = [
+                prediction_divergence(output[name], expected[name], mask)
+                for name in PREDICTIONS
+                if output.get(name) is not None
+            ]
+            if divergences:
+                terms["logits_loss"] = args.logits_weight * torch.stack(divergences).mean()
+        layers = [torch.stack(list(losses.values())).sum() for losses in output["attention_losses"] if losses]
+        if args.attention_weight and layers:
+            terms["attention_loss"] = args.attention_weight * torch.stack(layers).mean()
+        return terms
+
+    def _loss_rows(self, inputs) -> torch.Tensor | None:
+        """Rows for this step: the same on every device, in every accumulated batch, and after a resume."""
+        count = self.args.attention_loss_rows
+        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        if count is None or count >= tokens.shape[1]:
+            return None
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        return torch.randperm(tokens.shape[1], generator=generator)[:count].sort().values.to(tokens.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms of the training loss since the last log."""
+        if "loss" in logs:
+            logs |= self._means()
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Evaluate with the metrics of distillation; terms of training that wait for a log stay apart."""
+        training, self._terms = self._terms, defaultdict(list)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._means().items()})
+        finally:
+            self._terms = training
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in Trainer, but every batch has a loss, with labels or without."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        predictions = tuple(output[name].detach() for name in PREDICTIONS if output.get(name) is not None)
+        labels = tuple(inputs[name] for name in self.label_names if inputs.get(name) is not None)
+        return (
+            loss.detach(),
+            predictions[0] if len(predictions) == 1 else predictions or None,
+            labels[0] if len(labels) == 1 else labels or None,
+        )
+
+    def _means(self) -> dict[str, float]:
+        means = {name: float(torch.stack(values).float().mean()) for name, values in self._terms.items() if values}
+        self._terms.clear()
+        return means
+
+
+def prediction_divergence(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """KL of a student's predictions to a teacher's: mean over samples (B, C), or over real tokens (B, T, C).
+
+    Start and end scores (B, T) are distributions over the tokens, of which only real ones count.
+    """
+    if ours.dim() == 2 and mask is not None and ours.shape == mask.shape:
+        ours, theirs = (x.masked_fill(mask == 0, torch.finfo(x.dtype).min / 2) for x in (ours, theirs))
+    log_ours, log_theirs = F.log_softmax(ours.float(), -1), F.log_softmax(theirs.float(), -1)
+    divergence = F.kl_div(log_ours, log_theirs, log_target=True, reduction="none").sum(-1)
+    return _masked_mean(divergence, mask if divergence.dim() == 2 else None)
+
+
+def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of (B, T) over real tokens."""
+    if mask is None:
+        return values.mean()
+    keep = mask.to(values.dtype)
+    return (values * keep).sum() / keep.sum().clamp_min(1)
+
+
+def _check_teacher(teacher: PreTrainedModel, student: SeaPreTrainedModel) -> None:
+    if teacher is student.host_model:
+        raise ValueError("`teacher` is the student's own host: load the teacher a second time, because it stays frozen")
+    ours, theirs = student.config.host_config, teacher.config
+    for name in ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        if getattr(ours, name, None) != getattr(theirs, name, None):
+            raise ValueError(
+                f"the teacher has {name}={getattr(theirs, name, None)!r} and the student "
+                f"{getattr(ours, name, None)!r}: distil from the model that `linearize` was given"
+            )
+
+
+def add_lora(student: SeaPreTrainedModel, rank: int = 16, alpha: int | None = None, target_modules=None):
+    """Adapters of PEFT on the host, SEA trained in full, everything else frozen: a `PeftModel` for the trainer.
+
+    `model.merge_and_unload()` afterwards gives the SEA model again, with what was learned.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs PEFT: pip install 'hf-linear-attn[peft]'") from error
+    names = sorted({name.split(SEA_MARK)[0] + ".sea" for name, _ in student.named_parameters() if SEA_MARK in name})
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha or 2 * rank, target_modules=target_modules, modules_to_save=names, fan_in_fan_out=False
+    )
+    return get_peft_model(student, config)
+
+
+__all__ = [
+    "FeatureRedraw",
+    "SeaDistillationArguments",
+    "SeaDistillationTrainer",
+    "add_lora",
+    "prediction_divergence",
+    "record_targets",
+    "sea_model",
+]

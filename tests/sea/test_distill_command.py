@@ -1,0 +1,119 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_linear_attn.cli.main import main
+from hf_linear_attn.training.distill import REPORT_FILE
+from hf_linear_attn.training.tokenized_text import train_bpe_tokenizer
+
+from .hosts import make_teacher
+
+SENTENCE = "the people of the united states in order to form a more perfect union establish justice"
+FAST = [
+    "--steps",
+    "4",
+    "--batch-size",
+    "2",
+    "--eval-rows",
+    "4",
+    "--k",
+    "3",
+    "--predictor-length",
+    "8",
+    "--cpu",
+    "--quiet",
+]
+
+
+def texts(count):
+    words, generator = SENTENCE.split(), torch.Generator().manual_seed(0)
+    return [" ".join(words[i] for i in torch.randint(15, (30,), generator=generator).tolist()) for _ in range(count)]
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    tokenizer = train_bpe_tokenizer(texts(20), 270)
+    teacher = make_teacher("gpt2", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
+    for part in (tokenizer, teacher):
+        part.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("\n\n".join(texts(60)))
+    data = ["--data", str(tmp_path / "text.txt"), "--validation-data", str(tmp_path / "text.txt")]
+    return ["distill", "--teacher", str(tmp_path / "teacher"), *data, "--block-length", "24"]
+
+
+def test_a_language_model_is_distilled_reported_and_loads(language_model, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main([*language_model, *FAST, "--output", str(output), "--loss-rows", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed
+    assert "recall of the teacher's top k" in printed
+    report = json.loads((output / REPORT_FILE).read_text())
+    assert report["steps"] == 4
+    assert report["before"]["teacher_perplexity"] == pytest.approx(report["after"]["teacher_perplexity"])
+    assert 0 < report["after"]["top_k_recall"] <= 1
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert type(model).__name__ == "SeaForCausalLM"
+    assert model.config.use_cache
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert model.generate(**tokenizer("the people", return_tensors="pt"), max_new_tokens=3).shape[1] > 2
+    assert main([*language_model, *FAST, "--output", str(output)]) == 1  # an earlier run is not mixed with a new one
+    assert "holds an earlier run" in capsys.readouterr().err
+
+
+def test_an_interrupted_distillation_resumes_to_the_same_end(language_model, tmp_path, monkeypatch):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main([*language_model, *FAST, "--save-every", "2", "--output", str(whole)]) == 0
+
+    from hf_linear_attn.training.checkpoints import StopOnSignal
+
+    def stop_after_two(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.received, control.should_save, control.should_training_stop = 15, True, True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", stop_after_two)
+        assert main([*language_model, *FAST, "--save-every", "2", "--output", str(halves)]) == 128 + 15
+    assert not (halves / REPORT_FILE).exists()
+    assert main(["distill", "--resume", "--quiet", "--output", str(halves)]) == 0
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (halves, whole))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT reads a name that Transformers has renamed
+def test_a_classifier_is_distilled_with_adapters(tmp_path, capsys):
+    pytest.importorskip("peft")
+    tokenizer = train_bpe_tokenizer(texts(20), 270)
+    teacher = make_teacher("bert", "AutoModelForSequenceClassification", vocab_size=len(tokenizer))
+    for part in (tokenizer, teacher):
+        part.save_pretrained(tmp_path / "teacher")
+    rows = [json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(texts(24))]
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows))
+    arguments = ["distill", "--teacher", str(tmp_path / "teacher"), "--task", "classification", "--lora", "2"]
+    arguments += ["--data", str(tmp_path / "texts.jsonl"), "--block-length", "40", "--output", str(tmp_path / "out")]
+    assert main([*arguments, *FAST]) == 0
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert 0 <= report["after"]["teacher_accuracy"] <= 1
+    assert "accuracy" in capsys.readouterr().out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert not [name for name in model.state_dict() if "lora" in name or "modules_to_save" in name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either teacher"),
+        (["--teacher", "x", "--example"], "give either teacher"),
+        (["--teacher", "x", "--k", "0"], "k must be greater than 0"),
+        (["--teacher", "x", "--task", "classification"], "classification needs data"),
+        (["--teacher", "x", "--taks", "classification"], "did you mean '--task'"),
+        (["--resume", "--output", "nowhere"], "no run to resume"),
+    ],
+)
+def test_wrong_calls_are_explained(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

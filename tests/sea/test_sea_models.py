@@ -1,0 +1,275 @@
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, T5Config
+
+import hf_linear_attn
+from hf_linear_attn.conversion import linearize
+from hf_linear_attn.modeling.sea_host_attention import Distillation
+from hf_linear_attn.modeling.sea_losses import TeacherTargets
+
+from .hosts import CAUSAL_HOSTS, HOSTS, host_config, make_ids, make_student, make_teacher
+
+TASKS = {
+    "bert": [
+        "AutoModel",
+        "AutoModelForMaskedLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForQuestionAnswering",
+    ],
+    "llama": [
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForQuestionAnswering",
+    ],
+    "opt": ["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForQuestionAnswering"],
+    "gpt2": [
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForQuestionAnswering",
+    ],
+}
+EVERY = [(host, task) for host, tasks in TASKS.items() for task in tasks]
+
+
+def results(output):
+    """The tensors of an output that a task is about."""
+    names = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+    return {name: output[name] for name in names if output.get(name) is not None}
+
+
+@pytest.mark.parametrize(("host", "task"), EVERY)
+def test_with_everything_kept_and_gates_open_it_is_the_teacher(host, task):
+    teacher = make_teacher(host, task)
+    student = make_student(host, task, k=64, open_gates=True)
+    ids, mask = make_ids(), torch.ones(2, 20, dtype=torch.long)
+    mask[1, 15:] = 0
+    ids[1, 15:] = 0
+    for arguments in ({"input_ids": ids[:, :15]}, {"input_ids": ids, "attention_mask": mask}):
+        ours, theirs = results(student(**arguments)), results(teacher(**arguments))
+        assert ours.keys() == theirs.keys() != set()
+        for name, value in theirs.items():
+            if value.dim() == 3 or name.endswith("_logits"):  # a prediction a token: padded ones do not count
+                real = arguments.get("attention_mask", torch.ones_like(arguments["input_ids"])).bool()
+                value, ours[name] = value[real], ours[name][real]
+            torch.testing.assert_close(ours[name], value, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("host", "task"), EVERY)
+def test_every_weight_of_the_host_is_carried_over_and_tied_ones_stay_tied(host, task):
+    teacher = make_teacher(host, task)
+    student = linearize(teacher, "sea", k=4, predictor_length=16)
+    ours, theirs = student.host_model.state_dict(), teacher.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    extra = set(ours) - set(theirs)
+    assert extra
+    assert all(".sea." in name for name in extra)
+    assert teacher.config._attn_implementation != student.config.host_config._attn_implementation
+    if teacher.get_output_embeddings() is not None and teacher.config.tie_word_embeddings:
+        assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_saved_models_load_through_the_auto_classes(host, tmp_path):
+    student = make_student(host, softmax_layers=[1])
+    student.save_pretrained(tmp_path)
+    auto = AutoModelForMaskedLM if host == "bert" else AutoModelForCausalLM
+    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(student)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = make_ids()
+    assert torch.equal(loaded.eval()(ids).logits, student(ids).logits)
+    configs = [AutoConfig.from_pretrained(tmp_path).to_dict(), student.config.to_dict()]
+    for config in configs:
+        assert config.pop("architectures") == [type(student).__name__]
+        config.pop("_name_or_path")
+        config["host_config"].pop("dtype")
+    assert configs[0] == configs[1]
+    body, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not [name for name in info["missing_keys"] if "pooler" not in name]
+    hidden = student(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(body.eval()(ids, output_hidden_states=True).hidden_states[1], hidden[1])
+    path_twin = linearize_from_disk(make_teacher(host), tmp_path / "teacher")
+    assert type(path_twin) is type(student)
+
+
+def linearize_from_disk(teacher, path):
+    teacher.save_pretrained(path)
+    return linearize(path, "sea", k=4, predictor_length=16)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_fresh_models_draw_the_initial_values_of_the_design(host):
+    teacher = make_teacher(host)
+    student = linearize(teacher, "sea", k=4, predictor_length=16)
+    for core in student.sea_layers().values():
+        assert (core.scaler.bias == 4).all()
+        assert (core.scaler.weight == 0).all()
+        assert (core.encoder.norm.weight == 1).all()
+        assert 0.5 < core.random_features.norm(dim=-1).mean() / core.random_features.shape[1] ** 0.5 < 2
+        if host != "bert":
+            assert 0.8 < core.position_table.std() < 1.2
+    official = linearize(teacher, "sea", k=4, predictor_length=16, official=True)
+    assert (official.sea_layers()[0].scaler.bias == 0).all()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_padding_anywhere_changes_nothing(host, backend):
+    student = make_student(host, backend=backend)
+    ids = make_ids(3, 24)
+    mask = torch.ones(3, 24, dtype=torch.long)
+    mask[0, 16:] = mask[1, :8] = mask[2, 5:13] = 0
+    padded = student(ids.masked_fill(mask == 0, 7), attention_mask=mask).logits
+    for row in range(3):
+        real = mask[row].bool()
+        torch.testing.assert_close(padded[row, real], student(ids[row : row + 1, real]).logits[0], atol=1e-4, rtol=1e-3)
+    assert student(ids, attention_mask=torch.zeros_like(mask)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("host", CAUSAL_HOSTS)
+def test_labels_of_padded_tokens_do_not_count(host):
+    student = make_student(host)
+    ids, mask = make_ids(1, 20), torch.ones(1, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    padded = student(ids, attention_mask=mask, labels=ids).loss
+    torch.testing.assert_close(padded, student(ids[:, 6:], labels=ids[:, 6:]).loss, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_chosen_layers_keep_softmax_attention(host):
+    teacher, ids = make_teacher(host), make_ids()
+    both = linearize(teacher, "sea", k=4, predictor_length=16, softmax_layers=[0, 1])
+    assert not both.sea_layers()
+    torch.testing.assert_close(both(ids).logits, teacher(ids).logits, atol=2e-5, rtol=1e-4)
+    one = make_student(host, softmax_layers=[0])
+    assert list(one.sea_layers()) == [1]
+    hidden = one(ids, output_hidden_states=True, output_attentions=True)
+    expected = teacher(ids, output_hidden_states=True)
+    torch.testing.assert_close(hidden.hidden_states[1], expected.hidden_states[1], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(hidden.attentions[0].sum(-1), torch.ones(2, hidden.attentions[0].shape[1], 20))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_attention_estimate_and_cells_can_be_looked_at(host):
+    student, ids = make_student(host), make_ids()
+    output = student(ids, output_attentions=True, output_sea=True)
+    heads = student.config.num_attention_heads
+    assert len(output.attentions) == len(output.estimated_attentions) == len(output.kept_cells) == 2
+    assert output.attentions[0].shape == (2, heads, 20, 20)
+    assert output.estimated_attentions[0].shape == output.kept_cells[0].shape == (2, heads, 20, 16)
+    assert (output.attentions[0] >= 0).all()
+    assert (output.attentions[0].sum(-1) <= 1 + 1e-5).all()
+    plain = student(ids)
+    torch.testing.assert_close(plain.logits, output.logits, atol=1e-5, rtol=1e-4)
+    assert plain.get("attentions") is None
+    assert "estimated_attentions" not in plain
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(host, reentrant):
+    ids, grads = make_ids(), []
+    for checkpointing in (False, True):
+        student = make_student(host)
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        student.train()
+        if checkpointing:
+            name = "activation_checkpointing_enable"  # its name since transformers 5.2x
+            enable = getattr(student, name, None) or student.gradient_checkpointing_enable
+            enable({"use_reentrant": reentrant})
+        student(ids, labels=ids).loss.backward()
+        grads.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-3)
+
+
+def test_targets_give_a_loss_for_each_layer():
+    student, ids = make_student("llama"), make_ids()
+    heads = {i: TeacherTargets(scores=torch.randn(2, 4, 20, 20), context=torch.randn(2, 20, 16)) for i in (0, 1)}
+    output = student(ids, distillation=Distillation(heads, measure=True))
+    assert [sorted(terms) for terms in output.attention_losses] == [
+        ["context_mse", "estimate_kl", "estimate_mse", "student_kl", "student_mse"]
+    ] * 2
+    assert student(ids, distillation=Distillation({1: heads[1]})).attention_losses[0] == {}
+    assert 0 < output.fidelity[0]["top_k_recall"] < 1
+
+
+def test_sparsity_can_change_after_training():
+    student, ids = make_student("bert", k=2), make_ids()
+    few = student(ids, output_sea=True).kept_cells[0].sum()
+    student.set_sparsity(5)
+    assert student(ids, output_sea=True).kept_cells[0].sum() > few
+    assert student.config.k == 5
+
+
+def test_embeddings_can_be_resized():
+    student = make_student("llama", host={"tie_word_embeddings": True})
+    student.resize_token_embeddings(44)
+    assert student.config.vocab_size == student.config.host_config.vocab_size == 44
+    assert student(make_ids()).logits.shape[-1] == 44
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+
+
+def test_number_of_labels_follows_the_host_and_the_keyword():
+    config = hf_linear_attn.SeaConfig(host_config=host_config("bert", num_labels=5))
+    assert config.num_labels == 5
+    config = hf_linear_attn.SeaConfig(host_config=host_config("bert"), num_labels=3)
+    assert config.num_labels == config.host_config.num_labels == 3
+    config.pad_token_id = 7
+    assert config.host_config.pad_token_id == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"host_config": T5Config()},
+            r"cannot be put into a model of type 't5'; supported hosts: bert, gpt2, llama, opt",
+        ),
+        ({"host_config": host_config("llama"), "predictor_length": 18}, "multiple of 4"),
+        ({"host_config": host_config("llama"), "topk_group": "batch"}, "topk_group must be one of"),
+        ({"host_config": host_config("llama"), "k": 0}, "k must be a positive"),
+        ({"host_config": host_config("bert"), "softmax_layers": [2]}, "layers 0 to 1"),
+        ({"host_config": host_config("bert", is_decoder=True)}, "is_decoder=True"),
+        ({"host_config": host_config("gpt2", add_cross_attention=True)}, "add_cross_attention"),
+        ({"host_config": {"hidden_size": 4}}, "must name its `model_type`"),
+        ({"host_config": host_config("bert"), "feature_redraw_interval": -1}, "feature_redraw_interval"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        hf_linear_attn.SeaConfig(**options)
+
+
+def test_inputs_that_cannot_work_are_refused():
+    student, ids = make_student("gpt2"), make_ids()
+    with pytest.raises(ValueError, match="exactly one of"):
+        student(ids, inputs_embeds=torch.zeros(2, 20, 16))
+    with pytest.raises(ValueError, match="attention_mask"):
+        student(ids, attention_mask=torch.ones(2, 1, 20, 20))
+    with pytest.raises(ValueError, match="packed documents"):
+        student(ids, position_ids=torch.arange(20).expand(2, -1) % 10)
+    with pytest.raises(ValueError, match="70 tokens"):
+        student(make_ids(1, 70))
+    with pytest.raises(ValueError, match="vocabulary has ids 0 to 39"):
+        student(ids + 30)
+    with pytest.raises(ValueError, match="SEA model: call that model"):
+        student.host(ids)
+    with pytest.raises(ValueError, match="cannot generate"):
+        hf_linear_attn.SeaForCausalLM(hf_linear_attn.SeaConfig(host_config=host_config("bert")))
+    with pytest.raises(ValueError, match="no ForTokenClassification model for the host 'opt'"):
+        hf_linear_attn.SeaForTokenClassification(hf_linear_attn.SeaConfig(host_config=host_config("opt")))
+    with pytest.raises(ValueError, match="unknown option"):
+        linearize(make_teacher("bert"), "sea", windows=3)
+    with pytest.raises(ValueError, match='"sea" only'):
+        linearize(make_teacher("bert"), "leap")
+    with pytest.raises(ValueError, match="the teacher's scores"):
+        student(ids, distillation=Distillation({0: TeacherTargets(scores=torch.zeros(2, 2, 9, 9))}))
