@@ -3,7 +3,7 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForMultipleChoice
 
 from hf_linear_attn import (
     DanetBlock,
@@ -240,6 +240,18 @@ def test_every_head_learns_and_survives_saving(model_class, tmp_path):
     model.save_pretrained(tmp_path)
     again = model_class.from_pretrained(tmp_path).eval()
     assert torch.equal(model(**inputs).loss, again(**inputs).loss)
+
+
+def test_multiple_choice_leaves_padding_out_and_is_registered():
+    model = AutoModelForMultipleChoice.from_config(config(layer_pattern="l_g")).double().eval()
+    assert type(model) is DanetForMultipleChoice
+    rows = [tokens(n, seed=n) for n in (9, 4)]
+    ids, mask = pad(rows, "left", 12)
+    logits = model(ids[None], attention_mask=mask[None]).logits
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[0, i], model(row[None, None]).logits[0, 0], **TOL)
+    with pytest.raises(ValueError, match="choices"):
+        model(ids)
 
 
 def test_regression_and_several_labels():

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput, MultipleChoiceModelOutput, SequenceClassifierOutputWithPast
 from transformers.utils import ModelOutput
 
-from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, embed_inputs, mask_for_generate
+from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, check_cache, embed_inputs, mask_for_generate
 from .compat import OutputRecorder, can_return_tuple, capture_outputs, merge_with_config_defaults
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .danet_block import DanetBlock, DanetMLP, DenseAttention, init_mlp
@@ -130,6 +130,11 @@ class DanetModel(DanetPreTrainedModel):
         Returns:
             [`RecurrentModelOutput`].
         """
+        if self.config.is_causal and kwargs.get("is_causal") is False:
+            raise ValueError(
+                "`is_causal=False` cannot be honoured: this model is a decoder, each token sees only earlier ones. Encoders are "
+                "built with `is_causal=False` in their configuration"
+            )
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
         past_key_values, past_length, seen = self._open_cache(past_key_values, use_cache, inputs_embeds.shape[0])
@@ -190,8 +195,10 @@ class DanetModel(DanetPreTrainedModel):
             )
         if past_key_values is None:
             past_key_values = RecurrentCache(config=self.config)
-        layers = getattr(past_key_values, "layers", None)
         kinds = [kind == LAYER_TYPE for kind in self.config.layer_types]
+        if all(kinds):
+            check_cache(past_key_values, self.config)
+        layers = getattr(past_key_values, "layers", None)
         if layers is None or [hasattr(layer, "update_state") for layer in layers] != kinds:
             raise ValueError(
                 f"`past_key_values` ({type(past_key_values).__name__}) does not belong to this model, whose layers are "
