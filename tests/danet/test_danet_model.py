@@ -459,6 +459,7 @@ def test_bad_configurations_are_refused(fields, message):
         ({"input_ids": tokens(1, 4), "token_type_ids": torch.ones(1, 4, dtype=torch.long)}, "token_type_ids"),
         ({"input_ids": tokens(1, 4), "use_cache": True}, "is_causal"),
         ({"input_ids": tokens(1, 4), "labels": tokens(1, 5)}, "labels"),
+        ({"input_ids": tokens(1, 4), "is_causal": True}, "is_causal=True"),
     ],
 )
 def test_bad_inputs_are_refused(inputs, message):

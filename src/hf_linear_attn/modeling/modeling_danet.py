@@ -99,6 +99,8 @@ class DanetModel(DanetPreTrainedModel):
         if config.final_norm is not None:
             self.norm = build_norm(config.final_norm, config.hidden_size, *eps)
         self.gradient_checkpointing = False
+        # Kept here: Transformers lends the configuration an `is_causal` that a caller passes to forward.
+        self.is_causal = config.is_causal
         self.post_init()
 
     @merge_with_config_defaults
@@ -130,10 +132,11 @@ class DanetModel(DanetPreTrainedModel):
         Returns:
             [`RecurrentModelOutput`].
         """
-        if self.config.is_causal and kwargs.get("is_causal") is False:
+        if kwargs.get("is_causal") not in (None, self.is_causal):
+            kind = "a decoder, whose tokens see earlier ones alone" if self.is_causal else "an encoder"
             raise ValueError(
-                "`is_causal=False` cannot be honoured: this model is a decoder, each token sees only earlier ones. Encoders are "
-                "built with `is_causal=False` in their configuration"
+                f"`is_causal={kwargs['is_causal']}` cannot be honoured: this model was built as {kind}; the direction is chosen "
+                "by `is_causal` in its configuration"
             )
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
@@ -187,10 +190,10 @@ class DanetModel(DanetPreTrainedModel):
         """The cache (or None), the columns it has seen, and per row the tokens of its current document (or None)."""
         if past_key_values is None and not use_cache:
             return None, 0, None
-        if not self.config.is_causal or self.config.scale_mode != "fixed":
+        if not self.is_causal or self.config.scale_mode != "fixed":
             raise ValueError(
                 "a cache (`use_cache`, `past_key_values`) needs a decoder with a fixed scale, but this model has `is_causal`="
-                f"{self.config.is_causal} and `scale_mode`={self.config.scale_mode!r}: pass `use_cache=False`, or build it "
+                f"{self.is_causal} and `scale_mode`={self.config.scale_mode!r}: pass `use_cache=False`, or build it "
                 "with `is_causal=True` and `scale_mode='fixed'`"
             )
         if past_key_values is None:
