@@ -48,7 +48,10 @@ def test_states_are_at_least_float32(row, dtype):
         output = model(tokens(2, 9), use_cache=True)
     assert output.logits.dtype == dtype
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    assert {state.dtype for layer in output.past_key_values.layers for state in layer.get_state()} == {wanted}
+    states = [state for layer in output.past_key_values.layers for state in layer.get_state()]
+    found = {state.dtype for state in states if state.is_floating_point()}
+    assert wanted in found
+    assert found <= ({wanted, dtype} if row.keeps_inputs else {wanted})
 
 
 @causal_rows

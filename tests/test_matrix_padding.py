@@ -38,14 +38,13 @@ def test_state_left_behind(row, layout):
 def test_heads(row, head, layout):
     model = row.build(head, torch.float64)
     rows, columns, ids, mask = padded_batch(layout, (9, 4))
-    choices = head == "AutoModelForMultipleChoice"
     of_texts = {"seq_relationship_logits"}
-    if choices or head == "AutoModelForSequenceClassification":
+    if head == "AutoModelForSequenceClassification":
         of_texts.add("logits")
     with torch.no_grad():
-        together = model(ids[:, None], attention_mask=mask[:, None]) if choices else model(ids, attention_mask=mask)
+        together = model(ids, attention_mask=mask)
         for i, (text, where) in enumerate(zip(rows, columns)):
-            alone = model(text[None, None] if choices else text[None])
+            alone = model(text[None])
             checked = 0
             for name, wanted in alone.items():
                 if name.endswith("logits") or name == "last_hidden_state":

@@ -251,7 +251,7 @@ def test_resized_vocabulary(row):
     model = row.causal_lm()
     model.resize_token_embeddings(VOCAB + 5)
     assert model(tokens(1, 4)).logits.shape[-1] == VOCAB + 5
-    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @causal_rows
@@ -266,7 +266,8 @@ def test_lora_on_all_linear_layers(row):
             torch.nn.init.normal_(parameter, std=0.1)
     wrapped(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
     adapters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    linear = [n for n, m in row.causal_lm().named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    plain = row.causal_lm()
+    linear = [m for m in plain.modules() if isinstance(m, torch.nn.Linear) and m is not plain.get_output_embeddings()]
     assert len(adapters) == 2 * len(linear)
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapters.values())
     wrapped.eval()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForMultipleChoice
 
 from hf_linear_attn import (
     DanetBlock,
@@ -242,6 +242,18 @@ def test_every_head_learns_and_survives_saving(model_class, tmp_path):
     assert torch.equal(model(**inputs).loss, again(**inputs).loss)
 
 
+def test_multiple_choice_leaves_padding_out_and_is_registered():
+    model = AutoModelForMultipleChoice.from_config(config(layer_pattern="l_g")).double().eval()
+    assert type(model) is DanetForMultipleChoice
+    rows = [tokens(n, seed=n) for n in (9, 4)]
+    ids, mask = pad(rows, "left", 12)
+    logits = model(ids[None], attention_mask=mask[None]).logits
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[0, i], model(row[None, None]).logits[0, 0], **TOL)
+    with pytest.raises(ValueError, match="choices"):
+        model(ids)
+
+
 def test_regression_and_several_labels():
     ids = tokens(2, 5)
     model = build(DanetForSequenceClassification, num_labels=1, dtype=torch.float32)
@@ -447,6 +459,7 @@ def test_bad_configurations_are_refused(fields, message):
         ({"input_ids": tokens(1, 4), "token_type_ids": torch.ones(1, 4, dtype=torch.long)}, "token_type_ids"),
         ({"input_ids": tokens(1, 4), "use_cache": True}, "is_causal"),
         ({"input_ids": tokens(1, 4), "labels": tokens(1, 5)}, "labels"),
+        ({"input_ids": tokens(1, 4), "is_causal": True}, "is_causal=True"),
     ],
 )
 def test_bad_inputs_are_refused(inputs, message):

@@ -133,6 +133,7 @@ class DanetConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         apply_aliases(self, kwargs)
+        check_head_size(self)  # before anything is derived from the sizes
         if self.scale_mode is None:
             self.scale_mode = "fixed" if self.is_causal else "valid_length"
         if self.pooler is None:
@@ -143,7 +144,7 @@ class DanetConfig(PreTrainedConfig):
             self.intermediate_size = self._default_intermediate_size()
         if self.query_initializer_range is None:
             self.query_initializer_range = (
-                self.initializer_range / (2 * max(1, self.num_hidden_layers) * max(1, self.hidden_size)) ** 0.5
+                self.initializer_range / (2 * self.num_hidden_layers * self.hidden_size) ** 0.5
             )
         if self.classifier_dropout is None:
             self.classifier_dropout = self.hidden_dropout_prob
@@ -151,6 +152,8 @@ class DanetConfig(PreTrainedConfig):
         if "sliding_attention" in self.layer_types:
             self.sliding_window = self.window_size  # the name under which Transformers' caches and masks look for it
         super().__post_init__(**kwargs)
+        self.validate_architecture()  # here, so that a ValueError arrives as such
+        self.validate_pattern()
 
     def _default_intermediate_size(self) -> int:
         width = self.ffn_expansion * self.hidden_size

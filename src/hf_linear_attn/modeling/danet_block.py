@@ -40,6 +40,7 @@ class DenseAttention(nn.Module):
         self.pattern = config.layer_codes[layer_idx]
         self.window = None if self.pattern == "g" else config.window_size
         self.num_heads = config.num_attention_heads
+        self.is_causal = config.is_causal
         self.scheme = config.relpe_scheme.split(",")
         self.query_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.attention_dropout)
@@ -96,7 +97,7 @@ class DenseAttention(nn.Module):
             key,
             value,
             pattern=self.pattern,
-            is_causal=self.config.is_causal,
+            is_causal=self.is_causal,
             window_size=self.window,
             mode=self.config.attention_mode if self.pattern == "g" else "auto",
             chunk_size=self.config.chunk_size,
@@ -151,7 +152,7 @@ class DenseAttention(nn.Module):
         if layout.segment_ids is not None:
             ids = layout.segment_ids if layout.slots is None else layout.segment_ids.gather(1, layout.slots)
             same = ids[:, :, None] == ids[:, None, :]
-        mask = pattern_mask(self.pattern, layout.ranks, layout.ranks, self.config.is_causal, self.window, same)
+        mask = pattern_mask(self.pattern, layout.ranks, layout.ranks, self.is_causal, self.window, same)
         return dense_attention_scores(query, key, mask)
 
     def _replay(self, layer_cache, key, value, layout, in_slots):

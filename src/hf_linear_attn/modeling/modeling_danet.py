@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput, MultipleChoiceModelOutput, SequenceClassifierOutputWithPast
 from transformers.utils import ModelOutput
 
-from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, embed_inputs, mask_for_generate
+from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, check_cache, embed_inputs, mask_for_generate
 from .compat import OutputRecorder, can_return_tuple, capture_outputs, merge_with_config_defaults
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .danet_block import DanetBlock, DanetMLP, DenseAttention, init_mlp
@@ -99,6 +99,8 @@ class DanetModel(DanetPreTrainedModel):
         if config.final_norm is not None:
             self.norm = build_norm(config.final_norm, config.hidden_size, *eps)
         self.gradient_checkpointing = False
+        # Kept here: Transformers lends the configuration an `is_causal` that a caller passes to forward.
+        self.is_causal = config.is_causal
         self.post_init()
 
     @merge_with_config_defaults
@@ -130,6 +132,12 @@ class DanetModel(DanetPreTrainedModel):
         Returns:
             [`RecurrentModelOutput`].
         """
+        if kwargs.get("is_causal") not in (None, self.is_causal):
+            kind = "a decoder, whose tokens see earlier ones alone" if self.is_causal else "an encoder"
+            raise ValueError(
+                f"`is_causal={kwargs['is_causal']}` cannot be honoured: this model was built as {kind}; the direction is chosen "
+                "by `is_causal` in its configuration"
+            )
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
         past_key_values, past_length, seen = self._open_cache(past_key_values, use_cache, inputs_embeds.shape[0])
@@ -182,16 +190,18 @@ class DanetModel(DanetPreTrainedModel):
         """The cache (or None), the columns it has seen, and per row the tokens of its current document (or None)."""
         if past_key_values is None and not use_cache:
             return None, 0, None
-        if not self.config.is_causal or self.config.scale_mode != "fixed":
+        if not self.is_causal or self.config.scale_mode != "fixed":
             raise ValueError(
                 "a cache (`use_cache`, `past_key_values`) needs a decoder with a fixed scale, but this model has `is_causal`="
-                f"{self.config.is_causal} and `scale_mode`={self.config.scale_mode!r}: pass `use_cache=False`, or build it "
+                f"{self.is_causal} and `scale_mode`={self.config.scale_mode!r}: pass `use_cache=False`, or build it "
                 "with `is_causal=True` and `scale_mode='fixed'`"
             )
         if past_key_values is None:
             past_key_values = RecurrentCache(config=self.config)
-        layers = getattr(past_key_values, "layers", None)
         kinds = [kind == LAYER_TYPE for kind in self.config.layer_types]
+        if all(kinds):
+            check_cache(past_key_values, self.config)
+        layers = getattr(past_key_values, "layers", None)
         if layers is None or [hasattr(layer, "update_state") for layer in layers] != kinds:
             raise ValueError(
                 f"`past_key_values` ({type(past_key_values).__name__}) does not belong to this model, whose layers are "
