@@ -15,7 +15,8 @@ import torch
 
 pytest.importorskip("datasets", reason="the extra `train` is not installed")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.utils.generic import find_labels
 
 from hf_linear_attn.cli import demo
 from hf_linear_attn.cli import main as cli
@@ -253,3 +254,10 @@ def test_demo_compares_two_models_and_writes(tmp_path, monkeypatch, capsys):
     assert (output / "learning_curve.png").stat().st_size > 0
     reports = json.loads((output / "comparison.json").read_text())
     assert reports["leap"]["training_tokens"] == reports["gpt2"]["training_tokens"]
+
+
+@pytest.mark.parametrize("family", ["leap", "fastformer", "danet"])
+def test_trainer_expects_labels_and_nothing_else(family):
+    """Trainer reads label names off the signature of forward, and evaluates without a loss where a batch lacks one of them."""
+    config = AutoConfig.for_model(family)
+    assert find_labels(AutoModelForCausalLM._model_mapping[type(config)]) == ["labels"]

@@ -136,7 +136,6 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> RecurrentCausalLMOutput:
         """Predict each next token.
@@ -146,12 +145,15 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): usually `input_ids`; shifted inside; -100 is ignored,
                 and so are padding and the step from one packed document to the next.
             logits_to_keep (`int` or `torch.Tensor`): compute only the last n logits (0: all), or those at an index.
-            shift_labels (`torch.LongTensor` of shape `(B, T)`, *optional*): instead of `labels`, already shifted: the label
-                at a place belongs to the logits there (sequence parallel training cuts a text after shifting).
+            shift_labels (keyword, `torch.LongTensor` of shape `(B, T)`, *optional*): instead of `labels`, already shifted:
+                the label at a place belongs to the logits there (sequence parallel training cuts a text after shifting).
 
         Returns:
             [`RecurrentCausalLMOutput`]: `logits` (B, T, vocab_size), `loss` with labels, `past_key_values` with `use_cache`.
         """
+        # Not in the signature: Trainer takes every argument there with "label" in its name for one that each batch must have,
+        # and would evaluate without a loss.
+        shift_labels = kwargs.pop("shift_labels", None)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

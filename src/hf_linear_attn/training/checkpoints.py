@@ -41,7 +41,7 @@ class StopOnSignal(TrainerCallback):
     handlers, it does nothing.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, object] = {}
 

@@ -138,7 +138,7 @@ def _run(trainer: Trainer, stop: StopOnSignal, folder: Path, resume: bool) -> fl
 def training_arguments(options: TrainingOptions, folder: Path, rows: int) -> TrainingArguments:
     """Trainer's arguments for the options. Order of the batches depends on the seed and the number of rows alone."""
     rows_per_step = options.batch_size * options.accumulate
-    steps = options.steps or math.ceil((options.epochs or 1) * rows // rows_per_step)
+    steps = options.steps or max(1, int((options.epochs or 1) * rows / rows_per_step))
     tenth = max(1, steps // 10)
     return TrainingArguments(
         output_dir=str(folder),
