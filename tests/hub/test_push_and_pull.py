@@ -77,12 +77,12 @@ def test_pull_request(hub, row):
 
 
 @one_row_a_family
-def test_private(hub, row, monkeypatch):
+def test_private(hub, row, tmp_path):
     """A private repository loads with its token, and is not found without."""
     row.build("AutoModel").push_to_hub("user/secret", private=True)
     AutoModel.from_pretrained("user/secret")
     with pytest.raises(OSError, match="user/secret"):
-        AutoModel.from_pretrained("user/secret", token=False, force_download=True)
+        AutoModel.from_pretrained("user/secret", token=False, cache_dir=tmp_path / "of somebody else")
 
 
 @one_row_a_family

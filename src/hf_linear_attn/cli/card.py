@@ -52,7 +52,8 @@ def run(arguments: list[str]) -> int:
 
     quiet_libraries()
     about = {name: given[name] for name in ("repo", "license", "language", "dataset")}
-    card = build_card(folder, speed=not given["no_speed"], **about)
+    beside = output.resolve().parent == folder.resolve()
+    card = build_card(folder, speed=not given["no_speed"], picture=beside, **about)
     card.save(output)
     print(json.dumps({"card": str(output), "metadata": card.data.to_dict()}) if given["json"] else f"card: {output}")
     return 0

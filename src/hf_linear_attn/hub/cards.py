@@ -17,6 +17,7 @@ REPORT_FILE = "training_report.json"  # what `hf-linear-attn train` leaves in it
 STATE_FILE = "trainer_state.json"  # what Trainer leaves in a checkpoint
 METRICS = {"perplexity": "Perplexity", "bits_per_byte": "Bits per byte", "loss": "Loss (nats per token)"}
 CURVE_ROWS = 12
+PICTURE = "learning_curve.png"
 
 
 def build_card(
@@ -28,6 +29,7 @@ def build_card(
     dataset: str | None = None,
     limits: str | None = None,
     speed: bool = True,
+    picture: bool = True,
 ) -> ModelCard:
     """A card for a model of one of our families.
 
@@ -40,6 +42,7 @@ def build_card(
         language, dataset (*optional*): language code and Hub name of the data, for the metadata.
         limits (*optional*): text of that section; what follows from the configuration if not given.
         speed (`bool`): whether to run the model and measure it on this machine.
+        picture (`bool`): whether to show the folder's learning_curve.png, which then has to lie beside the card.
 
     Returns:
         `huggingface_hub.ModelCard`: valid metadata and the text; `card.save("README.md")`, `card.push_to_hub("user/model")`.
@@ -69,7 +72,6 @@ def build_card(
         eval_results=_eval_results(scores, pipeline_tag, dataset, report) or None,
     )
     summary, citation = FAMILY_TEXTS[family]
-    picture = "learning_curve.png"
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -80,7 +82,7 @@ def build_card(
         auto_class=auto_class,
         training=_training_text(report),
         curve=_curve_rows(report),
-        picture=picture if folder is not None and (folder / picture).is_file() else None,
+        picture=PICTURE if picture and folder is not None and (folder / PICTURE).is_file() else None,
         results=_results_text(scores),
         speed=measure(model) if speed else None,
         machine=machine(),
@@ -181,7 +183,7 @@ def _training_text(report) -> str:
 
 
 def _curve_rows(report) -> list[dict[str, Any]]:
-    """At most twelve rows of the learning curve, evenly spread, the last included."""
+    """At most twelve rows of the learning curve, evenly spread, the last included; training losses are the latest logged."""
     curve = report.get("curve")
     if curve is None:
         from ..training.learning_curve import curve_of
@@ -192,7 +194,9 @@ def _curve_rows(report) -> list[dict[str, Any]]:
     steps = sorted(validation or training)
     if len(steps) > CURVE_ROWS:
         steps = [steps[round(i * (len(steps) - 1) / (CURVE_ROWS - 1))] for i in range(CURVE_ROWS)]
-    shown = [{"step": s, "training": training.get(s), "validation": validation.get(s)} for s in steps]
+    logged = sorted(training)
+    latest = {s: next((training[t] for t in reversed(logged) if t <= s), None) for s in steps}
+    shown = [{"step": s, "training": latest[s], "validation": validation.get(s)} for s in steps]
     return [{k: f"{v:.3f}" if isinstance(v, float) else "-" if v is None else v for k, v in r.items()} for r in shown]
 
 

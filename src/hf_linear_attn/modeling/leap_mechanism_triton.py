@@ -10,8 +10,12 @@ Bytes a token and head of E features in b bytes: forward 5 E b (global 8 E b), b
 """
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
 from .windowed_mean import EPS, sum_over_chunks
 
