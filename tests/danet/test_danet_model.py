@@ -312,11 +312,13 @@ def test_initial_weights():
     layer = model.model.layers[0]
     assert layer.attention.query_proj.weight.std().item() == pytest.approx(0.02 / (2 * 2 * 64) ** 0.5, rel=0.1)
     assert layer.mlp.up_proj.weight.std().item() == pytest.approx((2 * 64 * 4) ** -0.5, rel=0.1)
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx((2 * 64 * 4) ** -0.5, rel=0.1)
+    alone = DanetBlock(c)
+    assert alone.attention.query_proj.weight.std().item() == pytest.approx(0.02 / (2 * 2 * 64) ** 0.5, rel=0.1)
     assert model.lm_head.dense.weight.abs().max() <= 0.02
     assert model.lm_head.dense.weight.std().item() == pytest.approx(0.02 / 3**0.5, rel=0.1)
     assert model.model.embed_tokens.weight[0].abs().max() > 0
-    # The published quirk: tied to the uniform output layer, the embeddings are uniform, too.
-    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02 / 3**0.5, rel=0.1)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert DanetForTokenClassification(c).model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 

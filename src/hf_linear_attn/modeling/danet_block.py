@@ -22,6 +22,20 @@ from .relative_positions import apply_position_factors
 from .token_layout import take_tokens, token_layout
 
 
+def linear(inputs: int, outputs: int, std: float | None = None, bound: float | None = None) -> nn.Linear:
+    """A projection without bias, drawn from N(0, std^2) or uniform(-bound, bound). Specification 1.7.
+
+    It remembers `std`: Transformers draws weights layer by layer, and a linear layer does not know whose it is.
+    """
+    layer = nn.Linear(inputs, outputs, bias=False)
+    layer.initial_std = std
+    if std is not None:
+        nn.init.normal_(layer.weight, std=std)
+    else:
+        nn.init.uniform_(layer.weight, -bound, bound)
+    return layer
+
+
 class DenseAttention(nn.Module):
     """Softmax-free attention on `(B, T, d)` tensors, in linear time: q = x W^T, k = v = x. Usable in any network.
 
@@ -42,9 +56,8 @@ class DenseAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.is_causal = config.is_causal
         self.scheme = config.relpe_scheme.split(",")
-        self.query_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.query_proj = linear(config.hidden_size, config.hidden_size, std=config.query_initializer_range)
         self.dropout = nn.Dropout(config.attention_dropout)
-        nn.init.normal_(self.query_proj.weight, std=config.query_initializer_range)
 
     def forward(
         self,
@@ -185,12 +198,13 @@ class DanetMLP(nn.Module):
         width = config.intermediate_size
         self.gated = config.ffn_type == "swiglu"
         if self.gated:
-            self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+            initial = {"bound": config.initializer_range}
+            self.gate_up_proj = linear(config.hidden_size, 2 * width, **initial)
         else:
-            self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+            initial = {"std": (2 * width) ** -0.5}
+            self.up_proj = linear(config.hidden_size, width, **initial)
+        self.down_proj = linear(width, config.hidden_size, **initial)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        init_mlp(self, config, nn.init)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)."""
@@ -202,18 +216,6 @@ class DanetMLP(nn.Module):
                 self.dropout(self.up_proj(hidden_states)), inplace=True
             )  # a product needs no output for backward
         return self.dropout(self.down_proj(inner))
-
-
-def init_mlp(mlp: DanetMLP, config: DanetConfig, init) -> None:
-    """Published initial weights: N(0, 1/(2 d f)) for ReLU, uniform(-r, r) for SwiGLU.
-    `init` is `nn.init` or Transformers'.
-    """
-    if mlp.gated:
-        for layer in (mlp.gate_up_proj, mlp.down_proj):
-            init.uniform_(layer.weight, -config.initializer_range, config.initializer_range)
-    else:
-        for layer in (mlp.up_proj, mlp.down_proj):
-            init.normal_(layer.weight, mean=0.0, std=(2 * config.intermediate_size) ** -0.5)
 
 
 class DanetBlock(GradientCheckpointingLayer):

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, check_cache, embed_inputs, mask_for_generate
 from .compat import OutputRecorder, can_return_tuple, capture_outputs, merge_with_config_defaults
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
-from .danet_block import DanetBlock, DanetMLP, DenseAttention, init_mlp
+from .danet_block import DanetBlock, DenseAttention
 from .danet_context import build_context
 from .danet_heads import DanetLMHead, DanetPooler, TiedHeadMixin, masked_lm_loss
 from .danet_norms import ScaledLayerNorm, VectorNorm, build_norm
@@ -61,18 +61,18 @@ class DanetPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         """Specification 1.7: uniform linear layers, normal embeddings (all rows), small query matrices, norms at 1."""
         super()._init_weights(module)
-        config, bound = self.config, self.config.initializer_range
-        if isinstance(module, DenseAttention):
-            init.normal_(module.query_proj.weight, mean=0.0, std=config.query_initializer_range)
-        elif isinstance(module, DanetMLP):
-            init_mlp(module, config, init)
-        elif isinstance(module, (VectorNorm, ScaledLayerNorm)):
+        bound = self.config.initializer_range
+        if isinstance(module, (VectorNorm, ScaledLayerNorm)):
             for weight in module.parameters():
                 init.ones_(weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=bound)
         elif isinstance(module, nn.Linear):
-            init.uniform_(module.weight, -bound, bound)
+            std = getattr(module, "initial_std", None)
+            if std is not None:
+                init.normal_(module.weight, mean=0.0, std=std)
+            else:
+                init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.zeros_(module.bias)
 
