@@ -24,6 +24,12 @@ onnx_rows = pytest.mark.parametrize(
         if row.causal
     ],
 )
+# DANet lays tokens out in chunks whose number decides the graph, so its length is not dynamic yet.
+FIXED_LENGTH = pytest.mark.xfail(reason="DANet exports only at a fixed length so far", strict=True)
+dynamic_rows = pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, id=r.family, marks=[FIXED_LENGTH] * (r.family == "danet")) for r in FAMILY_ROWS if r.causal],
+)
 RUN_ALONE = """
 import sys, numpy as np, onnxruntime
 first = np.load(sys.argv[1] + ".state.npz")
@@ -45,7 +51,7 @@ class Forward(torch.nn.Module):
         return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
-@first_rows
+@dynamic_rows
 def test_forward_of_any_batch_and_length(row):
     """One graph for every batch and length, with a mask."""
     model = row.causal_lm()
@@ -65,7 +71,7 @@ def test_forward_of_any_batch_and_length(row):
             )
 
 
-@first_rows
+@dynamic_rows
 def test_prefill_then_steps(row):
     """The prompt in one graph, each further token in the other: the logits of the whole text."""
     model = row.causal_lm()

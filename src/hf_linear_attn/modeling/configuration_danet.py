@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_common import apply_aliases, check_choice, check_head_size
+from .configuration_common import DerivedLayerTypes, apply_aliases, check_choice, check_format, check_head_size
 from .danet_norms import ACTIVATIONS, NORM_NAMES
 from .danet_presets import PRESETS
 from .dense_attention import MODES, PATTERNS, check_dense_arguments
@@ -16,7 +16,7 @@ POOLERS = ("first", "mean", "max", "last")
 
 
 @strict
-class DanetConfig(PreTrainedConfig):
+class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
     """Configuration of DANet: softmax-free attention made of matrix products, as an encoder or a causal decoder.
 
     Args:
@@ -132,6 +132,7 @@ class DanetConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_format(self, kwargs)
         apply_aliases(self, kwargs)
         check_head_size(self)  # before anything is derived from the sizes
         if self.scale_mode is None:

@@ -24,6 +24,7 @@ from .danet_context import build_context
 from .danet_heads import DanetLMHead, DanetPooler, TiedHeadMixin, masked_lm_loss
 from .danet_norms import ScaledLayerNorm, VectorNorm, build_norm
 from .danet_softmax import DanetSoftmaxAttention, DanetSoftmaxBlock, prepare_softmax_layers
+from .portable_checkpoint import PortableCheckpointMixin
 from .recurrent_cache import LAYER_TYPE, RecurrentCache
 from .relative_positions import sinusoidal_embeddings
 from .sequence_inputs import prepare_sequence
@@ -39,7 +40,7 @@ def danet_mask_for_generate(config, inputs_embeds, attention_mask, past_key_valu
     return mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
 
 
-class DanetPreTrainedModel(PreTrainedModel):
+class DanetPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     """Weights' initialisation and what Transformers needs to know of the family."""
 
     config: DanetConfig
