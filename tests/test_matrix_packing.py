@@ -88,10 +88,13 @@ def test_state_after_a_packed_row_is_that_of_its_last_document(row):
     step = tokens(1, 3, seed=9)
     with torch.no_grad():
         cache = model(ids, use_cache=True, **packed_by("position_ids")).past_key_values
+        forked = cache.fork()
         expected = model(torch.cat([documents()[-1][None], step], 1), use_cache=False).logits[:, -3:]
         position_ids = torch.arange(3)[None] + DOCUMENTS[-1]
-        logits = model(step, past_key_values=cache, position_ids=position_ids).logits
-    torch.testing.assert_close(logits, expected, **TOLERANCE)
+        told = model(step, past_key_values=cache, position_ids=position_ids).logits
+        counted = model(step, past_key_values=forked).logits
+    torch.testing.assert_close(told, expected, **TOLERANCE)
+    torch.testing.assert_close(counted, expected, **TOLERANCE)
 
 
 @causal_rows

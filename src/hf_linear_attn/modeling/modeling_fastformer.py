@@ -96,7 +96,8 @@ class FastformerAttention(nn.Module):
         pooled_key, logits, state = self._pool_twice(state, *inputs)
         mixed = (self.dropout(pooled_key) * value.to(dtype)).flatten(2).to(hidden_states.dtype)
         if layer_cache is not None:
-            layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay=(self._advance, inputs))
+            replay = (self._advance, inputs)
+            layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay, segment_ids)
         rows = weights = None
         if output_attentions:
             rows = attention_rows(logits, self.window, log_weights=True, mask=attention_mask, segment_ids=segment_ids)

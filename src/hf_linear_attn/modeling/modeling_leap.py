@@ -113,7 +113,8 @@ class LeapAttention(nn.Module):
             weights = focus_weights(projected[:, :, 1], projected[:, :, 2], self.exponential)  # (B, T, H)
         if layer_cache is not None:
             inputs = (averaged(projected, rotated), weights, attention_mask, segment_ids)
-            layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay=(self._advance, inputs))
+            replay = (self._advance, inputs)
+            layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay, segment_ids)
         if output_attentions:
             rows = attention_rows(
                 weights, self.window, log_weights=self.exponential, mask=attention_mask, segment_ids=segment_ids

@@ -43,7 +43,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         return tuple(self.recurrent_states[i] for i in range(self.number_of_states - 1))
 
     def get_token_counts(self) -> torch.Tensor | None:
-        """Real (unpadded) tokens that each row has seen, `(B,)`; None before the first token."""
+        """Real (unpadded) tokens of the document that is open in each row, `(B,)`; None before the first token."""
         if self.number_of_states == 0 or not self.has_previous_state[0]:
             return None
         return self.recurrent_states[self.number_of_states - 1]
@@ -54,6 +54,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         num_new_tokens: int,
         mask: torch.Tensor | None = None,
         replay: tuple[Callable, tuple[torch.Tensor | None, ...]] | None = None,
+        segment_ids: torch.Tensor | None = None,
     ) -> None:
         """Replace the state by the one after `num_new_tokens` more columns.
 
@@ -63,17 +64,19 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             mask (`torch.Tensor` of shape `(B, num_new_tokens)`, *optional*): which of them were real.
             replay (`tuple`, *optional*): `(advance, inputs)` with `advance(state_or_None, *inputs) -> state`; every input
                 is `(B, num_new_tokens, ...)` or None. Needed for `crop`.
+            segment_ids (`torch.Tensor` of shape `(B, num_new_tokens)`, *optional*): documents; the count starts anew with
+                each, as positions do.
         """
-        batch, device = state[0].shape[0], state[0].device
-        new = mask.sum(1) if mask is not None else torch.full((batch,), num_new_tokens, device=device)
+        device = state[0].device
         counts = self.get_token_counts()
+        new_counts = _count_tokens(counts, state[0], num_new_tokens, mask, segment_ids)
         if self.record_past:
             if replay is None:
                 raise RuntimeError("this layer was asked to record its past, but its model passes no `replay`")
             if not self._replay:
                 self._base = None if counts is None else tuple(s.clone() for s in self._all_states())
-            self._replay.append((replay[0], (*replay[1], mask)))
-        self._store((*state, new if counts is None else counts + new))
+            self._replay.append((replay[0], (*replay[1], mask, segment_ids)))
+        self._store((*state, new_counts))
         if isinstance(self.cumulative_length, torch.Tensor):
             if self.cumulative_length.device != device:
                 self.cumulative_length = self.cumulative_length.to(device)
@@ -143,22 +146,19 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def _rewind(self, keep: int) -> None:
         base = self._base
-        state = None if base is None else base[:-1]
-        counts = 0 if base is None else base[-1]
+        state, counts = (None, None) if base is None else (base[:-1], base[-1])
         removed = 0
         for advance, inputs in self._replay:
             length = inputs[0].shape[1]
             take = min(length, keep)
             if take:
-                *arguments, mask = (None if x is None else x[:, :take] for x in inputs)
+                *arguments, mask, segment_ids = (None if x is None else x[:, :take] for x in inputs)
                 state = advance(state, *arguments)
-                counts = counts + (take if mask is None else mask.sum(1))
+                counts = _count_tokens(counts, state[0], take, mask, segment_ids)
             keep, removed = keep - take, removed + length - take
         if state is None:
             self.has_previous_state = dict.fromkeys(range(self.number_of_states), False)
         else:
-            if not isinstance(counts, torch.Tensor):
-                counts = torch.full((state[0].shape[0],), counts, device=state[0].device)
             self._store((*state, counts))
         if isinstance(self.cumulative_length, torch.Tensor):
             self.cumulative_length.sub_(removed)
@@ -219,6 +219,16 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         self._replay = [
             (advance, tuple(None if x is None else function(x) for x in inputs)) for advance, inputs in self._replay
         ]
+
+
+def _count_tokens(counts, like, length, mask, segment_ids) -> torch.Tensor:
+    """Real tokens (B,) of the document open after `length` more columns, from the count before them."""
+    if segment_ids is None:
+        new = torch.full((like.shape[0],), length, device=like.device) if mask is None else mask.sum(1)
+        return new if counts is None else counts + new
+    last = segment_ids == segment_ids[:, -1:]
+    new = (last if mask is None else last & mask.bool()).sum(1)
+    return new if counts is None else new + counts * last[:, 0]
 
 
 STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = RecurrentStateLayer
