@@ -78,7 +78,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 16384])
     parser.add_argument("--only", default="")
-    parser.add_argument("--json")
+    parser.add_argument("--json", help="written after every case")
     arguments = parser.parse_args()
     results = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cases": []}
     for length in arguments.lengths:
@@ -91,9 +91,9 @@ def main():
                 row = {"error": f"{type(error).__name__}: {str(error)[:150]}"}
             results["cases"].append({"length": length, "name": name, **row})
             print(length, name, row, flush=True)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(results, file, indent=1)
+            if arguments.json:
+                with open(arguments.json, "w") as file:
+                    json.dump(results, file, indent=1)
 
 
 if __name__ == "__main__":
