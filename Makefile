@@ -43,7 +43,7 @@ suite: $(STAMP) ## Transformers' own test mixins, from the source archive of the
 
 unit: $(STAMP) suite ## the tests alone
 	@echo "== tests"
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test: lint unit ## what CI runs: lint and every test that is not marked slow
 

@@ -1,6 +1,6 @@
 """Print the JSON of a GPU benchmark as a Markdown table: thousand tokens a second (peak GiB), a column a length.
 
-    python -m benchmarks.gpu_table docs/data/h200-encoder.json
+python -m benchmarks.gpu_table docs/data/h200-encoder.json
 """
 
 import json

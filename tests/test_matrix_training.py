@@ -209,8 +209,8 @@ def test_gradients_through_a_state(row):
 
 
 def fields(config) -> dict:
-    """What describes the model, without where it lies."""
-    return config.to_dict() | {"_name_or_path": None, "dtype": None}
+    """What describes the model, without where it and its code lie (a checkpoint names the code it carries)."""
+    return config.to_dict() | {"_name_or_path": None, "dtype": None, "auto_map": None}
 
 
 @rows_with_heads

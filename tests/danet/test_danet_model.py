@@ -159,7 +159,9 @@ def test_what_a_layer_writes_is_bounded_by_the_cube_root_of_the_length():
 
 @pytest.mark.parametrize("name", ["learned g relu", "rotary l_sl_g swiglu", "cosine qkv l_sl_g", "softmax g"])
 def test_bfloat16_is_close(name):
-    model = encoder(name, dtype=torch.float32)
+    """With weights of the published size: much larger ones magnify the rounding of SwiGLU's cubic products."""
+    published = {"initializer_range": 0.02, "query_initializer_range": None, "hidden_size": 64}
+    model = encoder(name, dtype=torch.float32, **published)
     ids, mask = pad([tokens(30), tokens(20, seed=1)], "left", 32)
     exact = model(ids, attention_mask=mask).logits[mask.bool()]
     half = model.to(torch.bfloat16)(ids, attention_mask=mask).logits.float()[mask.bool()]
