@@ -62,7 +62,8 @@ def test_lengths_do_not_recompile_for_ever(row):
             torch.testing.assert_close(
                 compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, **CLOSE
             )
-    assert counter.frame_count == 2
+    # DANet lays tokens out in chunks of its own, and has a graph for few and one for many of them.
+    assert counter.frame_count == (3 if row.family == "danet" else 2)
 
 
 @traced_causal_rows
@@ -149,7 +150,10 @@ def test_export_with_fixed_shapes(row):
 
 
 @traced_rows
-def test_export_with_dynamic_batch_and_length(row):
+def test_export_with_dynamic_batch_and_length(row, request):
+    if row.family == "danet":
+        why = "DANet lays tokens out in chunks whose number decides the graph: it exports only at a fixed length so far"
+        request.node.add_marker(pytest.mark.xfail(reason=why, strict=True))
     model = row.build("AutoModel", **row.layers(2))
     _, _, ids, mask = padded_batch(LAYOUTS["both"], (70, 23))
     length = Dim("length", min=2, max=256)
