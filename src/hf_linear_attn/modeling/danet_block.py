@@ -17,7 +17,7 @@ from .danet_context import DanetContext, build_context, works_in_slots
 from .danet_norms import build_norm
 from .dense_attention import dense_attention_scores, front_packed_dense_attention, pattern_mask
 from .dense_attention_state import DenseAttentionState, final_state
-from .layer_output import LayerOutput
+from .layer_output import LayerOutput, refuse_maps_after
 from .relative_positions import apply_position_factors
 from .token_layout import take_tokens, token_layout
 
@@ -88,11 +88,8 @@ class DenseAttention(nn.Module):
         if layer_cache is not None:
             held = layer_cache.get_state()
             state = None if held is None else DenseAttentionState(*held)
-        if output_attentions and state is not None:
-            raise ValueError(
-                "`output_attentions` needs all tokens of the text in one call, but the earlier ones are only left as a state: "
-                "call the model on the whole text, with `use_cache=False`"
-            )
+        if output_attentions:
+            refuse_maps_after(state)
         if context is None:
             seen = None if state is None else state.count
             context = build_context(

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, begin, embed_inputs, mask_for_generate
 from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, merge_with_config_defaults
 from .configuration_fastformer import FastformerConfig
-from .layer_output import LayerOutput
+from .layer_output import LayerOutput, refuse_maps_after
 from .portable_checkpoint import PortableCheckpointMixin
 from .sequence_inputs import prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
@@ -85,11 +85,8 @@ class FastformerAttention(nn.Module):
         if layer_cache is not None:
             state = layer_cache.get_state()
         self._check_state(state, hidden_states)
-        if output_attentions and state is not None:
-            raise ValueError(
-                "`output_attentions` needs all tokens of the text in one call, but the earlier ones are only left as a state: "
-                "call the model on the whole text, with `use_cache=False`"
-            )
+        if output_attentions:
+            refuse_maps_after(state)
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         dtype = compute_dtype(hidden_states.dtype)
         inputs = (query.to(dtype), key.to(dtype), attention_mask, segment_ids)

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, begin, embed_inputs, mask_for_generate
 from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, merge_with_config_defaults
 from .configuration_leap import LeapConfig
-from .layer_output import LayerOutput
+from .layer_output import LayerOutput, refuse_maps_after
 from .leap_mechanism import averaged, focus_weights, leap_mechanism
 from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
@@ -81,11 +81,8 @@ class LeapAttention(nn.Module):
         if layer_cache is not None:
             state = layer_cache.get_state()
         self._check_state(state, hidden_states)
-        if output_attentions and state is not None:
-            raise ValueError(
-                "`output_attentions` needs all tokens of the text in one call, but the earlier ones are only left as a state: "
-                "call the model on the whole text, with `use_cache=False`"
-            )
+        if output_attentions:
+            refuse_maps_after(state)
         if self.rope_theta is not None and position_ids is None:
             if state is not None:
                 raise ValueError("`position_ids` are needed to go on from a state with rotary positions")
