@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 
 install: $(STAMP) ## make the virtual environment with pinned versions
 
-demo: $(STAMP) ## train a small LEAP and a GPT-2 on real text, compare, generate (under ten minutes)
+demo: $(STAMP) ## train a small LEAP, a DANet and a GPT-2 on real text, compare, generate (under ten minutes)
 	$(BIN)/hf-linear-attn demo
 
 lint: $(STAMP) ## ruff check, ruff format, mypy

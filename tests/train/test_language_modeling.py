@@ -235,7 +235,19 @@ def test_windows_reach_the_model(tiny, tmp_path):
     assert configs[1].focus_function == "exp"
 
 
-def test_demo_compares_two_models_and_writes(tmp_path, monkeypatch, capsys):
+def test_causal_danet_learns_and_comes_back(tiny, tmp_path):
+    """`train --family danet --causal`: a decoder scaled for its block length, which AutoModelForCausalLM loads; and it learns."""
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "learning_rate": 1e-2, "steps": 30, "eval_every": 15}
+    report = train_language_model(tiny(family="danet", causal=True, config=["window_size=8"], **small))
+    losses = [point["loss"] for point in report["curve"]["training"]]
+    assert losses[-1] < losses[0] - 1
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run").config
+    assert (config.is_causal, config.scale_length, config.window_size) == (True, 16, 8)
+    with pytest.raises(ValueError, match="give causal"):
+        train_language_model(tiny(family="danet", output=str(tmp_path / "encoder")))
+
+
+def test_demo_compares_three_models_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "run_as_process", cli.main)  # spares the time of two starts
     threads, output = torch.get_num_threads(), tmp_path / "demo"
     words = ["demo", "--steps", "2", "--threads", "1", "--output", str(output), "--tiny"]
@@ -249,11 +261,14 @@ def test_demo_compares_two_models_and_writes(tmp_path, monkeypatch, capsys):
         "bits/byte",
         "KiB at the end",
         "hf-linear-attn train --family gpt2",
+        "danet ",
+        "hf-linear-attn train --family danet --causal",
     ):
         assert expected in printed
     assert (output / "learning_curve.png").stat().st_size > 0
     reports = json.loads((output / "comparison.json").read_text())
-    assert reports["leap"]["training_tokens"] == reports["gpt2"]["training_tokens"]
+    assert len({report["training_tokens"] for report in reports.values()}) == 1
+    assert set(json.loads((output / "learning_curve.json").read_text())) == {"leap", "danet", "gpt2"}
 
 
 @pytest.mark.parametrize("family", ["leap", "fastformer", "danet"])

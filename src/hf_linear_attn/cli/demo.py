@@ -1,5 +1,5 @@
-"""`hf-linear-attn demo`: LEAP learns real English beside GPT-2 of the same size, comes back from disk, and writes a
-paragraph.
+"""`hf-linear-attn demo`: LEAP and causal DANet learn real English beside GPT-2 of the same size; LEAP comes back from disk
+and writes a paragraph.
 """
 
 import json
@@ -14,9 +14,8 @@ from ..training.text_data import EXCERPT_FOLDER
 from .parser import Parser
 
 DESCRIPTION = """\
-Train a small windowed LEAP on the State of the Union speeches, then GPT-2 of the same size on the same batches;
-compare their
-curves, speed, memory and held-out perplexity; load the LEAP from disk and let it write.
+Train a small windowed LEAP on the State of the Union speeches, then a causal DANet and a GPT-2 of the same size on the
+same batches; compare their curves, speed, memory and held-out perplexity; load the LEAP from disk and let it write.
 Under ten minutes on two cores.
 """
 
@@ -28,7 +27,7 @@ Every step prints the `hf-linear-attn train` or `generate` command that does the
 """
 
 PROMPT = "The people of the United States"
-# Both models: the same size, text, batches, schedule and seed. Only the family differs.
+# All models: the same size, text, batches, schedule and seed. Only the family differs.
 SHARED = {
     "hidden-size": 128,
     "num-hidden-layers": 4,
@@ -50,7 +49,14 @@ TINY = {
     "final-eval-tokens": 2048,
     "data": EXCERPT_FOLDER,
 }
-TITLES = {"leap": "LEAP, windows global, 4, 8, 16", "gpt2": "GPT-2 of the same size, on the same batches"}
+TITLES = {
+    "leap": "LEAP, windows global, 4, 8, 16",
+    "danet": "DANet, causal, of the same size, on the same batches",
+    "gpt2": "GPT-2 of the same size, on the same batches",
+}
+# A DANet block has 10 d^2 weights where the others have 12 d^2: one layer more gives the same number of parameters.
+EXTRA_LAYERS = {"danet": 1}
+EXTRA_WORDS = {"danet": ["--causal"]}
 COLUMNS = {
     "label": "model",
     "parameters": "parameters",
@@ -67,7 +73,7 @@ def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn demo", description=DESCRIPTION, epilog=EXAMPLES)
     made.add_argument(
-        "--steps", type=int, default=1000, metavar="INT", help="optimizer steps of each model (default: 1000)"
+        "--steps", type=int, default=700, metavar="INT", help="optimizer steps of each model (default: 700)"
     )
     made.add_argument(
         "--output", default="outputs/demo", metavar="FOLDER", help="folder of the results (default: outputs/demo)"
@@ -105,8 +111,9 @@ def run(arguments: list[str]) -> int:
 
 def _train(family: str, folder: Path, given: dict, threads: int) -> int:
     """One run as a process of its own, so that its peak memory is its own and the command can be shown."""
-    words = ["train", "--family", family]
+    words = ["train", "--family", family, *EXTRA_WORDS.get(family, [])]
     sizes = SHARED | (TINY if given["tiny"] else {})
+    sizes["num-hidden-layers"] += EXTRA_LAYERS.get(family, 0)
     for name, value in (sizes | {"steps": given["steps"], "seed": given["seed"], "threads": threads}).items():
         words += [f"--{name}", str(value)]
     words += ["--cpu", "--output", str(folder), "--overwrite"]
@@ -126,7 +133,7 @@ def run_as_process(words: list[str]) -> int:
 
 
 def comparison(reports: dict[str, dict], output: Path) -> str:
-    """Both curves as a table and a picture, and the figures of each model."""
+    """The curves as a table and a picture, and the figures of each model."""
     from ..training.learning_curve import save_curve, table
 
     curves = {name: report["curve"] for name, report in reports.items()}
@@ -134,7 +141,7 @@ def comparison(reports: dict[str, dict], output: Path) -> str:
         curves,
         output,
         {name: report["tokens_per_step"] for name, report in reports.items()},
-        "State of the Union speeches: LEAP and GPT-2 of the same size",
+        "State of the Union speeches: LEAP, DANet and GPT-2 of the same size",
     )
     steps = [point["step"] for point in curves["leap"]["validation"]]
     losses = {name: {p["step"]: p["loss"] for p in curve["validation"]} for name, curve in curves.items()}
@@ -154,7 +161,7 @@ def comparison(reports: dict[str, dict], output: Path) -> str:
     ]
     (output / "comparison.json").write_text(json.dumps(reports, indent=1) + "\n")
     return (
-        f"validation loss (nats per token)\n{table(curve_rows, {'step': 'step', 'leap': 'leap', 'gpt2': 'gpt2'})}\n\n"
+        f"validation loss (nats per token)\n{table(curve_rows, {name: name for name in ('step', *reports)})}\n\n"
         f"{table(rows, COLUMNS)}\n\ncurves: {', '.join(map(str, files))}"
     )
 

@@ -8,7 +8,7 @@ from .parser import did_you_mean
 
 # command -> (module with `run(arguments) -> exit code`, what it does)
 COMMANDS = {
-    "demo": ("demo", "train a small LEAP and a GPT-2 on real text, compare them, generate"),
+    "demo": ("demo", "train a small LEAP, a DANet and a GPT-2 on real text, compare them, generate"),
     "train": ("train", "train a language model with every knob, and resume it"),
     "distill": ("distill", "turn a pretrained model into a SEA model and distil it"),
     "generate": ("generate", "continue a prompt with a trained model"),

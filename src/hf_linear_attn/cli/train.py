@@ -19,6 +19,8 @@ examples:
       a small LEAP with the default windows (global, 4, 8, 16) on the speeches
   hf-linear-attn train --family gpt2 --steps 300 --output outputs/gpt2
       GPT-2 of the same size on the same batches
+  hf-linear-attn train --family danet --causal --num-hidden-layers 5 --steps 300 --output outputs/danet
+      a causal DANet of the same size on the same batches
   hf-linear-attn train --data book.txt --hidden-size 256 --num-hidden-layers 6 --num-attention-heads 4 \\
       --windows global,4,8,16,32,global --epochs 3 --precision bfloat16 --output outputs/book
   hf-linear-attn train --resume --output outputs/book

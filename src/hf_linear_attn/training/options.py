@@ -44,6 +44,12 @@ class TrainingOptions:
 
     # The model.
     family: str = option("leap", "model", "model family", choices=FAMILIES)
+    causal: bool = option(
+        False,
+        "model",
+        "the decoder of a family that has an encoder, too (danet); the other families always are one",
+        bool,
+    )
     hidden_size: int = option(128, "model", "width of the residual stream", int)
     num_hidden_layers: int = option(4, "model", "number of blocks", int)
     num_attention_heads: int = option(2, "model", "attention heads; head sizes near 64 work best", int)
