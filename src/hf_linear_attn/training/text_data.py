@@ -39,7 +39,7 @@ def require_datasets():
 
 
 @contextlib.contextmanager
-def _without_progress_bars():
+def without_progress_bars():
     """No bars for local files, which take a fraction of a second."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -86,7 +86,7 @@ def load_speeches(folder: Path | None = None) -> TextData:
     files: dict[str, list[str]] = {split: [] for split in SPLITS}
     for file in sorted(folder.glob("*.txt")):
         files[split_of_speech(file.name)].append(str(file))
-    with _without_progress_bars():
+    with without_progress_bars():
         documents = datasets.load_dataset("text", data_files=files, sample_by="document")
     return TextData(documents, f"{name}: {_sizes(documents)}")
 
@@ -111,9 +111,9 @@ def load_files(
     for split, names in given.items():
         if not names:
             continue
-        files, builder = _files_of_one_format(split, names)
+        files, builder = files_of_one_format(split, names)
         options = {"sample_by": "document"} if builder == "text" else {}
-        with _without_progress_bars():
+        with without_progress_bars():
             rows = datasets.load_dataset(builder, data_files={split: files}, split=split, **options)
         loaded[split] = _one_text_column(rows, "text" if builder == "text" else text_column, join_rows)
     documents = with_held_out_splits(datasets.DatasetDict(loaded))
@@ -159,7 +159,7 @@ def with_held_out_splits(documents: "DatasetDict") -> "DatasetDict":
     return datasets.DatasetDict({split: made.get(split, documents.get(split)) for split in SPLITS})
 
 
-def _files_of_one_format(split: str, names: Sequence[str]) -> tuple[list[str], str]:
+def files_of_one_format(split: str, names: Sequence[str]) -> tuple[list[str], str]:
     """Existing files behind `names` and the loader that reads them."""
     files: list[Path] = []
     for name in names:
