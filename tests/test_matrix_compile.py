@@ -150,10 +150,7 @@ def test_export_with_fixed_shapes(row):
 
 
 @traced_rows
-def test_export_with_dynamic_batch_and_length(row, request):
-    if row.family == "danet":
-        why = "DANet lays tokens out in chunks whose number decides the graph: it exports only at a fixed length so far"
-        request.node.add_marker(pytest.mark.xfail(reason=why, strict=True))
+def test_export_with_dynamic_batch_and_length(row):
     model = row.build("AutoModel", **row.layers(2))
     _, _, ids, mask = padded_batch(LAYOUTS["both"], (70, 23))
     length = Dim("length", min=2, max=256)

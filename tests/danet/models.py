@@ -37,6 +37,7 @@ ENCODERS = {
     "cos_minus_sin g_l": {"position_embedding_type": "cos_minus_sin", "layer_pattern": "g_l", "local_relpe": False},
     "sinusoidal g": {"position_embedding_type": "sinusoidal"},
     "softmax g": {"layer_pattern": "softmax_g_l", "softmax_attention_heads": 2},
+    "l@softmax_sl@softmax_g": {"layer_pattern": "l@softmax_sl@softmax_g", "softmax_attention_heads": 2},
 }
 
 DECODERS = {
@@ -49,6 +50,7 @@ DECODERS = {
     },
     "l_sl_sw cosine": {"layer_pattern": "l_sl_sw", "position_embedding_type": "cosine", "relpe_scheme": "qkv"},
     "swa@softmax_g_l": {"layer_pattern": "swa@softmax_g_l", "softmax_attention_heads": 2},
+    "l@softmax_sl@softmax_g": {"layer_pattern": "l@softmax_sl@softmax_g", "softmax_attention_heads": 2},
     "g_softmax_sw": {"layer_pattern": "g_softmax_sw", "softmax_attention_heads": 2},
 }
 

@@ -29,8 +29,8 @@ def test_any_pieces_equal_the_whole(name, cuts):
 @pytest.mark.parametrize("side", ["left", "right", "both", "inside"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_state_after_a_padded_prompt_is_that_of_the_unpadded(name, side):
-    if "swa@softmax" in name and side != "left":
-        pytest.skip("padding that the sliding softmax window would count is refused")
+    if "@softmax" in name and side != "left":
+        pytest.skip("padding that the softmax windows would count is refused")
     model = decoder(name)
     rows, more = [tokens(n, seed=n) for n in (11, 6, 3)], tokens(3, 4, seed=8)
     ids, mask = pad(rows, side, 13)
@@ -140,7 +140,7 @@ def test_beams_really_change_rows():
 @pytest.mark.parametrize(
     "how", ["prefill_chunk_size=4", "prefill_chunk_size=1", "static", "static chunks", "offloaded"]
 )
-@pytest.mark.parametrize("name", [MIXED, "sw_sw_g swiglu", "g_softmax_sw", "swa@softmax_g_l"])
+@pytest.mark.parametrize("name", [MIXED, "sw_sw_g swiglu", "g_softmax_sw", "swa@softmax_g_l", "l@softmax_sl@softmax_g"])
 def test_ways_to_hold_the_state_agree(name, how):
     if how == "offloaded" and not torch.cuda.is_available() and "softmax" in name:
         pytest.skip("Transformers offloads keys and values with CUDA streams")

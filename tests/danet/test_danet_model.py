@@ -17,6 +17,7 @@ from hf_linear_attn import (
     DanetModel,
     DenseAttention,
 )
+from hf_linear_attn.modeling.dense_attention import pattern_mask
 from tests.danet.models import DECODERS, ENCODER_HEADS, ENCODERS, VOCAB, build, config, decoder, encoder, pad, tokens
 
 TOL = {"rtol": 1e-9, "atol": 1e-9}
@@ -431,6 +432,8 @@ def test_exports_with_a_dynamic_length(name):
         ({"layer_pattern": "softmax"}, "Transformer"),
         ({"layer_pattern": "softmax_g"}, "softmax_attention_heads"),
         ({"layer_pattern": "swa@softmax_g", "softmax_attention_heads": 2}, "causal"),
+        ({"layer_pattern": "l@softmax_g", "softmax_attention_heads": 2, "window_size": 3}, "even"),
+        ({"layer_pattern": "g@softmax_g", "softmax_attention_heads": 2}, "g@softmax"),
         ({"pre_norm": "layernorm"}, "pre_norm"),
         ({"embedding_norm": "max"}, "embedding_norm"),
         ({"hidden_size": 15}, "num_attention_heads"),
@@ -486,3 +489,29 @@ def test_heads_of_the_other_direction_are_refused():
 def test_padding_inside_a_sliding_softmax_window_is_refused():
     with pytest.raises(ValueError, match="swa@softmax"):
         decoder("swa@softmax_g_l")(tokens(1, 4), attention_mask=torch.tensor([[1, 0, 1, 1]]))
+    cached = decoder("l@softmax_sl@softmax_g")
+    with pytest.raises(ValueError, match="'l@softmax', 'sl@softmax'"):
+        cached(tokens(1, 4), attention_mask=torch.tensor([[1, 0, 1, 1]]), use_cache=True)
+
+
+@pytest.mark.parametrize("factory", [encoder, decoder])
+def test_local_softmax_layers_look_inside_their_windows(factory):
+    """The weights are positive exactly where the patterns l and sl allow, by rank among real tokens, and sum to one."""
+    model = factory("l@softmax_sl@softmax_g", attn_implementation="eager")
+    mask = torch.tensor([[1] * 11, [0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1]])
+    out = model(tokens(2, 11), attention_mask=mask, output_attentions=True, use_cache=False)
+    ranks = mask.cumsum(-1) - 1
+    for pattern, weights in zip(("l", "sl"), out.attentions, strict=False):
+        for row in range(2):
+            real = mask[row].bool()
+            allowed = pattern_mask(pattern, ranks[row, real], ranks[row, real], model.config.is_causal, 4)
+            found = weights[row][:, real][:, :, real]
+            assert torch.equal(found > 0, allowed.expand_as(found))
+            torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]))
+
+
+def test_attention_functions_without_local_windows_are_refused():
+    model = encoder("l@softmax_sl@softmax_g")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="knows no local windows"):
+        model(tokens(1, 4))

@@ -24,12 +24,7 @@ onnx_rows = pytest.mark.parametrize(
         if row.causal
     ],
 )
-# DANet lays tokens out in chunks whose number decides the graph, so its length is not dynamic yet.
-FIXED_LENGTH = pytest.mark.xfail(reason="DANet exports only at a fixed length so far", strict=True)
-dynamic_rows = pytest.mark.parametrize(
-    "row",
-    [pytest.param(r, id=r.family, marks=[FIXED_LENGTH] * (r.family == "danet")) for r in FAMILY_ROWS if r.causal],
-)
+dynamic_rows = pytest.mark.parametrize("row", [pytest.param(r, id=r.family) for r in FAMILY_ROWS if r.causal])
 RUN_ALONE = """
 import sys, numpy as np, onnxruntime
 first = np.load(sys.argv[1] + ".state.npz")

@@ -9,7 +9,13 @@ from .danet_presets import PRESETS
 from .dense_attention import MODES, PATTERNS, check_dense_arguments
 from .recurrent_cache import LAYER_TYPE
 
-SOFTMAX_PATTERNS = {"softmax": "full_attention", "swa@softmax": "sliding_attention"}
+# Layers of ordinary attention and the layer type whose cache holds what they look at: everything, or the last w tokens.
+SOFTMAX_PATTERNS = {
+    "softmax": "full_attention",
+    "swa@softmax": "sliding_attention",
+    "l@softmax": "sliding_attention",
+    "sl@softmax": "sliding_attention",
+}
 RELATIVE_POSITIONS = ("rotary", "cosine", "cos_minus_sin")
 POSITIONS = ("learned", "sinusoidal", *RELATIVE_POSITIONS, "none")
 POOLERS = ("first", "mean", "max", "last")
@@ -28,12 +34,14 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
         layer_pattern (`str`, defaults to `"g"`): codes joined by `_` and repeated over the layers:
         `g` global, `l` local, `sl`
             shifted local, `sw` sliding window (causal only);
-            `softmax` and `swa@softmax` are ordinary (sliding) attention.
+            `softmax` is ordinary attention, `swa@softmax` (causal only), `l@softmax` and `sl@softmax` are ordinary
+            attention in the windows of `sw`, `l` and `sl`.
         window_size (`int`, defaults to 1024): tokens w in a window of every code but `g` and `softmax`;
         positive and even.
         attention_mode (`str`, defaults to `"auto"`): order of the products in global encoder layers:
         `"linear"`, `"quadratic"`,
-            or linear when the head size is at most the length. Results are equal; windows always choose by themselves.
+            or linear when the head size is at most the length, and in a torch.export program of dynamic length. Results
+            are equal; windows always choose by themselves.
         chunk_size (`int`, *optional*): tokens of a causal chunk; near the head size if not given. Results are equal.
         ffn_type (`str`, defaults to `"relu"`): `"relu"` (also fit for float16) or `"swiglu"` (needs bfloat16 or
         float32).
@@ -212,10 +220,14 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
                 )
             if code in PATTERNS:
                 check_dense_arguments(code, self.is_causal, self.window_size)
+            elif code in ("l@softmax", "sl@softmax"):
+                check_dense_arguments(code.removesuffix("@softmax"), self.is_causal, self.window_size)
             elif code == "swa@softmax" and self.window_size < 1:
                 raise ValueError(f"`window_size` is {self.window_size}, expected at least 1")
             if code == "swa@softmax" and not self.is_causal:
-                raise ValueError("'swa@softmax' is a causal window; an encoder takes 'softmax', 'l' and 'sl'")
+                raise ValueError(
+                    "'swa@softmax' is a causal window; an encoder takes 'l@softmax', 'sl@softmax' or 'softmax'"
+                )
         if all(code in SOFTMAX_PATTERNS for code in self.layer_codes):
             raise ValueError(f"`layer_pattern` {self.layer_pattern!r} is all softmax: use a Transformer")
         heads = self.softmax_attention_heads

@@ -22,7 +22,7 @@ class DanetContext:
     They multiply a layer's input.
     factors: by pattern, the position multipliers in the order that the pattern's layers work in;
     None without positions.
-    softmax_masks: by layer type, the masks of softmax layers.
+    softmax_masks: by pattern, the masks of softmax layers.
     """
 
     layout: TokenLayout

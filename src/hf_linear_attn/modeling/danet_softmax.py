@@ -9,7 +9,7 @@ hybrid it honours padding. Source: DANet specification, section 3.4.
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import and_masks, create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat import GradientCheckpointingLayer, can_read_values
@@ -17,6 +17,7 @@ from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .danet_block import DanetMLP
 from .danet_context import DanetContext
 from .danet_norms import build_norm
+from .dense_attention_state import accumulation_dtype, window_shift
 from .layer_output import LayerOutput
 from .relative_positions import apply_position_factors, position_factors
 
@@ -26,20 +27,24 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1, dtype=accumulation_dtype(query.dtype)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class DanetSoftmaxAttention(nn.Module):
-    """Multi-head softmax attention with rotary positions, full (`softmax`) or over a causal window (`swa@softmax`)."""
+    """Multi-head softmax attention with rotary positions: full (`softmax`), over a causal window (`swa@softmax`) or inside
+    (shifted) local windows (`l@softmax`, `sl@softmax`).
+
+    A window is a mask: FlexAttention skips what it hides, SDPA computes T x T scores and hides them.
+    """
 
     def __init__(self, config: DanetConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.layer_type = SOFTMAX_PATTERNS[config.layer_codes[layer_idx]]
-        self.sliding_window = config.window_size if self.layer_type == "sliding_attention" else None
+        self.pattern = config.layer_codes[layer_idx]
+        self.sliding_window = config.window_size if self.pattern == "swa@softmax" else None
         self.is_causal = config.is_causal
         self.num_heads = config.softmax_attention_heads
         self.num_key_value_groups = 1
@@ -72,7 +77,7 @@ class DanetSoftmaxAttention(nn.Module):
             query,
             key,
             value,
-            context.softmax_masks[self.layer_type],
+            context.softmax_masks[self.pattern],
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             sliding_window=self.sliding_window,
@@ -115,36 +120,74 @@ def prepare_softmax_layers(
     """Add to `context` the masks and positions of the softmax layers.
     `attention_mask` covers the tokens of the cache, too.
 
-    Raises ValueError for packed documents together with a cache, and for padding inside a text under a sliding window:
-    Transformers' caches and windows count columns, not real tokens.
+    Raises ValueError for packed documents together with a cache, for padding inside a text under a sliding window or a
+    window with a cache (Transformers' caches and sliding windows count columns, not real tokens), and for attention
+    functions that know no local windows.
     """
-    types = set(config.layer_types) & set(SOFTMAX_PATTERNS.values())
-    if not types:
+    codes = set(config.layer_codes) & set(SOFTMAX_PATTERNS)
+    if not codes:
         return
+    windowed = codes - {"softmax"}
     if segment_ids is not None and past_key_values is not None:
         raise ValueError(
             "packed documents and a cache cannot go together in a model with softmax layers, whose keys and values keep no "
             "document numbers: pass `use_cache=False`, or one document a row"
         )
-    if "sliding_attention" in types and attention_mask is not None and can_read_values():
+    counts_columns = "swa@softmax" in codes or (windowed and past_key_values is not None)
+    if counts_columns and attention_mask is not None and can_read_values():
         real = attention_mask.bool()
         if bool((real[:, 1:] & ~real[:, :-1] & (real.cumsum(-1)[:, :-1] > 0)).any()):
             raise ValueError(
-                "`attention_mask` has padding between real tokens, which the sliding softmax windows of 'swa@softmax' layers "
-                "would count: put the padding on the left, also of a prompt that generation goes on from"
+                "`attention_mask` has padding between real tokens, which the softmax windows of "
+                f"{', '.join(map(repr, sorted(windowed)))} layers would count: put the padding on the left, also of a prompt "
+                "that generation goes on from"
             )
-
-    def same_document(batch, head, query, key):
-        return segment_ids[batch, query] == segment_ids[batch, key]
-
-    documents = {} if segment_ids is None else {"and_mask_function": same_document}
-    for layer_type in types:
-        create = create_causal_mask if layer_type == "full_attention" else create_sliding_window_causal_mask
-        first = config.layer_types.index(layer_type)  # the layer of the cache whose length counts
-        context.softmax_masks[layer_type] = create(
-            config, hidden_states, attention_mask, past_key_values, layer_idx=first, **documents
+    local = windowed - {"swa@softmax"}
+    if local and "flash" in (config._attn_implementation or ""):
+        raise ValueError(
+            f"`attn_implementation` {config._attn_implementation!r} knows no local windows, which {sorted(local)} layers need: "
+            "use 'sdpa', 'flex_attention' or 'eager'"
+        )
+    for code in codes:
+        context.softmax_masks[code] = _mask(
+            code, context, config, hidden_states, attention_mask, segment_ids, past_key_values
         )
     head_dim = config.hidden_size // config.softmax_attention_heads
     context.softmax_positions = position_factors(
         "rotary", position_ids, head_dim, config.rope_theta, hidden_states.dtype
     )
+
+
+def _mask(code, context, config, hidden_states, attention_mask, segment_ids, past_key_values):
+    """What Transformers' attention functions take as the mask of a layer with pattern `code`."""
+    conditions = []
+    if segment_ids is not None:
+        conditions.append(lambda batch, head, query, key: segment_ids[batch, query] == segment_ids[batch, key])
+    if code in ("l@softmax", "sl@softmax"):
+        conditions.append(_same_window(code, context, config, hidden_states, attention_mask, past_key_values))
+    # With a cache a local window lies within the last w columns, which is what its layer keeps.
+    sliding = code == "swa@softmax" or (code != "softmax" and past_key_values is not None)
+    create = create_sliding_window_causal_mask if sliding else create_causal_mask
+    first = config.layer_codes.index(code)  # the layer of the cache whose length counts
+    extra = {"and_mask_function": and_masks(*conditions)} if conditions else {}
+    return create(config, hidden_states, attention_mask, past_key_values, layer_idx=first, **extra)
+
+
+def _same_window(code, context, config, hidden_states, attention_mask, past_key_values):
+    """The mask function of `l` and `sl` windows, which count real tokens."""
+    window = config.window_size
+    shift = window_shift(code.removesuffix("@softmax"), window)
+    batch = hidden_states.shape[0]
+    if past_key_values is None:
+        windows = ((context.layout.ranks + shift) // window).expand(batch, -1)
+        return lambda row, head, query, key: windows[row, query] == windows[row, key]
+    # Padding stands on the left alone here. Columns of a static cache that are still empty have ranks, too.
+    padding = torch.zeros(batch, dtype=torch.long, device=hidden_states.device)
+    if attention_mask is not None:
+        padding = (attention_mask.cumsum(-1) == 0).sum(-1)
+    start = shift - padding
+
+    def same(row, head, query, key):
+        return (query + start[row]) // window == (key + start[row]) // window
+
+    return same

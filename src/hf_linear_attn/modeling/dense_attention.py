@@ -26,6 +26,7 @@ from .dense_attention_orders import (
     crop_tokens,
     document_attention,
     more_than,
+    regroup,
     sliding_attention,
 )
 from .dense_attention_state import (
@@ -81,8 +82,8 @@ def dense_attention(
     Args:
         query, key, value: (B, T, H, D). `value` may be `key` itself, which saves copies.
         pattern, is_causal, window_size: see the module's docstring.
-        mode: order of the products of a bidirectional pattern; "auto" is linear when D <= T (or <= w in a window).
-            Equal results.
+        mode: order of the products of a bidirectional pattern; "auto" is linear when D <= T (or <= w in a window), and
+            where torch.export keeps T symbolic. Equal results.
         chunk_size: tokens handled by the quadratic form inside a causal or packed row; None picks one near D.
         attention_mask: (B, T), 1 = real. A padded token writes nothing, shifts no window and gets output 0, wherever it
             stands.
@@ -209,7 +210,7 @@ def _aligned_windows(query, key, value, shift, window, is_causal, mode, chunk_si
     def windows(states):  # (B, T, H, D) -> (B * n, w, H, D)
         if shift or more_than(behind, 0):
             states = F.pad(states, (0, 0, 0, 0, shift, behind))
-        return states.reshape(batch * number, window, heads, head_dim)
+        return regroup(states, batch * number, window, heads, head_dim)
 
     shared = value is key
     query, key = windows(query), windows(key)
@@ -218,7 +219,7 @@ def _aligned_windows(query, key, value, shift, window, is_causal, mode, chunk_si
         out, _ = causal_attention(query, key, value, chunk_size, None)
     else:
         out = bidirectional_attention(query, key, value, mode)
-    return crop_tokens(out.reshape(batch, number * window, heads, head_dim), shift, length)
+    return crop_tokens(regroup(out, batch, number * window, heads, head_dim), shift, length)
 
 
 def _windows_by_rank(query, key, value, pattern, is_causal, window, segment_ids, state) -> torch.Tensor:

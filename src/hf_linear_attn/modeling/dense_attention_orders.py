@@ -31,11 +31,19 @@ def at_most(number: int, bound: int) -> int:
 
 
 def chunk_padding(length: int, chunk: int) -> tuple[int, int]:
-    """How many chunks hold `length` tokens, and how many empty slots stand in the last:
+    """How many chunks hold `length` tokens, and how many empty slots stand behind the last token:
     10 tokens in chunks of 4 give (3, 2).
+
+    For the symbolic lengths of torch.export the number is even: PyTorch lays out a single chunk differently, and would ask.
     """
-    number = (length + chunk - 1) // chunk
+    group = chunk if isinstance(length, int) else 2 * chunk
+    number = (length + group - 1) // group * (group // chunk)
     return number, number * chunk - length
+
+
+def regroup(states: torch.Tensor, *shape: int) -> torch.Tensor:
+    """`reshape`, by way of one axis: straight on, torch.export would ask how the symbolic sizes divide one another."""
+    return states.contiguous().view(-1).view(shape)
 
 
 def _chunks(states: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -56,13 +64,35 @@ def crop_tokens(states: torch.Tensor, start: int, length: int) -> torch.Tensor:
 
 def _from_chunks(out: torch.Tensor, length: int) -> torch.Tensor:
     """(B, n, H, C, D) -> (B, T, H, D)."""
-    return crop_tokens(out.transpose(2, 3).flatten(1, 2), 0, length)
+    batch, number, heads, chunk, head_dim = out.shape
+    return crop_tokens(regroup(out.transpose(2, 3), batch, number * chunk, heads, head_dim), 0, length)
+
+
+def _after_first(chunks: torch.Tensor) -> torch.Tensor:
+    """The chunks (axis 1) that have an earlier one; all of them where their number is symbolic (see `_before_last`)."""
+    return chunks[:, 1:] if isinstance(chunks.shape[1], int) else chunks
+
+
+def _before_last(chunks: torch.Tensor) -> torch.Tensor:
+    """The chunk before each chunk of `_after_first`. Where their number is symbolic, zeros stand before the first."""
+    if isinstance(chunks.shape[1], int):
+        return chunks[:, :-1]
+    return F.pad(chunks, [0, 0] * (chunks.dim() - 2) + [1, 0])[:, : chunks.shape[1]]
+
+
+def _add_to_later(out: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """`out` with what `_after_first` chunks take from `_before_last` ones added, in place if it may be."""
+    if not isinstance(out.shape[1], int):
+        return out + part
+    out[:, 1:] += part
+    return out
 
 
 def bidirectional_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mode: str) -> torch.Tensor:
     """All tokens see all tokens: Q (K^T V), 4 T D^2 operations a head, or (Q K^T) V, 4 T^2 D.
 
-    "auto" is linear when D <= T. Specification 1.2.
+    "auto" is linear when D <= T, and for the symbolic T of torch.export: one program serves every length, and `mode`
+    chooses the other order for it. Specification 1.2.
     """
     linear = mode == "linear" or (mode == "auto" and more_than(query.shape[1], query.shape[3] - 1))
     shared = value is key
@@ -99,7 +129,7 @@ def causal_attention(
         out[:, :1] += query[:, :1] @ memory[:, None].to(query.dtype)
     # Third phase: tokens of earlier chunks.
     if more_than(out.shape[1], 1):
-        out[:, 1:] += query[:, 1:] @ sums[:, :-1].to(query.dtype)
+        out = _add_to_later(out, _after_first(query) @ _before_last(sums).to(query.dtype))
     return _from_chunks(out, length), sums[:, -1]
 
 
@@ -114,7 +144,8 @@ def sliding_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     value = key if shared else _chunks(value, chunk)
     out = (query @ key.transpose(-1, -2)).tril() @ value
     if more_than(out.shape[1], 1):
-        out[:, 1:] += (query[:, 1:] @ key[:, :-1].transpose(-1, -2)).triu(1) @ value[:, :-1]
+        scores = (_after_first(query) @ _before_last(key).transpose(-1, -2)).triu(1)
+        out = _add_to_later(out, scores @ _before_last(value))
     return _from_chunks(out, length)
 
 
