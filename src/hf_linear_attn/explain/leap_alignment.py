@@ -1,0 +1,51 @@
+"""LEAP's alignment: how much each token takes of what it sees."""
+
+import torch
+
+from ..modeling.leap_mechanism import averaged, focus_weights
+from ..modeling.modeling_leap import LeapAttention, LeapModel
+from ..modeling.rotary_embedding import rotate
+from ..modeling.windowed_mean import compute_dtype, windowed_mean
+from .family_rows import find_part
+from .reading import ReadText, evaluating, on_device_of, read_text
+
+
+def alignments(model, tokenizer, text: str, max_tokens: int | None = None) -> tuple[ReadText, torch.Tensor]:
+    """LEAP's alignment g = sigmoid(<q, K> / sqrt(E)): how much each token takes of what it sees, (L, H, n) in 0 to 1.
+
+    The focus weight says how much a token counts for others, the alignment how much others count for it. O(n).
+
+    Raises:
+        ValueError: a model that is no LEAP.
+    """
+    body = find_part(model, LeapModel)
+    if body is None:
+        raise ValueError(f"only LEAP has alignments, and this is a {model.config.model_type}")
+    read = read_text(tokenizer, text, max_tokens)
+    gates: dict[int, torch.Tensor] = {}
+
+    def keep(layer: LeapAttention, positional, keywords):
+        gates[layer.layer_idx] = _alignment(layer, positional[0], keywords["position_ids"])
+
+    hooks = [layer.attention.register_forward_pre_hook(keep, with_kwargs=True) for layer in body.layers]
+    try:
+        with evaluating(body):
+            body(**on_device_of(body, {"input_ids": read.inputs["input_ids"]}), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return read, torch.stack([gates[index] for index in sorted(gates)])
+
+
+def _alignment(layer: LeapAttention, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """(1, n, d) -> (H, n); the text is one document without padding."""
+    projected = layer.qfkv_proj(hidden_states).unflatten(-1, (4, layer.num_heads, layer.head_dim))
+    rotated = None
+    if layer.rope_theta is not None:
+        rotated = tuple(rotate(projected[:, :, i], position_ids, layer.rope_theta) for i in (0, 2))
+    weights = focus_weights(projected[:, :, 1], projected[:, :, 2], layer.exponential)
+    key = averaged(projected, rotated).to(compute_dtype(projected.dtype))
+    means, _ = windowed_mean(key, weights, layer.window, log_weights=layer.exponential)
+    query = projected[:, :, 0] if rotated is None else rotated[0]
+    gate = torch.sigmoid((query.to(key.dtype) * means[:, :, 0]).sum(-1) * layer.head_dim**-0.5)  # (1, n, H)
+    return gate[0].T.float().cpu()
