@@ -6,6 +6,7 @@ clipping), and the order of the batches depends on the seed alone, so all models
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Recipe:
     precision: str = "bfloat16"
     compile: bool = False
     max_steps: int | None = None  # a shorter run, for trying things out
+    evaluations: int | None = None  # points of the curve, at equal distances; one an epoch if not given
 
 
 def train(model: torch.nn.Module, text: TokenizedText, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
@@ -40,44 +42,52 @@ def train(model: torch.nn.Module, text: TokenizedText, recipe: Recipe, seed: int
     optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.learning_rate, fused=True)
     steps_per_epoch = len(blocks["train"]) // recipe.batch_size
     steps = min(steps_per_epoch * recipe.epochs, recipe.max_steps or 10**9)
+    every = steps / recipe.evaluations if recipe.evaluations else steps_per_epoch
+    stops = {min(steps, math.ceil(every * (i + 1))) for i in range(math.ceil(steps / every))}
     scheduler = get_scheduler(recipe.schedule, optimizer, int(recipe.warmup * steps), steps)
-    order = torch.Generator().manual_seed(seed)
-    curve, losses, seconds, step = [], [], 0.0, 0
-    while step < steps:
-        model.train()
-        started = time.perf_counter()
-        shuffled = torch.randperm(len(blocks["train"]), generator=order)[: steps_per_epoch * recipe.batch_size]
-        for rows in shuffled.split(recipe.batch_size):
-            ids = blocks["train"][rows.to(device)]
-            with _autocast(recipe, device):
-                loss = run(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-            step += 1
-            if step == steps:
-                break
+    curve, losses, seconds = [], [], 0.0
+    model.train()
+    started = time.perf_counter()
+    for step, rows in enumerate(_batches(len(blocks["train"]), recipe, steps, seed), start=1):
+        ids = blocks["train"][rows.to(device)]
+        with _autocast(recipe, device):
+            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        if step not in stops:
+            continue
         training_loss = torch.stack(losses).mean().item()  # waits for the device, so the clock is right
         seconds += time.perf_counter() - started
         losses.clear()
-        curve.append(
-            {"step": step, "training": training_loss, "validation": mean_loss(run, blocks["validation"], recipe)}
-        )
-        print(
-            f"step {step}/{steps}: training {training_loss:.4f}, validation {curve[-1]['validation']:.4f}", flush=True
-        )
+        validation_loss = mean_loss(run, blocks["validation"], recipe)
+        curve.append({"step": step, "training": training_loss, "validation": validation_loss, "seconds": seconds})
+        print(f"step {step}/{steps}: training {training_loss:.4f}, validation {validation_loss:.4f}", flush=True)
+        model.train()
+        started = time.perf_counter()
     return {
         "validation": _metrics(curve[-1]["validation"], text, "validation"),
         "test": _metrics(mean_loss(run, blocks["test"], recipe), text, "test"),
         "curve": curve,
-        "steps": step,
+        "steps": steps,
         "training_seconds": seconds,
-        "tokens_per_second": step * recipe.batch_size * recipe.length / seconds,
+        "tokens_per_second": steps * recipe.batch_size * recipe.length / seconds,
         "peak_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if device.startswith("cuda") else None,
     }
+
+
+def _batches(rows: int, recipe: Recipe, steps: int, seed: int) -> Iterator[torch.Tensor]:
+    """Row numbers of each step's blocks: every epoch in a new order, and the order a matter of the seed alone."""
+    order = torch.Generator().manual_seed(seed)
+    whole = rows // recipe.batch_size * recipe.batch_size
+    done = 0
+    while done < steps:
+        for batch in torch.randperm(rows, generator=order)[:whole].split(recipe.batch_size)[: steps - done]:
+            yield batch
+            done += 1
 
 
 @torch.no_grad()

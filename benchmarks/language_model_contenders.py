@@ -1,0 +1,129 @@
+"""The contenders of `benchmarks.language_models`: six causal language models of equal depth of field and equal size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from .light_training import Recipe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Size of the GPT-2 whose number of parameters all models get, and the recipe."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    recipe: Recipe
+
+
+def build(name: str, setting: Setting, vocab_size: int) -> Any:
+    """A model with new weights. Its feed-forward layers are as wide as brings its parameters nearest to GPT-2's."""
+    make = MODELS[name]
+    with torch.device("meta"):  # shapes alone
+        target = _count(_gpt2(setting, vocab_size, 4 * setting.hidden_size))
+        small, large = (_count(make(setting, vocab_size, width)) for width in (8, 16))
+    width = 8 + 8 * round((target - small) / (large - small))
+    return make(setting, vocab_size, width)
+
+
+def _count(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _gpt2(setting: Setting, vocab_size: int, width: int) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=setting.hidden_size,
+            n_layer=setting.num_layers,
+            n_head=setting.num_heads,
+            n_inner=width,
+            n_positions=setting.recipe.length,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            activation_function="gelu_pytorch_tanh",
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def _llama(setting: Setting, vocab_size: int, width: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=setting.hidden_size,
+            num_hidden_layers=setting.num_layers,
+            num_attention_heads=setting.num_heads,
+            num_key_value_heads=setting.num_heads,
+            intermediate_size=width,
+            max_position_embeddings=setting.recipe.length,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def _averaging(family: str, setting: Setting, vocab_size: int, width: int, windows: bool = True) -> Any:
+    """LEAP or Fastformer: weighted running means, over windows or over everything so far."""
+    import hf_linear_attn
+
+    config, model = {
+        "leap": (hf_linear_attn.LeapConfig, hf_linear_attn.LeapForCausalLM),
+        "fastformer": (hf_linear_attn.FastformerConfig, hf_linear_attn.FastformerForCausalLM),
+    }[family]
+    return model(
+        config(
+            vocab_size=vocab_size,
+            hidden_size=setting.hidden_size,
+            num_hidden_layers=setting.num_layers,
+            num_attention_heads=setting.num_heads,
+            intermediate_size=width,
+            max_position_embeddings=setting.recipe.length,
+            use_local_attention=windows,
+            hidden_dropout_prob=0.0,
+        )
+    )
+
+
+def _danet(setting: Setting, vocab_size: int, width: int) -> Any:
+    """The published decoder (preset gpt-360m), scaled down: windows of half the length, and a third more layers than the
+    Transformers', because a layer has one projection in place of four.
+    """
+    from hf_linear_attn import DanetConfig, DanetForCausalLM
+
+    length = setting.recipe.length
+    return DanetForCausalLM(
+        DanetConfig.preset(
+            "gpt-360m",
+            vocab_size=vocab_size,
+            hidden_size=setting.hidden_size,
+            num_hidden_layers=round(setting.num_layers * 4 / 3),
+            intermediate_size=width,
+            window_size=length // 2,
+            scale_length=length,
+            max_position_embeddings=length,
+            chunk_size=None,
+        )
+    )
+
+
+MODELS: dict[str, Callable[[Setting, int, int], Any]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "leap-windowed": partial(_averaging, "leap"),
+    "leap-global": partial(_averaging, "leap", windows=False),
+    "fastformer": partial(_averaging, "fastformer"),
+    "danet": _danet,
+}

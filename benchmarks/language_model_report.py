@@ -1,0 +1,170 @@
+"""Tables and pictures of `benchmarks.language_models`, from its collected results alone."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from .language_model_contenders import MODELS
+from .language_models import best_rate
+
+NAMES = {
+    "gpt2": "GPT-2",
+    "llama": "Llama-style",
+    "leap-windowed": "LEAP, windowed",
+    "leap-global": "LEAP, all global",
+    "fastformer": "Fastformer",
+    "danet": "DANet, causal",
+}
+# (ours, the other, whether ours is claimed to be lower, published perplexities of the two)
+CLAIMS = (
+    ("leap-windowed", "gpt2", "below", "54.2 against 62.9"),
+    ("leap-global", "gpt2", "above", "86.8 against 62.9"),
+    ("danet", "llama", "at most", "8.79 against 8.88"),
+)
+
+
+def tables(results: dict[str, Any]) -> str:
+    """For each corpus: the models, the learning rates that were tried, the published claims."""
+    parts = []
+    for corpus, found in results.items():
+        runs = _by_model(found["runs"])
+        measured = (found["speed"] or {}).get("models", {})
+        parts += [
+            f"### {corpus}\n\n{_facts(found)}",
+            _models(corpus, runs, measured),
+            _rates(runs),
+            _claims(corpus, runs),
+        ]
+    return "\n\n".join(parts)
+
+
+def _by_model(runs: list[dict]) -> dict[str, list[dict]]:
+    return {name: kept for name in MODELS if (kept := [run for run in runs if run["model"] == name])}
+
+
+def _best(runs: list[dict]) -> list[dict]:
+    """The runs at the best learning rate, by seed."""
+    rate = best_rate(runs, min(run["seed"] for run in runs))
+    return sorted((run for run in runs if run["rate"] == rate), key=lambda run: run["seed"])
+
+
+def _facts(found: dict) -> str:
+    run = found["runs"][0]
+    recipe, machine = run["setting"]["recipe"], run["machine"]
+    tokens = run["steps"] * recipe["batch_size"] * recipe["length"]
+    sha = run["text"].get("corpus_sha256", run["text"]["sha256"])
+    return (
+        f"{tokens / 1e6:.1f} million training tokens in {run['steps']:,} steps of {recipe['batch_size']} x "
+        f"{recipe['length']:,}; AdamW, weight decay {recipe['weight_decay']}, {recipe['schedule']} schedule with "
+        f"{recipe['warmup']:.0%} warm-up, clip {recipe['clip']}, {recipe['precision']} autocast, no dropout; "
+        f"{run['runs_at_once']} runs at once on one {machine['device']}, PyTorch {machine['torch']}, transformers "
+        f"{machine['transformers']}, {machine['date']}. Text: {run['text'].get('description', run['text']['corpus'])}, "
+        f"{run['text']['bytes']['train']:,} bytes of training text, sha256 {sha[:16]}."
+    )
+
+
+def _models(corpus: str, runs: dict[str, list[dict]], measured: dict) -> str:
+    bytes_alone = corpus == "docs8"
+    unit = "test bits per byte" if bytes_alone else "test perplexity"
+    head = ["model", "parameters", "rate", f"{unit} (each seed)", "mean"]
+    head += [] if bytes_alone else ["bits per byte"]
+    head += ["training tokens/s", "peak MiB", "decoding tokens/s", "state, KiB"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---:|---:|---|" + "---:|" * (len(head) - 4)]
+    for name, all_runs in runs.items():
+        best = _best(all_runs)
+        key = "bits_per_byte" if bytes_alone else "perplexity"
+        digits = 3 if bytes_alone else 1
+        values = [run["test"][key] for run in best]
+        cells = [NAMES[name], f"{best[0]['parameters']:,}", f"{best[0]['rate']:g}"]
+        cells += [", ".join(f"{value:.{digits}f}" for value in values), f"{statistics.mean(values):.{digits}f}"]
+        cells += [] if bytes_alone else [f"{statistics.mean(run['test']['bits_per_byte'] for run in best):.3f}"]
+        lines.append("| " + " | ".join(cells + _costs(measured.get(name))) + " |")
+    return "\n".join(lines)
+
+
+def _costs(measured: dict | None) -> list[str]:
+    if measured is None:
+        return ["-"] * 4
+    memory = measured["peak_memory_mb"]
+    return [
+        f"{statistics.median(measured['training_tokens_per_second']):,.0f}",
+        "-" if memory is None else f"{memory:,.0f}",
+        f"{statistics.median(measured['decoding_tokens_per_second']):,.0f}",
+        f"{measured['state_bytes'] / 1024:,.0f}",
+    ]
+
+
+def _rates(runs: dict[str, list[dict]]) -> str:
+    lines = ["| model | validation loss (nats) at each learning rate tried, first seed |", "|---|---|"]
+    for name, all_runs in runs.items():
+        first = min(run["seed"] for run in all_runs)
+        tried = sorted((run for run in all_runs if run["seed"] == first), key=lambda run: run["rate"])
+        lines.append(
+            f"| {NAMES[name]} | " + ", ".join(f"{r['rate']:g}: {r['validation']['loss']:.3f}" for r in tried) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _claims(corpus: str, runs: dict[str, list[dict]]) -> str:
+    lines = ["| claim | published (perplexity) | measured here | holds |", "|---|---|---|---|"]
+    key, digits = ("bits_per_byte", 3) if corpus == "docs8" else ("perplexity", 1)
+    for ours, other, relation, published in CLAIMS:
+        if ours not in runs or other not in runs:
+            continue
+        values = [[run["test"][key] for run in _best(runs[name])] for name in (ours, other)]
+        a, b = map(statistics.mean, values)
+        holds = {"below": a < b, "above": a > b, "at most": a <= b}[relation]
+        clear = max(values[0]) < min(values[1]) or min(values[0]) > max(values[1])
+        lines.append(
+            f"| {NAMES[ours]} {relation} {NAMES[other]} | {published} | {a:.{digits}f} against {b:.{digits}f} "
+            f"({100 * (a / b - 1):+.1f} %; seeds {'apart' if clear else 'overlap'}) | {'yes' if holds else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
+def pictures(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Validation loss against tokens and against seconds, one picture a corpus: each model's best rate, mean of its seeds.
+
+    Seconds are tokens over the speed that `speed` measured, the models taking turns: the sweep ran on a shared device.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for corpus, found in results.items():
+        runs = _by_model(found["runs"])
+        measured = (found["speed"] or {}).get("models", {})
+        figure, axes = plt.subplots(
+            1, 2 if measured else 1, figsize=(10, 4.2), sharey=True, layout="constrained", squeeze=False
+        )
+        for number, (name, all_runs) in enumerate(runs.items()):
+            tokens, losses = _mean_curve(corpus, _best(all_runs))
+            style = {"color": f"C{number}", "label": NAMES[name], "marker": ".", "linewidth": 1.4}
+            axes[0, 0].plot([t / 1e6 for t in tokens], losses, **style)
+            if name in measured:
+                rate = statistics.median(measured[name]["training_tokens_per_second"])
+                axes[0, 1].plot([t / rate for t in tokens], losses, **style)
+        axes[0, 0].set(xlabel="training tokens (million)", ylabel="validation, bits per byte", title=corpus)
+        low = min(min(_mean_curve(corpus, _best(each))[1]) for each in runs.values())
+        axes[0, 0].set_ylim(low * 0.98, low * 1.5)
+        if measured:
+            axes[0, 1].set(xlabel="seconds on one GPU, alone", title=f"{corpus}, against time")
+        for each in axes.flat:
+            each.grid(alpha=0.3)
+        axes[0, 0].legend()
+        files.append(folder / f"language_models_{corpus}.png")
+        figure.savefig(files[-1], dpi=120)
+        plt.close(figure)
+    return files
+
+
+def _mean_curve(corpus: str, runs: list[dict]) -> tuple[list[float], list[float]]:
+    """Tokens and mean validation bits per byte at each point of the curve."""
+    recipe = runs[0]["setting"]["recipe"]
+    tokens = [point["step"] * recipe["batch_size"] * recipe["length"] for point in runs[0]["curve"]]
+    per_nat = runs[0]["validation"]["bits_per_byte"] / runs[0]["validation"]["loss"]
+    losses = [per_nat * statistics.mean(run["curve"][i]["validation"] for run in runs) for i in range(len(tokens))]
+    return tokens, losses

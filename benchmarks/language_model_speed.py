@@ -1,0 +1,94 @@
+"""Speed, memory and state of the language models of `benchmarks.language_models`, one after another in several rounds."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .language_model_contenders import Setting, build
+
+STEPS = 10
+DECODED = 32
+
+
+def measure_models(
+    names: list[str], setting: Setting, vocab_size: int, device: str, rounds: int
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Yields after every round, for each model: training and decoding tokens per second of each round so far, peak MiB of a
+    training step (weights, gradients and Adam's averages included), bytes of the state after `length` tokens.
+
+    Models take turns in every round, so that other work on the machine slows all of them. Weights are float32, the forward
+    pass is autocast to bfloat16 on a GPU, nothing is compiled. Decoding: batch 1, at a context of `length` tokens.
+    """
+    trainers = {name: Trainer(name, setting, vocab_size, device) for name in names}
+    found: dict[str, dict[str, Any]] = {
+        name: {
+            "training_tokens_per_second": [],
+            "decoding_tokens_per_second": [],
+            "peak_memory_mb": trainer.peak_memory_mb,
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        }
+        for name, trainer in trainers.items()
+    }
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            tokens = STEPS * setting.recipe.batch_size * setting.recipe.length
+            found[name]["training_tokens_per_second"].append(tokens / trainer.seconds(STEPS))
+        for name, trainer in trainers.items():
+            rate, state = trainer.decode()
+            found[name]["decoding_tokens_per_second"].append(rate)
+            found[name]["state_bytes"] = state
+        yield found
+
+
+class Trainer:
+    """A model and its optimiser on random tokens, warmed up."""
+
+    def __init__(self, name: str, setting: Setting, vocab_size: int, device: str):
+        self.cuda = device.startswith("cuda")
+        self.setting, self.device = setting, device
+        before = torch.cuda.memory_allocated() if self.cuda else 0
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
+        self.model = build(name, setting, vocab_size).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.ids = torch.randint(3, vocab_size, (setting.recipe.batch_size, setting.recipe.length), device=device)
+        self.seconds(3)
+        self.peak_memory_mb = (torch.cuda.max_memory_allocated() - before) / 2**20 if self.cuda else None
+
+    def seconds(self, steps: int) -> float:
+        """Time of so many training steps."""
+        self.model.train()
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=self.cuda):
+                loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.setting.recipe.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self._wait()
+        return time.perf_counter() - started
+
+    @torch.no_grad()
+    def decode(self) -> tuple[float, int]:
+        """Tokens per second of greedy decoding that ends at `length` tokens, and the bytes of the state there."""
+        from hf_linear_attn import RecurrentCache
+
+        self.model.eval()
+        cache = RecurrentCache(config=self.model.config)
+        context = max(1, self.setting.recipe.length - DECODED)
+        ids = self.model(self.ids[:1, :context], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(min(DECODED, self.setting.recipe.length - context)):
+            ids = self.model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        self._wait()
+        return DECODED / (time.perf_counter() - started), cache.state_size()
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
