@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format suite unit test-oldest test-slow clean
+.PHONY: help install demo models docs test lint format suite unit test-oldest test-slow clean
 
 help: ## show what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,13 @@ install: $(STAMP) ## make the virtual environment with pinned versions
 
 demo: $(STAMP) ## train a small LEAP, a DANet and a GPT-2 on real text, compare, generate (under ten minutes)
 	$(BIN)/hf-linear-attn demo
+
+models: $(STAMP) ## train the small model of each family into outputs/models, with its card
+	$(BIN)/python -m model_cards.build_models
+
+docs: $(STAMP) ## build the documentation site, links checked, into build/site
+	@echo "== documentation"
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(BIN)/mkdocs build --strict --quiet
 
 lint: $(STAMP) ## ruff check, ruff format, mypy
 	@echo "== lint"

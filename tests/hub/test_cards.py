@@ -167,3 +167,23 @@ class TestCommand:
         with pytest.raises(SystemExit, match="2"):
             main(["card", str(folder / "nothing")])
         assert "config.json" in capsys.readouterr().err
+
+
+def test_a_distilled_model_names_its_teacher_and_promises_no_code(tmp_path):
+    """SEA's checkpoints carry no code; the report of a distillation becomes training text and scores."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from hf_linear_attn.conversion import linearize
+
+    host = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    linearize(host, "sea", k=2, predictor_length=4).save_pretrained(tmp_path)
+    report = {
+        "after": {"perplexity": 12.5, "teacher_perplexity": 11.5, "top_k_recall": 0.5},
+        "steps": 7, "seconds": 3.0, "peak_memory_mb": 100.0, "machine": {"device": "x86_64"},
+        "options": {"example": False, "teacher": "me/teacher", "k": 2, "seed": 0},
+    }  # fmt: skip
+    (tmp_path / "distillation_report.json").write_text(json.dumps(report))
+    card = build_card(tmp_path, speed=False)
+    assert "Distilled from me/teacher (on the validation rows: perplexity 11.5)." in str(card)
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("perplexity", 12.5)]
+    assert "trust_remote_code" not in str(card)

@@ -10,12 +10,19 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from ..modeling.portable_checkpoint import PortableCheckpointMixin
 from .card_facts import FAMILY_TEXTS, describe, head_of, machine, measure, position_limit
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 REPORT_FILE = "training_report.json"  # what `hf-linear-attn train` leaves in its folder
+DISTILLATION_FILE = "distillation_report.json"  # and `hf-linear-attn distill`
 STATE_FILE = "trainer_state.json"  # what Trainer leaves in a checkpoint
-METRICS = {"perplexity": "Perplexity", "bits_per_byte": "Bits per byte", "loss": "Loss (nats per token)"}
+METRICS = {
+    "perplexity": "Perplexity",
+    "bits_per_byte": "Bits per byte",
+    "loss": "Loss (nats per token)",
+    "accuracy": "Accuracy",
+}
 CURVE_ROWS = 12
 PICTURE = "learning_curve.png"
 
@@ -86,6 +93,7 @@ def build_card(
         results=_results_text(scores),
         speed=measure(model) if speed else None,
         machine=machine(),
+        carries_code=isinstance(model, PortableCheckpointMixin),
         limits=limits or _limits_text(model, pipeline_tag),
         licence=f"{license}. The code of the model is Apache-2.0.",
         citation=citation,
@@ -111,6 +119,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     """What a folder tells of its training: our report, else the newest Trainer log, else nothing."""
     if (folder / REPORT_FILE).is_file():
         return json.loads((folder / REPORT_FILE).read_text())
+    if (folder / DISTILLATION_FILE).is_file():
+        report = json.loads((folder / DISTILLATION_FILE).read_text())
+        scores = {metric: value for metric, value in report["after"].items() if metric in METRICS}
+        return {"distillation": report, "validation": scores, "text": report.get("text", "unnamed data")}
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for place in (folder, *checkpoints):
         if (place / STATE_FILE).is_file():
@@ -177,9 +189,35 @@ def _training_text(report) -> str:
         ]
         settings = ", ".join(f"{key} {options[key]}" for key in used if key in options)
         return "\n\n".join([*lines, f"Settings: {settings}."] if settings else lines)
+    if "distillation" in report:
+        return _distillation_text(report["distillation"])
     if report.get("log_history"):
         return f"{report['global_step']} steps with Transformers' Trainer."
     return "Nothing is recorded about the training of this checkpoint."
+
+
+def _distillation_text(report) -> str:
+    options, after = report["options"], report["after"]
+    teacher = "a small GPT-2 trained on the same text" if options["example"] else options["teacher"]
+    scores = [f"{name.removeprefix('teacher_')} {after[name]:.4g}" for name in after if name.startswith("teacher_")]
+    where = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    used = [
+        "k",
+        "predictor_length",
+        "block_length",
+        "batch_size",
+        "learning_rate",
+        "sea_learning_rate",
+        "precision",
+        "seed",
+    ]
+    return "\n\n".join(
+        [
+            f"Distilled from {teacher} (on the validation rows: {', '.join(scores)}).",
+            f"{report['steps']} steps in {report['seconds']:.0f} s, peak memory {report['peak_memory_mb']:.0f} MiB ({where}).",
+            f"Settings: {', '.join(f'{key} {options[key]}' for key in used if key in options)}.",
+        ]
+    )
 
 
 def _curve_rows(report) -> list[dict[str, Any]]:

@@ -1,0 +1,42 @@
+"""The documentation names what exists: functions and tests of the paper index, pages of the site, classes of the reference."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+INDEX = (ROOT / "docs" / "paper_index.md").read_text()
+FUNCTIONS = sorted(set(re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)?)`(?= |\)| with)", INDEX)) - {"hf_linear_attn.modeling"})
+TESTS = sorted(set(re.findall(r"`(tests/[^`]+)`", INDEX)))
+
+
+def test_the_index_was_read():
+    assert len(FUNCTIONS) > 25
+    assert len(TESTS) > 25
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "leap_mechanism_triton.leap_kernel"])
+def test_functions_of_the_paper_index_exist(name):
+    module, _, attribute = name.partition(".")
+    found = importlib.import_module(f"hf_linear_attn.modeling.{module}")
+    assert not attribute or hasattr(found, attribute)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_tests_of_the_paper_index_exist(name):
+    file, _, function = name.partition("::")
+    tree = ast.parse((ROOT / file).read_text())
+    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert not function or function in functions
+
+
+def test_every_public_name_is_in_the_reference():
+    """Either by itself, or by the module that it comes from."""
+    import hf_linear_attn
+
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    missing = [name for name in hf_linear_attn.__all__ if name[0] != "_" and not re.search(rf"\b{name}\b", pages)]
+    assert not missing
