@@ -1,9 +1,9 @@
 """`hf-linear-attn card`: a model card for a checkpoint, from its own data."""
 
-import json
 from pathlib import Path
 
 from .parser import Parser
+from .result import show
 
 DESCRIPTION = """\
 Write the model card of a saved model: what it is, how it was trained (from the folder's training_report.json or Trainer
@@ -33,7 +33,7 @@ def parser() -> Parser:
     made.add_argument("--dataset", metavar="NAME", help="the data's name on the Hub")
     made.add_argument("--no-speed", action="store_true", help="do not run the model to measure it")
     made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-    made.add_argument("--json", action="store_true", help="print the card's metadata as JSON instead of a sentence")
+    made.add_json()
     return made
 
 
@@ -55,5 +55,5 @@ def run(arguments: list[str]) -> int:
     beside = output.resolve().parent == folder.resolve()
     card = build_card(folder, speed=not given["no_speed"], picture=beside, **about)
     card.save(output)
-    print(json.dumps({"card": str(output), "metadata": card.data.to_dict()}) if given["json"] else f"card: {output}")
+    show({"card": str(output), "metadata": card.data.to_dict()}, f"card: {output}", given.get("json", False))
     return 0

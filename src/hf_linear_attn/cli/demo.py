@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..training.text_data import EXCERPT_FOLDER
 from .parser import Parser
+from .result import show, words_aside
 
 DESCRIPTION = """\
 Train a small windowed LEAP on the State of the Union speeches, then a causal DANet and a GPT-2 of the same size on the
@@ -81,6 +82,7 @@ def parser() -> Parser:
     made.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: all cores, at most 8)")
     made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of weights and batches (default: 0)")
     made.add_argument("--tiny", action="store_true", help="models and a text so small that it takes half a minute")
+    made.add_json()
     return made
 
 
@@ -92,21 +94,32 @@ def run(arguments: list[str]) -> int:
         command.error(f"--steps must be at least 1, got {given['steps']}")
     started = time.perf_counter()
     output = Path(given["output"])
+    as_json = given.pop("json", False)
+    with words_aside(as_json):
+        code, reports = _compare_and_write(given, output)
+    if code:
+        return code
+    seconds = time.perf_counter() - started
+    text = f"\nThe whole demo took {seconds / 60:.1f} minutes. Models, curves and reports: {output}"
+    show({"output": str(output), "seconds": seconds, "reports": reports}, text, as_json)
+    return 0
+
+
+def _compare_and_write(given: dict, output: Path) -> tuple[int, dict]:
+    """Train every model, print the comparison and a text; returns the exit code and the reports."""
     threads = given["threads"] or min(8, os.cpu_count() or 1)
-    reports = {}
+    reports: dict[str, dict] = {}
     for family, title in TITLES.items():
         print(f"\n== {title}", flush=True)
         code = _train(family, output / family, given, threads)
         if code:
-            return code
+            return code, reports
         reports[family] = json.loads((output / family / "training_report.json").read_text())
     print("\n== Side by side\n")
     print(comparison(reports, output))
     print("\n== Back from disk through AutoModelForCausalLM, and writing\n", flush=True)
     _write(output, given["seed"], threads)
-    minutes = (time.perf_counter() - started) / 60
-    print(f"\nThe whole demo took {minutes:.1f} minutes. Models, curves and reports: {output}")
-    return 0
+    return 0, reports
 
 
 def _train(family: str, folder: Path, given: dict, threads: int) -> int:
@@ -122,8 +135,9 @@ def _train(family: str, folder: Path, given: dict, threads: int) -> int:
 
 
 def run_as_process(words: list[str]) -> int:
-    """Run `hf-linear-attn WORDS` in a new process; returns its exit code."""
-    with subprocess.Popen([sys.executable, "-m", "hf_linear_attn", *words]) as process:
+    """Run `hf-linear-attn WORDS` in a new process, its words on stderr where ours go there; returns its exit code."""
+    command = [sys.executable, "-m", "hf_linear_attn", *words]
+    with subprocess.Popen(command, stdout=sys.stderr if sys.stdout is sys.stderr else None) as process:
         while True:
             try:
                 return process.wait()

@@ -4,6 +4,7 @@ import sys
 
 from ..training.distill_options import DistillOptions
 from .parser import Parser
+from .result import show, words_aside
 
 DESCRIPTION = """\
 Convert a pretrained BERT, Llama, OPT or GPT-2 to SEA (sparse attention with an estimated mask), and distil it.
@@ -16,9 +17,10 @@ EXAMPLES = """\
 examples:
   hf-linear-attn distill --example --steps 300 --k 32 --predictor-length 64 --output outputs/example
       a small teacher is trained on the speeches first: minutes on two cores
-  hf-linear-attn distill --teacher HuggingFaceTB/SmolLM2-135M --block-length 2048 --precision bfloat16 --output
-  outputs/sea hf-linear-attn distill --teacher my-bert --task classification --data train.csv --validation-data
-  test.csv --k 13 hf-linear-attn distill --resume --output outputs/sea
+  hf-linear-attn distill --teacher HuggingFaceTB/SmolLM2-135M --block-length 2048 --precision bfloat16 \\
+      --output outputs/sea
+  hf-linear-attn distill --teacher my-bert --task classification --data train.csv --validation-data test.csv --k 13
+  hf-linear-attn distill --resume --output outputs/sea
 """
 
 ROWS = {
@@ -37,6 +39,7 @@ def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn distill", description=DESCRIPTION, epilog=EXAMPLES)
     made.add_dataclass(DistillOptions)
+    made.add_json()
     return made
 
 
@@ -46,6 +49,7 @@ def run(arguments: list[str]) -> int:
     """
     command = parser()
     given = command.parse(arguments)
+    as_json = given.pop("json", False)
     try:
         options = DistillOptions.for_resume(given) if given.get("resume") else DistillOptions(**given)
     except (ValueError, TypeError) as error:
@@ -56,11 +60,13 @@ def run(arguments: list[str]) -> int:
 
     quiet_libraries()
     try:
-        report = distill(options)
+        with words_aside(as_json):
+            report = distill(options)
     except TrainingInterrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return 128 + stop.signal_number
-    print(f"\n{summary(report)}\n\nstudent and report: {options.output}")
+    text = f"\n{summary(report)}\n\nstudent and report: {options.output}"
+    show(report | {"output": options.output}, text, as_json)
     return 0
 
 

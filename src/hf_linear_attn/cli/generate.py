@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from .parser import Parser
+from .result import show, words_aside
 
 DESCRIPTION = """\
 Continue a prompt with a model from a folder or the Hub, printing the text as it comes, then the size of the state that
@@ -48,6 +49,7 @@ def parser() -> Parser:
     made.add_argument("--greedy", action="store_true", help="always the likeliest token")
     made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the draws (default: 0)")
     made.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, mps (default: cpu)")
+    made.add_json()
     return made
 
 
@@ -63,6 +65,7 @@ def run(arguments: list[str]) -> int:
         )
     if not 0 < given["top_p"] <= 1:
         command.error(f"--top-p must be greater than 0 and at most 1, got {given['top_p']}")
+    as_json = given.pop("json", False)
     checkpoint = given.pop("checkpoint")
     if checkpoint is None:
         if (Path(given["prompt"]) / "config.json").is_file():
@@ -74,7 +77,9 @@ def run(arguments: list[str]) -> int:
 
     quiet_libraries()
     model, tokenizer = load(checkpoint, given.pop("device"))
-    print(figures(write_text(model, tokenizer, given.pop("prompt"), **given)))
+    with words_aside(as_json):
+        result = write_text(model, tokenizer, given.pop("prompt"), **given)
+    show(result, figures(result), as_json)
     return 0
 
 

@@ -11,7 +11,10 @@ COMMANDS = {
     "demo": ("demo", "train a small LEAP, a DANet and a GPT-2 on real text, compare them, generate"),
     "train": ("train", "train a language model with every knob, and resume it"),
     "distill": ("distill", "turn a pretrained model into a SEA model and distil it"),
+    "convert": ("convert", "pretrained models and published checkpoints into our families; ours into ONNX"),
     "generate": ("generate", "continue a prompt with a trained model"),
+    "evaluate": ("evaluate", "perplexity, bits per byte, masked words or accuracy of a checkpoint"),
+    "bench": ("bench", "speed and state of models on this machine, side by side"),
     "card": ("card", "write the model card of a checkpoint"),
 }
 

@@ -35,6 +35,11 @@ class Parser(argparse.ArgumentParser):
         """Print the message alone (the full usage would bury it) and where help is; exit code 2."""
         self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help\n")
 
+    def add_json(self) -> None:
+        """The option `--json`, which every command has."""
+        text = "print the result as one JSON object, everything else on stderr"
+        self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
+
     def _option_names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
 

@@ -4,6 +4,7 @@ import sys
 
 from ..training.options import TrainingOptions
 from .parser import Parser
+from .result import show, words_aside
 
 DESCRIPTION = """\
 Train a causal language model on text with Trainer.
@@ -33,6 +34,7 @@ def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn train", description=DESCRIPTION, epilog=EXAMPLES)
     made.add_dataclass(TrainingOptions)
+    made.add_json()
     return made
 
 
@@ -42,6 +44,7 @@ def run(arguments: list[str]) -> int:
     """
     command = parser()
     given = command.parse(arguments)
+    as_json = given.pop("json", False)
     try:
         options = TrainingOptions.for_resume(given) if given.get("resume") else TrainingOptions(**given)
     except (ValueError, TypeError) as error:
@@ -51,12 +54,16 @@ def run(arguments: list[str]) -> int:
 
     quiet_libraries()
     try:
-        report = train_language_model(options)
+        with words_aside(as_json):
+            report = train_language_model(options)
     except TrainingInterrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return 128 + stop.signal_number
-    print(f"\n{summary(report)}\n\nmodel, curve and report: {options.output}")
-    print(f'try it: hf-linear-attn generate {options.output} "The people of the United States"')
+    text = (
+        f"\n{summary(report)}\n\nmodel, curve and report: {options.output}\n"
+        f'try it: hf-linear-attn generate {options.output} "The people of the United States"'
+    )
+    show(report | {"output": options.output}, text, as_json)
     return 0
 
 

@@ -1,9 +1,13 @@
 """Checkpoints in the names of the published packages."""
 
+import json
+import os
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 # family -> module here whose `from_published(config, state_dict)` builds the model
 CONVERTERS = {"leap": "leap", "fastformer": "leap", "danet": "danet", "sea": "sea"}
@@ -25,6 +29,31 @@ def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor
     if family not in CONVERTERS:
         raise ValueError(f"`family` is {family!r}, expected one of {', '.join(map(repr, CONVERTERS))}")
     return import_module(f".{CONVERTERS[family]}", __package__).from_published(family, config, state_dict)
+
+
+def load_published(family: str, folder: str | os.PathLike):
+    """Build one of our models from a published checkpoint's folder: `config.json` and safetensors weights.
+
+    Raises:
+        OSError: no such folder, no configuration, or only pickled weights, which are never opened.
+        ValueError: see [`from_published`].
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise OSError(f"there is no config.json in {str(folder)!r}: give the folder of a published checkpoint")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise OSError(
+            f"{str(folder)!r} holds no safetensors weights; pickled ones can run code when opened and are never loaded: save "
+            "them again with safetensors.torch.save_file"
+        )
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") in CONVERTERS and "auto_map" in config:
+        raise ValueError(f"{str(folder)!r} is a checkpoint of this package already: AutoModel loads it")
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        weights |= load_file(file)
+    return from_published(family, config, weights)
 
 
 def rename(state_dict: dict[str, torch.Tensor], rules: Callable[[str], str | None]) -> dict[str, torch.Tensor]:

@@ -36,6 +36,20 @@ def option(default: Any, group: str, help: str, kind: type = str, choices: tuple
     return field(default=default, metadata=about)
 
 
+def key_values(pairs: list[str], name: str) -> dict[str, Any]:
+    """KEY=VALUE words as a dictionary, values read as JSON where they are JSON, else as text. ValueError names `name`."""
+    found = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise ValueError(f"{name} takes KEY=VALUE, as in initializer_range=0.02, got {pair!r}")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
+
+
 @dataclass
 class TrainingOptions:
     """Options of one training run. Constructing them checks every value;
@@ -189,17 +203,8 @@ class TrainingOptions:
         return parsed
 
     def config_fields(self) -> dict[str, Any]:
-        """The KEY=VALUE pairs of `config` with their values read as JSON where they are JSON, else as text."""
-        pairs = {}
-        for pair in self.config:
-            key, separator, text = pair.partition("=")
-            if not separator or not key.isidentifier():
-                raise ValueError(f"config takes KEY=VALUE, as in initializer_range=0.02, got {pair!r}")
-            try:
-                pairs[key] = json.loads(text)
-            except json.JSONDecodeError:
-                pairs[key] = text
-        return pairs
+        """The KEY=VALUE pairs of `config`."""
+        return key_values(self.config, "config")
 
     def save(self, folder: Path) -> None:
         """Write the options beside the run, for `resume` and for whoever wants to know later."""

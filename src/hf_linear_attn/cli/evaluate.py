@@ -1,0 +1,74 @@
+"""`hf-linear-attn evaluate`: what a checkpoint scores on a text or on labelled rows."""
+
+from .parser import Parser, one_of
+from .result import show, words_aside
+
+DESCRIPTION = """\
+Measure a saved model, by what its head predicts:
+  a language model        loss, perplexity and bits per byte (which compare models with different tokenizers)
+  a masked language model the same of masked words, and how many of them it names
+  a text classifier       accuracy and macro F1 on rows with the columns text and label
+
+Without --data or --dataset the text is the State of the Union speeches' test split.
+"""
+
+EXAMPLES = """\
+examples:
+  hf-linear-attn evaluate outputs/leap
+  hf-linear-attn evaluate outputs/leap --data book.txt --split train --json
+  hf-linear-attn evaluate my-classifier --data test.csv
+Tasks of the lm-evaluation-harness: lm_eval run --model hf --model_args pretrained=CHECKPOINT,trust_remote_code=True ...
+"""
+
+
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="hf-linear-attn evaluate", description=DESCRIPTION, epilog=EXAMPLES)
+    made.add_argument("checkpoint", help="folder or Hub name of a saved model with its tokenizer")
+    made.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .csv or .parquet")
+    made.add_argument("--dataset", metavar="NAME", help="data set of the Hub instead of files")
+    made.add_argument("--dataset-config", metavar="NAME", help="its configuration")
+    made.add_argument(
+        "--text-column", default="text", metavar="NAME", help="column that holds the text (default: text)"
+    )
+    made.add_argument(
+        "--split",
+        type=one_of(("train", "validation", "test")),
+        metavar="train|validation|test",
+        help="which part (default: test of the speeches and of --dataset, all of the files of --data)",
+    )
+    made.add_argument(
+        "--block-length", type=int, metavar="INT", help="tokens in a row (default: the model's, at most 512)"
+    )
+    made.add_argument("--batch-size", type=int, default=4, metavar="INT", help="rows at a time (default: 4)")
+    made.add_argument(
+        "--max-tokens", type=int, metavar="INT", help="measure a sample of that many tokens (default: all)"
+    )
+    made.add_argument("--seed", type=int, default=0, metavar="INT", help="which words are masked (default: 0)")
+    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, mps (default: cpu)")
+    made.add_json()
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, load, measure. Exit codes: 0, 1 for a model or data that cannot be used, 2 for a wrong call."""
+    command = parser()
+    given = command.parse(arguments)
+    for name in ("block_length", "batch_size", "max_tokens"):
+        least = 2 if name == "block_length" else 1
+        if given[name] is not None and given[name] < least:
+            command.error(f"--{name.replace('_', '-')} must be at least {least}, got {given[name]}")
+    if given["data"] and given["dataset"]:
+        command.error("give --data or --dataset, not both")
+    as_json = given.pop("json", False)
+    from ..training.evaluation import evaluate_checkpoint
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    with words_aside(as_json):
+        result = evaluate_checkpoint(**given)
+    shown = {k: v for k, v in result.items() if isinstance(v, int | float)}
+    width = max(map(len, shown))
+    rows = [f"{k:{width}}  {v:,}" if isinstance(v, int) else f"{k:{width}}  {v:.4g}" for k, v in shown.items()]
+    show(result, "\n".join([f"{result['class']} on {result['data']}", *rows]), as_json)
+    return 0
