@@ -1,7 +1,6 @@
 """One table of the families, entered into Transformers' Auto classes and name tables when the package is imported."""
 
 import transformers
-from transformers.models.auto import modeling_auto
 
 from .modeling import (
     configuration_danet,
@@ -13,6 +12,7 @@ from .modeling import (
     modeling_leap,
     modeling_sea,
 )
+from .modeling.compat import modeling_auto
 
 AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING_NAMES",

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
+from ..modeling.compat import modeling_auto
 from ..modeling.configuration_sea import SeaConfig
 from ..modeling.modeling_sea import (
     SeaForCausalLM,

@@ -1,16 +1,22 @@
-"""Every name of Transformers outside its documented surface that `modeling/` touches, in one place.
+"""Every name of Transformers outside its documented surface that this package touches, in one place.
 
 Checked on transformers 5.17 and 5.23. When a release moves one of them, this is the only file to change.
 """
 
 import torch
+from transformers import initialization as init
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.masking_utils import and_masks, create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+# Private attributes of Transformers' classes that ours set, override or read, and what for.
+PRIVATE_HOOKS: dict[str, str] = {}
 
 
 def keep_logits(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -31,15 +37,21 @@ def can_read_values() -> bool:
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "PRIVATE_HOOKS",
     "STATIC_LAYER_TYPE_MAPPING",
     "CacheLayerMixin",
     "GradientCheckpointingLayer",
     "LinearAttentionLayer",
     "OutputRecorder",
+    "and_masks",
     "can_read_values",
     "can_return_tuple",
     "capture_outputs",
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
     "custom_object_save",
+    "init",
     "keep_logits",
     "merge_with_config_defaults",
+    "modeling_auto",
 ]

@@ -9,10 +9,15 @@ hybrid it honours padding. Source: DANet specification, section 3.4.
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.masking_utils import and_masks, create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compat import GradientCheckpointingLayer, can_read_values
+from .compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    GradientCheckpointingLayer,
+    and_masks,
+    can_read_values,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .danet_block import DanetMLP
 from .danet_context import DanetContext

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput, MultipleChoiceModelOutput, SequenceClassifierOutputWithPast
 from transformers.utils import ModelOutput
 
 from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, check_cache, embed_inputs, mask_for_generate
-from .compat import OutputRecorder, can_return_tuple, capture_outputs, merge_with_config_defaults
+from .compat import OutputRecorder, can_return_tuple, capture_outputs, init, merge_with_config_defaults
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .danet_block import DanetBlock, DenseAttention
 from .danet_context import build_context

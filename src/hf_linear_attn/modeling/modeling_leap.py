@@ -14,11 +14,10 @@ Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, begin, embed_inputs, mask_for_generate
-from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, merge_with_config_defaults
+from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, init, merge_with_config_defaults
 from .configuration_leap import LeapConfig
 from .layer_output import LayerOutput, refuse_maps_after
 from .leap_mechanism import averaged, focus_weights, leap_mechanism

@@ -20,11 +20,10 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .causal_lm import mask_for_generate, next_token_labels
-from .compat import can_read_values, can_return_tuple
+from .compat import can_read_values, can_return_tuple, init
 from .configuration_sea import SeaConfig
 from .random_features import orthogonal_gaussian_features
 from .real_token_order import TokenLayout
