@@ -16,7 +16,23 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 # Private attributes of Transformers' classes that ours set, override or read, and what for.
-PRIVATE_HOOKS: dict[str, str] = {}
+PRIVATE_HOOKS = {
+    "_attn_implementation": "which attention function the softmax layers of a hybrid, or a distilled teacher, use",
+    "_can_compile_fullgraph": "generate() may compile the decoding step",
+    "_can_record_outputs": "hidden states and attention maps are collected by hooks",
+    "_hf_peft_config_loaded": "a model with adapters of its own saves these alone, and no code",
+    "_init_weights": "first values of a module's parameters",
+    "_is_stateful": "whether generate() must leave out what undoes tokens",
+    "_layer_type": "enters a cache layer into the table for dynamic caches",
+    "_no_split_modules": "blocks that device_map, FSDP and DeepSpeed keep whole",
+    "_prepare_cache_for_generation": "generate() makes caches that can be saved and forked",
+    "_prepare_inputs": "Trainer puts a batch on the device",
+    "_skip_keys_device_placement": "caches stay where their layers are",
+    "_supports_attention_backend": "softmax layers of a hybrid choose their attention function",
+    "_supports_flex_attn": "likewise",
+    "_supports_sdpa": "likewise",
+    "_tied_weights_keys": "the output layer shares the embedding's weights",
+}
 
 
 def keep_logits(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -123,9 +123,9 @@ def load_files(
 def load_whole_files(names: Sequence[str], text_column: str = "text") -> TextData:
     """A user's own files as one split, `train`: nothing of them is held out. Formats and errors are those of `load_files`."""
     datasets = require_datasets()
-    files, builder = _files_of_one_format("train", names)
+    files, builder = files_of_one_format("train", names)
     options = {"sample_by": "document"} if builder == "text" else {}
-    with _without_progress_bars():
+    with without_progress_bars():
         rows = datasets.load_dataset(builder, data_files=files, split="train", **options)
     rows = _one_text_column(rows, "text" if builder == "text" else text_column, join_rows=False)
     return TextData(datasets.DatasetDict({"train": rows}), ", ".join(map(str, names)))
