@@ -1,5 +1,6 @@
 """What the causal language models of all families share around their bodies: inputs, cache, labels, the head's forward."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from .compat import can_return_tuple, keep_logits
+from .compat import ForCausalLMLoss, can_return_tuple, keep_logits
+from .cross_entropy import IGNORED, cross_entropy
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sequence_inputs import SequenceInputs, check_token_ids, padding_mask, prepare_sequence
 from .task_heads import check_classes, check_labels
@@ -47,6 +49,19 @@ def embed_inputs(model, input_ids, inputs_embeds) -> torch.Tensor:
     embedding = model.get_input_embeddings()
     check_token_ids(input_ids, embedding.num_embeddings, model.training)
     return embedding(input_ids)
+
+
+def without_cache_in_training(forward):
+    """A body's `forward` that leaves no state behind in training unless asked to: a state would hold the whole graph."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        unasked = len(args) <= 3 and kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None
+        if unasked and self.training and torch.is_grad_enabled():
+            kwargs["use_cache"] = False
+        return forward(self, *args, **kwargs)
+
+    return wrapper
 
 
 def check_cache(past_key_values, config) -> None:
@@ -114,7 +129,7 @@ def next_token_labels(labels: torch.Tensor, sequence: SequenceInputs) -> torch.T
     following = following.clamp(max=length - 1)
     if sequence.segment_ids is not None:
         known = known & (sequence.segment_ids == sequence.segment_ids.gather(1, following))
-    return torch.where(known, labels.gather(1, following), -100)
+    return torch.where(known, labels.gather(1, following), IGNORED)
 
 
 class RecurrentForCausalLM(RecurrentGenerationMixin):
@@ -200,15 +215,12 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
         check_labels(name, given, logits.shape[:2], "one label a token")
         check_classes(name, given, logits.shape[-1])
-        if logits.dtype == torch.float64:
-            # Transformers' loss would round to float32.
-            targets = (
-                torch.nn.functional.pad(labels[:, 1:], [0, 1], value=-100) if shift_labels is None else shift_labels
+        if self.loss_function is not ForCausalLMLoss:  # somebody set their own
+            arguments = {} if shift_labels is None else {"shift_labels": shift_labels}
+            vocab_size = self.config.vocab_size
+            return self.loss_function(
+                logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=count, **arguments
             )
-            total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            return total / ((targets != -100).sum() if count is None else count)
-        arguments = {} if shift_labels is None else {"shift_labels": shift_labels}
-        vocab_size = self.config.vocab_size
-        return self.loss_function(
-            logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=count, **arguments
-        )
+        if shift_labels is None:
+            shift_labels = torch.nn.functional.pad(labels[:, 1:], [0, 1], value=IGNORED)
+        return cross_entropy(logits.flatten(0, 1), shift_labels.flatten().to(logits.device), count)

@@ -1,12 +1,13 @@
-"""Every name of Transformers outside its documented surface that this package touches, in one place.
+"""Every name of Transformers and PyTorch outside their documented surface that this package touches, in one place.
 
-Checked on transformers 5.17 and 5.23. When a release moves one of them, this is the only file to change.
+Checked on transformers 5.17 and 5.23, PyTorch 2.11 and 2.13. When a release moves one of them, this is the only file to change.
 """
 
 import torch
 from transformers import initialization as init
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import and_masks, create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -51,11 +52,17 @@ def can_read_values() -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a function transform (`torch.func.grad`, `vmap`, ...) looks at this tensor: custom backwards cannot follow it."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "PRIVATE_HOOKS",
     "STATIC_LAYER_TYPE_MAPPING",
     "CacheLayerMixin",
+    "ForCausalLMLoss",
     "GradientCheckpointingLayer",
     "LinearAttentionLayer",
     "OutputRecorder",
@@ -67,6 +74,7 @@ __all__ = [
     "create_sliding_window_causal_mask",
     "custom_object_save",
     "init",
+    "is_transformed",
     "keep_logits",
     "merge_with_config_defaults",
     "modeling_auto",

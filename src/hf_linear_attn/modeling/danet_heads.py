@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .configuration_danet import DanetConfig
+from .cross_entropy import IGNORED, cross_entropy
 from .danet_norms import ACTIVATIONS, build_norm
 from .sequence_inputs import padding_mask
 from .task_heads import check_labels, last_real_token
@@ -100,8 +101,7 @@ class TiedHeadMixin:
 def masked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, count=None) -> torch.Tensor:
     """Cross-entropy in float32 over the places whose label is not -100: their mean, or the sum divided by `count`."""
     check_labels("labels", labels, logits.shape[:2], "one label a token, -100 where none counts")
-    logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-    if count is not None:
-        return nn.functional.cross_entropy(logits, labels, reduction="sum") / count
-    total = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return total / (labels != -100).sum().clamp(min=1)  # a batch without a masked word has loss 0, not NaN
+    labels = labels.flatten()
+    if count is None:
+        count = (labels != IGNORED).sum().clamp(min=1)  # a batch without a masked word has loss 0, not NaN
+    return cross_entropy(logits.flatten(0, 1), labels, count)

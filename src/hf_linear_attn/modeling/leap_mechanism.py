@@ -1,24 +1,14 @@
 """The LEAP mechanism from projections to output (LEAP specification, section 2), and the choice of its spelling."""
 
 import torch
-import torch.nn.functional as F
 
 from .backend import runs_triton
-from .windowed_mean import compute_dtype, take_rows, windowed_mean
+from .leap_mechanism_torch import averaged, focus_weights, leap_torch
+from .windowed_mean import take_rows, windowed_mean
 
 # The kernels look back one chunk of 64 tokens, and hold a whole head.
 LARGEST_KERNEL_WINDOW = 65
 LARGEST_KERNEL_HEAD = 128
-
-
-def focus_weights(
-    focus: torch.Tensor, key: torch.Tensor, exponential: bool = False, dropout: float = 0.0
-) -> torch.Tensor:
-    """Focus weights elu(l) + 1 (B, T, H) of the logits l = <f, k> / sqrt(E); the logits themselves if `exponential`."""
-    dtype = compute_dtype(focus.dtype)
-    logits = (focus.to(dtype) * key.to(dtype)).sum(-1) * focus.shape[-1] ** -0.5
-    logits = F.dropout(logits, dropout, dropout > 0)
-    return logits if exponential else F.elu(logits) + 1
 
 
 def leap_mechanism(
@@ -51,27 +41,7 @@ def leap_mechanism(
     arguments = {"mask": mask, "segment_ids": segment_ids, "initial_state": initial_state, "return_state": return_state}
     if projected.shape[1] > 1 and runs_triton(projected, obstacle):
         return _with_kernel(projected, rotated, window, dropout, **arguments)
-    return _with_torch(projected, rotated, window, dropout, exponential, **arguments)
-
-
-def averaged(projected: torch.Tensor, rotated: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """Keys and values as they are averaged, (B, T, 2, H, E); a view unless keys are rotated."""
-    return projected[:, :, 2:] if rotated is None else torch.stack([rotated[1], projected[:, :, 3]], dim=2)
-
-
-def _with_torch(projected, rotated, window, dropout, exponential=False, **arguments):
-    dtype = compute_dtype(projected.dtype)
-    query, focus, key, value = projected.unbind(2)
-    query = query if rotated is None else rotated[0]
-    key_value = averaged(projected, rotated)
-    if dropout:
-        query, focus = F.dropout(query, dropout), F.dropout(focus, dropout)
-        key_value = torch.stack([key_value[:, :, 0], F.dropout(value, dropout)], dim=2)
-    weights = focus_weights(focus, key, exponential, dropout)
-    means, state = windowed_mean(key_value.to(dtype), weights, window, log_weights=exponential, **arguments)
-    focused_key, focused_value = means.unbind(2)  # (B, T, H, E) each
-    alignment = torch.sigmoid((query.to(dtype) * focused_key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5)
-    return (alignment * focused_value).to(query.dtype), state
+    return leap_torch(projected, rotated, window, dropout, exponential, **arguments)
 
 
 def _with_kernel(projected, rotated, window, dropout, mask, segment_ids, initial_state, return_state):
@@ -94,7 +64,7 @@ def _with_kernel(projected, rotated, window, dropout, mask, segment_ids, initial
     if initial_state is not None and window > 1:
         # Only the first W - 1 tokens still see what came before this call.
         near = slice(0, window - 1)
-        start, _ = _with_torch(
+        start, _ = leap_torch(
             projected[:, near],
             None if rotated is None else tuple(x[:, near] for x in rotated),
             window,
@@ -126,7 +96,7 @@ def _window_state(projected, rotated, window, counts, documents, last_document, 
     projected = take_rows(projected, place)
     rotated = None if rotated is None else tuple(take_rows(x, place) for x in rotated)
     weights = focus_weights(projected[:, :, 1], projected[:, :, 2])
-    key_value = averaged(projected, rotated).to(weights.dtype)
+    key_value = averaged(projected, None if rotated is None else rotated[1]).to(weights.dtype)
     return windowed_mean(key_value, weights, window, mask=here, initial_state=initial_state, return_state=True)[1]
 
 

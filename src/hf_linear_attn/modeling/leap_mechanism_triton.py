@@ -17,7 +17,7 @@ try:  # inside `try`, since loading a checkpoint's own code demands every other 
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
-from .windowed_mean import EPS, sum_over_chunks
+from .windowed_mean import EPS, windowed_sum
 
 CHUNK = 64
 NUM_WARPS = 4
@@ -400,7 +400,7 @@ def _running(total, norm, documents):
     if documents is None:
         return total.cumsum(1), norm.cumsum(1)
     joined = torch.cat([total.flatten(3), norm[..., None]], dim=-1)
-    joined = sum_over_chunks(joined.flatten(2)[:, :, None], documents)[:, :, 0].view(joined.shape)
+    joined = windowed_sum(joined.flatten(2), None, documents).view(joined.shape)
     return joined[..., :-1].reshape(total.shape).contiguous(), joined[..., -1].contiguous()
 
 

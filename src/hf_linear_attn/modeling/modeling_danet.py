@@ -15,7 +15,14 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput, MultipleChoiceModelOutput, SequenceClassifierOutputWithPast
 from transformers.utils import ModelOutput
 
-from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, check_cache, embed_inputs, mask_for_generate
+from .causal_lm import (
+    RecurrentForCausalLM,
+    RecurrentModelOutput,
+    check_cache,
+    embed_inputs,
+    mask_for_generate,
+    without_cache_in_training,
+)
 from .compat import OutputRecorder, can_return_tuple, capture_outputs, init, merge_with_config_defaults
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .danet_block import DanetBlock, DenseAttention
@@ -103,6 +110,7 @@ class DanetModel(DanetPreTrainedModel):
         self.is_causal = config.is_causal
         self.post_init()
 
+    @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
     def forward(

@@ -16,7 +16,14 @@ from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, begin, embed_inputs, mask_for_generate
+from .causal_lm import (
+    RecurrentForCausalLM,
+    RecurrentModelOutput,
+    begin,
+    embed_inputs,
+    mask_for_generate,
+    without_cache_in_training,
+)
 from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, init, merge_with_config_defaults
 from .configuration_fastformer import FastformerConfig
 from .layer_output import LayerOutput, refuse_maps_after
@@ -289,6 +296,7 @@ class FastformerModel(FastformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
     def forward(

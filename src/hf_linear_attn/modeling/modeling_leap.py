@@ -16,11 +16,19 @@ from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .causal_lm import RecurrentForCausalLM, RecurrentModelOutput, begin, embed_inputs, mask_for_generate
+from .causal_lm import (
+    RecurrentForCausalLM,
+    RecurrentModelOutput,
+    begin,
+    embed_inputs,
+    mask_for_generate,
+    without_cache_in_training,
+)
 from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, init, merge_with_config_defaults
 from .configuration_leap import LeapConfig
 from .layer_output import LayerOutput, refuse_maps_after
-from .leap_mechanism import averaged, focus_weights, leap_mechanism
+from .leap_mechanism import leap_mechanism
+from .leap_mechanism_torch import averaged, focus_weights
 from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
 from .sequence_inputs import prepare_sequence
@@ -108,7 +116,12 @@ class LeapAttention(nn.Module):
         if output_attentions or output_focus_weights or (layer_cache is not None and layer_cache.record_past):
             weights = focus_weights(projected[:, :, 1], projected[:, :, 2], self.exponential)  # (B, T, H)
         if layer_cache is not None:
-            inputs = (averaged(projected, rotated), weights, attention_mask, segment_ids)
+            inputs = (
+                averaged(projected, None if rotated is None else rotated[1]),
+                weights,
+                attention_mask,
+                segment_ids,
+            )
             replay = (self._advance, inputs)
             layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay, segment_ids)
         if output_attentions:
@@ -234,6 +247,7 @@ class LeapModel(LeapPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
     def forward(

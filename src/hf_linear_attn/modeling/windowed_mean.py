@@ -192,7 +192,7 @@ def _weighted_sums(values, weights, window, log_weights, segment_ids):
     return (sums.reshape(values.shape), norm), reference
 
 
-def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0):
+def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0, reverse=False):
     """Sum x (B, T, H, F), weighted by exp(log_weights (B, T, H)) if given, over each window; no subtraction anywhere.
 
     The row is cut into chunks of C tokens. A window that ends at place r of chunk c, with W - 1 = m C + rest, is made of
@@ -202,14 +202,17 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0):
         window    [ . . . # | # # # # | # # # # | # # # # | # # . . ]
 
     Parts of chunks are products with 0/1 matrices; the run of whole chunks is this same sum over the chunks' totals.
+    `reverse` sums over the tokens whose windows hold this one instead: the same picture read from the right.
     Returns the sums, and with log weights the reference (B, T, H) that they are relative to.
     """
     length = x.shape[1]
+    step = -1 if reverse else 1
     # While compiling, the length may be dynamic and must not be asked for: three levels hold any (in the third a chunk
     # stands for 4096 tokens), and chunks in pairs keep their number from being 1, which would be compiled apart.
     tracing = torch.compiler.is_compiling()
     if depth and isinstance(length, torch.SymInt) and window is None and segment_ids is None and log_weights is None:
-        return x.cumsum(1), None  # torch.export would not keep a length dynamic through a second level of tables
+        sums = x.flip(1).cumsum(1).flip(1) if reverse else x.cumsum(1)
+        return sums, None  # torch.export would not keep a length dynamic through a second level of tables
     single = depth == 2 or (depth == 0 and length == 1) or (not tracing and length <= CHUNK)
     chunk = length if single else CHUNK
     pair = 2 if tracing else 1
@@ -221,26 +224,25 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0):
     if log_weights is not None:
         logs = _cut(log_weights, padding, single, -torch.inf).transpose(2, 3)
 
-    parts = [(0, _visible(chunk, window, 0, x.device), slice(None))]
+    def visible(distance):
+        table = _visible(chunk, window, distance, x.device)
+        return table.T if reverse else table
+
+    parts = [(0, visible(0), slice(None))]
     before = None
     if not single:
         whole = None
         if window is not None:
             whole, rest = (window - 1) // chunk, (window - 1) % chunk
             if whole:
-                parts.append((whole, _visible(chunk, window, whole, x.device), slice(None)))
+                parts.append((whole, visible(whole), slice(None)))
             if rest:
-                parts.append(
-                    (
-                        whole + 1,
-                        _visible(chunk, window, whole + 1, x.device)[:, chunk - rest :],
-                        slice(chunk - rest, None),
-                    )
-                )
+                columns = slice(0, rest) if reverse else slice(chunk - rest, None)
+                parts.append((whole + 1, visible(whole + 1)[:, columns], columns))
             parts = [part for part in parts if tracing or part[0] < count]
         if window is None or whole > 1:
-            before = _chunks_before(values, segments, logs, None if window is None else whole - 1, depth)
-    scores = [_scores(distance, visible, columns, segments, logs) for distance, visible, columns in parts]
+            before = _chunks_before(values, segments, logs, None if window is None else whole - 1, depth, reverse)
+    scores = [_scores(step * distance, table, columns, segments, logs) for distance, table, columns in parts]
     reference = None
     if logs is not None:
         tops = [score.detach().amax(-1) for score in scores] + ([] if before is None else [before[1]])
@@ -248,27 +250,34 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0):
         scores = [torch.exp(score - reference[..., None]) for score in scores]
     total = None
     for (distance, _, columns), matrix in zip(parts, scores):
-        part = _product(matrix.to(x.dtype), _shift(values[..., columns, :], distance))
+        part = _product(matrix.to(x.dtype), _shift(values[..., columns, :], step * distance))
         total = part if total is None else total + part
     if before is not None:
         earlier, earlier_reference = before
         if logs is not None:
             earlier = earlier * torch.exp(earlier_reference - reference)[..., None]
         if segments is not None:
-            continued = segments == _shift(segments[..., -1:], 1, fill=-1)
+            border = segments[..., :1] if reverse else segments[..., -1:]
+            continued = segments == _shift(border, step, fill=-1)
             earlier = earlier * continued[:, :, None, :, None]
         total = total + earlier
     return _join(total, single, length), None if reference is None else _join(reference, single, length)
 
 
-def sum_over_chunks(x: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """Running sum of x (B, T, H, F) along T that restarts with each document of `segment_ids` (B, T)."""
-    return _chunked_sum(x, None, segment_ids)[0]
+def windowed_sum(
+    x: torch.Tensor, window: int | None = None, segment_ids: torch.Tensor | None = None, reverse: bool = False
+) -> torch.Tensor:
+    """Sum of x (B, T, F) over each token's window within its document; O(T) time and memory.
+
+    With `reverse`, the sum over the tokens whose windows hold this one: the transposed map, which gradients go through.
+    """
+    return _chunked_sum(x[:, :, None], window, segment_ids, reverse=reverse)[0][:, :, 0]
 
 
-def _chunks_before(values, segments, logs, window, depth):
+def _chunks_before(values, segments, logs, window, depth, reverse):
     """Sum over the whole chunks before each chunk: (B, n, H, 1, F), and their reference (B, n, H, 1) with log weights."""
-    ends = None if segments is None else segments[..., -1]
+    step = -1 if reverse else 1
+    ends = None if segments is None else segments[..., 0 if reverse else -1]
     # A chunk hands on what belongs to the document that is open at its end.
     tail = None if segments is None else (segments == ends[..., None])[:, :, None]
     tops = None
@@ -278,9 +287,9 @@ def _chunks_before(values, segments, logs, window, depth):
         totals = (values * torch.exp(scores - tops[..., None])[..., None]).sum(3)
     else:
         totals = (values if tail is None else values * tail[..., None]).sum(3)
-    sums, reference = _chunked_sum(totals, window, ends, tops, depth + 1)
-    sums = _shift(sums, 1)[:, :, :, None]
-    return sums, None if reference is None else _shift(reference, 1, fill=LOG_WEIGHT_FLOOR)[..., None]
+    sums, reference = _chunked_sum(totals, window, ends, tops, depth + 1, reverse)
+    sums = _shift(sums, step)[:, :, :, None]
+    return sums, None if reference is None else _shift(reference, step, fill=LOG_WEIGHT_FLOOR)[..., None]
 
 
 def _visible(chunk, window, distance, device):
@@ -336,9 +345,11 @@ def _join(x, single, length):
 
 
 def _shift(x, distance, fill=0):
-    """Move chunks (B, n, ...) `distance` places on, which may be further than there are chunks."""
+    """Move chunks (B, n, ...) `distance` places on (back if negative), which may be further than there are chunks."""
     if distance == 0:
         return x
+    if distance < 0:
+        return F.pad(x, [0, 0] * (x.dim() - 2) + [0, -distance], value=fill)[:, -distance:]
     return F.pad(x, [0, 0] * (x.dim() - 2) + [distance, 0], value=fill)[:, : x.shape[1]]
 
 

@@ -1,0 +1,91 @@
+"""The operator with its backward written out equals the formula under autograd: values, gradients, second gradients, dropout."""
+
+import pytest
+import torch
+
+from hf_linear_attn.modeling import leap_mechanism_torch as spelling
+
+BATCH, LENGTH, HEADS, WIDTH = 2, 150, 3, 8  # three chunks of the scan, the last of them not full
+WINDOWS = [None, 1, 2, 3, 64, 65, 66, 100, 129, 400]
+
+
+def draw(dtype=torch.float64, rotated=False):
+    torch.manual_seed(0)
+    projected = torch.randn(BATCH, LENGTH, 4, HEADS, WIDTH, dtype=dtype, requires_grad=True)
+    if not rotated:
+        return projected, None, None
+    turned = (torch.randn(BATCH, LENGTH, HEADS, WIDTH, dtype=dtype, requires_grad=True) for _ in range(2))
+    return projected, *turned
+
+
+def compare(inputs, window, kept=None, mask=None, segment_ids=None, tolerance=1e-12):
+    given = [x for x in inputs if x is not None]
+    expected, _ = spelling._formula(*inputs, window, kept, mask=mask, segment_ids=segment_ids)
+    out = spelling._Leap.apply(*inputs, window, kept, mask, segment_ids)
+    torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
+    grad = torch.randn_like(out)
+    grads = torch.autograd.grad(out, given, grad)
+    for found, wanted in zip(grads, torch.autograd.grad(expected, given, grad), strict=True):
+        assert wanted.abs().max() > 1e-2
+        torch.testing.assert_close(found, wanted, rtol=0, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_equals_formula(window, rotated):
+    compare(draw(rotated=rotated), window)
+
+
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_equals_formula_packed(window):
+    documents = torch.tensor([0] * 70 + [1] * 5 + [2] * 75).expand(BATCH, -1)
+    compare(draw(), window, segment_ids=documents)
+
+
+def test_equals_formula_with_padding_and_dropped_logits():
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    mask[0, :20] = mask[1, 60:70] = False
+    kept = torch.nn.functional.dropout(torch.ones(BATCH, LENGTH, HEADS, dtype=torch.float64), 0.3)
+    compare(draw(), None, kept, mask)
+
+
+def test_half_precision_sums_in_float32():
+    projected, *_ = draw(torch.bfloat16)
+    exact = projected.detach().double().requires_grad_()
+    out, wanted = spelling._Leap.apply(projected, None, None, None, None, None, None), None
+    wanted, _ = spelling._formula(exact, None, None, None, None)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), wanted, rtol=2**-8, atol=1e-6)  # one rounding, at the end
+    grad = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, projected, grad)
+    (wanted,) = torch.autograd.grad(wanted, exact, grad.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-5)
+
+
+def test_can_be_differentiated_twice():
+    torch.manual_seed(0)
+    small = torch.randn(1, 5, 4, 1, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        return spelling.leap_torch(x, None, 3, 0.0)[0]
+
+    assert run(small).grad_fn.name() == "_LeapBackward"
+    assert torch.autograd.gradgradcheck(run, (small,))
+
+
+def test_function_transforms_take_the_formula():
+    projected, *_ = draw()
+
+    def total(x):
+        return spelling.leap_torch(x, None, None, 0.0)[0].square().sum()
+
+    wanted = torch.autograd.grad(total(projected), projected)[0]
+    torch.testing.assert_close(torch.func.grad(total)(projected.detach()), wanted)
+
+
+def test_dropout_spares_keys_and_keeps_the_mean():
+    projected = torch.ones(1, 4000, 4, 1, 4, dtype=torch.float64, requires_grad=True)
+    out, _ = spelling.leap_torch(projected, None, None, 0.5)
+    seen = out[0, -1].mean() / torch.sigmoid(torch.tensor(2.0))  # a gate between those of dropped queries
+    assert 0.5 < seen < 1.2
+    assert (out == 0).float().mean() < 0.2, "the gate and the mean are never dropped themselves"
