@@ -1,4 +1,4 @@
-"""The LEAP mechanism in plain PyTorch (LEAP specification, section 2): the formula, and the formula with its backward written out.
+"""The LEAP mechanism in plain PyTorch (LEAP specification, section 2): as a formula, and with its backward written out.
 
 Between its matrix products the mechanism is bound by passes over memory, and autograd makes about twice as many as are needed: a
 zero-filled gradient for each projection, a division that could be a factor of one number a head, sums of pieces. So eager

@@ -1,12 +1,13 @@
 """Triton kernels of the LEAP mechanism, forward and backward (LEAP specification, section 2).
 
-A row is cut into chunks of 64 tokens; one program does one chunk of one head. It reads the projections once, forms the
-weighted sums of its chunk as products with a masked table of focus weights, adds what came before (the end of the previous
-chunk for a window, a carried sum for a global layer) and writes the gated mean. Global layers take two steps more: every
+A row is cut into chunks of 64 tokens (32 for near windows); a program does one chunk of one head. It reads the projections once,
+forms the weighted sums of its chunk as products with a masked table of focus weights, adds what came before (the end of the
+previous chunk for a window, a carried sum for a global layer) and writes the gated mean. Global layers take two steps more: every
 chunk's total, and their running sum, which is 1/64 of the data. Nothing but the projections is kept for backward: it forms
 the same sums again, and the gradients of the sums flow back through the transposed table.
 
-Bytes a token and head of E features in b bytes: forward 5 E b (global 8 E b), backward 9 E b and 4 E float32 in between.
+Bytes a token and head of E features in b bytes: forward 5 E b (global 8 E b), backward 9 E b; where a window reaches further than
+a chunk of 32, and in global layers, backward takes two kernels, with 4 E float32 in between.
 """
 
 import torch
@@ -20,7 +21,8 @@ except ImportError as error:
 from .windowed_mean import EPS, windowed_sum
 
 CHUNK = 64
-NUM_WARPS = 4
+# Windows that reach no further than this run in chunks of as many: half the registers, so twice the programs at once.
+SMALL_CHUNK = 32
 
 
 @triton.jit
@@ -145,6 +147,65 @@ def _sums(
 
 
 @triton.jit
+def _load_readers(
+    q_ptr, grad_ptr, mask_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features,
+    E: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Queries after dropout and gradients of the output of tokens t (C, E), and the dropout factors."""
+    inside = t < T
+    if MASKED:
+        inside = inside & (tl.load(mask_ptr + b * T + t, mask=inside, other=0) != 0)
+    q = _rows(q_ptr, b, t, h, T, sq_b, sq_t, sq_h, features, E)
+    kept = 1.0
+    if DROPOUT:
+        kept = _kept(seed, b, t, h, 0, features, T, H, p, E)
+        q *= kept
+    here = ((b * T + t[:, None]) * H + h) * E + features[None, :]
+    grad = tl.load(grad_ptr + here, mask=inside[:, None] & (features[None, :] < E), other=0.0).to(tl.float32)
+    return q, grad, kept
+
+
+@triton.jit
+def _reader_gradients(q, grad, sum_k, sum_v, norm, scale, eps):
+    """Gradient of the queries by 1 / `share`, of the sums of keys, values (C, E) and weights (C,)."""
+    share = 1.0 / (norm + eps)
+    score = tl.sum(q * sum_k, axis=1) * share
+    gate = tl.sigmoid(score * scale)
+    gained = tl.sum(grad * sum_v, axis=1) * share * gate
+    dscore = gained * (1.0 - gate) * scale * share
+    dnorm = -share * gained - dscore * score
+    return dscore[:, None] * sum_k, dscore[:, None] * q, (gate * share)[:, None] * grad, dnorm
+
+
+@triton.jit
+def _store_writer_gradients(
+    f, key, k, v, weight, slope, back_k, back_v, back_norm, dx_ptr, dk_ptr,
+    seed, p, scale, b, t, h, T, H, features, E: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of focus, keys and values of tokens t, from those of all sums that hold them."""
+    dweight = tl.sum(back_k * k, axis=1) + tl.sum(back_v * v, axis=1) + back_norm
+    dlogit = dweight * slope * scale
+    dk = weight[:, None] * back_k
+    dv = weight[:, None] * back_v
+    df = dlogit[:, None] * key
+    dkey = dlogit[:, None] * f
+    if DROPOUT:
+        df *= _kept(seed, b, t, h, 1, features, T, H, p, E)
+        dv *= _kept(seed, b, t, h, 2, features, T, H, p, E)
+    within = (t[:, None] < T) & (features[None, :] < E)
+    if ROTATED:
+        here = ((b * T + t[:, None]) * H + h) * E + features[None, :]
+        tl.store(dk_ptr + here, dk.to(dk_ptr.dtype.element_ty), mask=within)
+        dk = dkey
+    else:
+        dk += dkey
+    there = ((b * T + t[:, None]) * 4 * H + h) * E + features[None, :]
+    tl.store(dx_ptr + there + H * E, df.to(dx_ptr.dtype.element_ty), mask=within)
+    tl.store(dx_ptr + there + 2 * H * E, dk.to(dx_ptr.dtype.element_ty), mask=within)
+    tl.store(dx_ptr + there + 3 * H * E, dv.to(dx_ptr.dtype.element_ty), mask=within)
+
+
+@triton.jit
 def _totals_kernel(
     x_ptr, k_ptr, mask_ptr, segment_ptr, total_ptr, total_norm_ptr, seed_ptr, p, scale, T, H, N,
     sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
@@ -226,29 +287,13 @@ def _backward_sums_kernel(
         W, L, E, EP, C, BF16, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
     inside = t < T
-    real = inside
-    if MASKED:
-        real = real & (tl.load(mask_ptr + b * T + t, mask=inside, other=0) != 0)
-    q = _rows(q_ptr, b, t, h, T, sq_b, sq_t, sq_h, features, E)
-    kept_q = 1.0
-    if DROPOUT:
-        kept_q = _kept(seed, b, t, h, 0, features, T, H, p, E)
-        q *= kept_q
-    here = ((b * T + t[:, None]) * H + h) * E + features[None, :]
+    q, grad, kept = _load_readers(
+        q_ptr, grad_ptr, mask_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features, E, MASKED, DROPOUT
+    )
+    dq, dsum_k, dsum_v, dnorm = _reader_gradients(q, grad, sum_k, sum_v, norm, scale, eps)
     within = inside[:, None] & (features[None, :] < E)
-    grad = tl.load(grad_ptr + here, mask=within & real[:, None], other=0.0).to(tl.float32)
-    share = 1.0 / (norm + eps)
-    mean_k, mean_v = sum_k * share[:, None], sum_v * share[:, None]
-    gate = tl.sigmoid(tl.sum(q * mean_k, axis=1) * scale)
-    dscore = tl.sum(grad * mean_v, axis=1) * gate * (1.0 - gate) * scale
-    dq = dscore[:, None] * mean_k
-    if DROPOUT:
-        dq *= kept_q
     there = (b * T + t[:, None]) * dq_t + h * E + features[None, :]
-    tl.store(dq_ptr + there, dq.to(dq_ptr.dtype.element_ty), mask=within)
-    dsum_k = dscore[:, None] * q * share[:, None]
-    dsum_v = (gate * share)[:, None] * grad
-    dnorm = -(tl.sum(dsum_k * mean_k, axis=1) + tl.sum(dsum_v * mean_v, axis=1))
+    tl.store(dq_ptr + there, (dq * kept).to(dq_ptr.dtype.element_ty), mask=within)
     there = ((b * T + t[:, None]) * H + h) * 2 * E + features[None, :]
     tl.store(ds_ptr + there, dsum_k, mask=within)
     tl.store(ds_ptr + there + E, dsum_v, mask=within)
@@ -314,26 +359,79 @@ def _backward_inputs_kernel(
         back_k += carried[:, None] * tl.load(carry_ptr + place * 2 * EP + features)[None, :]
         back_v += carried[:, None] * tl.load(carry_ptr + place * 2 * EP + EP + features)[None, :]
         back_norm += carried * tl.load(carry_norm_ptr + place)
-    dweight = tl.sum(back_k * k, axis=1) + tl.sum(back_v * v, axis=1) + back_norm
-    dlogit = dweight * slope * scale
-    dk = weight[:, None] * back_k
-    dv = weight[:, None] * back_v
-    df = dlogit[:, None] * key
-    dkey = dlogit[:, None] * f
-    if DROPOUT:
-        df *= _kept(seed, b, t, h, 1, features, T, H, p, E)
-        dv *= _kept(seed, b, t, h, 2, features, T, H, p, E)
-    within = (t[:, None] < T) & (features[None, :] < E)
-    if ROTATED:
-        here = ((b * T + t[:, None]) * H + h) * E + features[None, :]
-        tl.store(dk_ptr + here, dk.to(dk_ptr.dtype.element_ty), mask=within)
-        dk = dkey
-    else:
-        dk += dkey
-    there = ((b * T + t[:, None]) * 4 * H + h) * E + features[None, :]
-    tl.store(dx_ptr + there + H * E, df.to(dx_ptr.dtype.element_ty), mask=within)
-    tl.store(dx_ptr + there + 2 * H * E, dk.to(dx_ptr.dtype.element_ty), mask=within)
-    tl.store(dx_ptr + there + 3 * H * E, dv.to(dx_ptr.dtype.element_ty), mask=within)
+    _store_writer_gradients(
+        f, key, k, v, weight, slope, back_k, back_v, back_norm, dx_ptr, dk_ptr,
+        seed, p, scale, b, t, h, T, H, features, E, DROPOUT, ROTATED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _backward_window_kernel(
+    q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, grad_ptr, dq_ptr, dx_ptr, dk_ptr, dq_t,
+    seed_ptr, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
+    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a chunk, for windows that reach no further than L <= C tokens.
+
+    The L tokens after the chunk, which read it, are formed again here, so that no gradient of a sum goes through memory.
+    """
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
+    f, key, k, v, weight, slope, document = _load_chunk(
+        x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
+    )  # fmt: skip
+    sum_k, sum_v, norm = _sums(
+        k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr,
+        x_ptr, x_ptr, x_ptr, seed, p, scale, b, c, h, T, H, N,
+        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
+        W, L, E, EP, C, BF16, MASKED, PACKED, DROPOUT, ROTATED,
+    )  # fmt: skip
+    q, grad, kept = _load_readers(
+        q_ptr, grad_ptr, mask_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features, E, MASKED, DROPOUT
+    )
+    dq, dsum_k, dsum_v, dnorm = _reader_gradients(q, grad, sum_k, sum_v, norm, scale, eps)
+    there = (b * T + t[:, None]) * dq_t + h * E + features[None, :]
+    tl.store(dq_ptr + there, (dq * kept).to(dq_ptr.dtype.element_ty), mask=(t[:, None] < T) & (features[None, :] < E))
+    gap = t[None, :] - t[:, None]  # row: the token written, column: the token that reads it
+    visible = (gap >= 0) & (gap < W)
+    if PACKED:
+        visible = visible & (document[:, None] == document[None, :])
+    table = tl.where(visible, 1.0, 0.0)
+    back_k = _selected(table, dsum_k, BF16)
+    back_v = _selected(table, dsum_v, BF16)
+    back_norm = tl.sum(table * dnorm[None, :], axis=1)
+    if W > 1:
+        later = (c + 1) * C + tl.arange(0, L)
+        _, _, k1, v1, weight1, _, document1 = _load_chunk(
+            x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, later, h, T, H,
+            sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
+        )  # fmt: skip
+        gap = later[:, None] - later[None, :]
+        visible = (gap >= 0) & (gap < W)
+        across = (later[:, None] - t[None, :]) < W
+        if PACKED:
+            visible = visible & (document1[:, None] == document1[None, :])
+            across = across & (document1[:, None] == document[None, :])
+        table = tl.where(visible, weight1[None, :], 0.0)
+        near = tl.where(across, weight[None, :], 0.0)
+        sum_k1 = _weighted(table, k1, BF16) + _weighted(near, k, BF16)
+        sum_v1 = _weighted(table, v1, BF16) + _weighted(near, v, BF16)
+        norm1 = tl.sum(table, axis=1) + tl.sum(near, axis=1)
+        q1, grad1, _ = _load_readers(
+            q_ptr, grad_ptr, mask_ptr, seed, p, b, later, h, T, H, sq_b, sq_t, sq_h, features, E, MASKED, DROPOUT
+        )
+        _, dsum_k1, dsum_v1, dnorm1 = _reader_gradients(q1, grad1, sum_k1, sum_v1, norm1, scale, eps)
+        table = tl.trans(tl.where(across, 1.0, 0.0))
+        back_k += _selected(table, dsum_k1, BF16)
+        back_v += _selected(table, dsum_v1, BF16)
+        back_norm += tl.sum(table * dnorm1[None, :], axis=1)
+    _store_writer_gradients(
+        f, key, k, v, weight, slope, back_k, back_v, back_norm, dx_ptr, dk_ptr,
+        seed, p, scale, b, t, h, T, H, features, E, DROPOUT, ROTATED,
+    )  # fmt: skip
 
 
 class _Call:
@@ -341,7 +439,11 @@ class _Call:
 
     def __init__(self, projected, query, key, window, dropout, mask, segment_ids):
         self.B, self.T, _, self.H, self.E = projected.shape
-        self.N = triton.cdiv(self.T, CHUNK)
+        bf16 = projected.dtype == torch.bfloat16
+        # Products in float32 take so many registers that the smaller chunk gains nothing.
+        self.is_near = bf16 and window is not None and window - 1 <= SMALL_CHUNK
+        self.C = SMALL_CHUNK if self.is_near else CHUNK
+        self.N = triton.cdiv(self.T, self.C)
         self.grid = (self.N, self.H, self.B)
         self.EP = max(16, triton.next_power_of_2(self.E))
         self.dropout, self.scale = dropout, self.E**-0.5
@@ -361,21 +463,20 @@ class _Call:
         self.load_flags = {
             "E": self.E,
             "EP": self.EP,
-            "C": CHUNK,
+            "C": self.C,
             "MASKED": mask is not None,
             "PACKED": segment_ids is not None,
             "DROPOUT": dropout > 0,
             "ROTATED": rotated,
-            "num_warps": NUM_WARPS if self.EP <= 64 else 8,
+            "num_warps": self.C // 16 if self.EP <= 64 else self.C // 8,
             "num_stages": 1,
         }
-        bf16 = projected.dtype == torch.bfloat16
         # How far a window reaches into the chunk before: as few rows as its length and the matrix units allow.
-        lookback = 16 if window is None else min(CHUNK, max(16, triton.next_power_of_2(window - 1)))
+        lookback = 16 if window is None else min(self.C, max(16, triton.next_power_of_2(window - 1)))
         self.flags = {
             **self.load_flags,
             "W": 0 if window is None else window,  # 0 is a global layer
-            "L": lookback if bf16 else CHUNK,
+            "L": lookback if bf16 else self.C,
             "BF16": bf16,
         }
 
@@ -387,8 +488,8 @@ class _Call:
 
     def ends(self):
         """Document at the last and at the first place of each chunk, (B, N) each."""
-        place = torch.arange(self.N, device=self.segments.device) * CHUNK
-        return self.segments[:, (place + CHUNK - 1).clamp(max=self.T - 1)], self.segments[:, place]
+        place = torch.arange(self.N, device=self.segments.device) * self.C
+        return self.segments[:, (place + self.C - 1).clamp(max=self.T - 1)], self.segments[:, place]
 
     def pointers(self, *tensors):
         """Pointers of tensors that only some calls have."""
@@ -495,6 +596,14 @@ def _leap_backward(
     if rotated:
         dx[:, :, 0] = 0
         grads += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key)]
+    dq_stride = call.H * call.E * (1 if rotated else 4)
+    if call.is_near:
+        _backward_window_kernel[call.grid](
+            call.query, *call.inputs, grad.contiguous(), grads[1] if rotated else dx, dx, grads[2] if rotated else dx,
+            dq_stride, *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H, call.N,
+            *call.query_strides, *call.strides, **call.flags,
+        )  # fmt: skip
+        return grads
     carry = carry_norm = documents = total = total_norm = None
     if window is None:
         carry, carry_norm, documents, *_ = _carry(call, seed, None, None)
@@ -504,7 +613,7 @@ def _leap_backward(
     _backward_sums_kernel[call.grid](
         call.query, *call.inputs, *call.pointers(carry, carry_norm, documents), grad.contiguous(),
         grads[1] if rotated else dx, dsums, dnorm, *call.pointers(total, total_norm),
-        call.H * call.E * (1 if rotated else 4), *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H, call.N,
+        dq_stride, *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H, call.N,
         *call.query_strides, *call.strides, **call.flags,
     )  # fmt: skip
     if window is None:
