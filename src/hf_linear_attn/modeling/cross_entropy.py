@@ -28,8 +28,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, count: int | torch
     Returns:
         `torch.Tensor`: a scalar, at least float32; NaN where nothing is to be predicted.
     """
-    plain = type(logits) is torch.Tensor and not is_transformed(logits) and logits.dim() == 2
-    if torch.compiler.is_compiling() or not plain:
+    if torch.compiler.is_compiling() or type(logits) is not torch.Tensor or is_transformed(logits):
         # The compiler fuses the passes itself; tensor subclasses and function transforms know PyTorch's own operator only.
         total = F.cross_entropy(logits.to(compute_dtype(logits.dtype)), labels, ignore_index=IGNORED, reduction="sum")
     else:
