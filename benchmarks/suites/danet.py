@@ -35,8 +35,8 @@ AttentionInterface.register("elu_linear_attention", linear_attention)
 
 
 def danet_blocks(settings: Settings) -> int:
-    """Blocks that hold as many weights as BERT's."""
-    return -(-settings.num_layers * 4 // 3)
+    """Blocks that hold as many weights as BERT's, to the nearest one."""
+    return round(settings.num_layers * 4 / 3)
 
 
 def danet(settings: Settings, length: int, heads: int):

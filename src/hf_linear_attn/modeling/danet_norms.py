@@ -42,8 +42,11 @@ class VectorNorm(nn.Module):
         if self.scale == "before":
             hidden_states = hidden_states * self.weight
         wide = hidden_states.to(_wide(dtype))
-        magnitude = wide.abs()  # on a CPU 15 times faster than torch.linalg.vector_norm with ord=inf
-        size = magnitude.mean(-1, keepdim=True) if self.mean else magnitude.amax(-1, keepdim=True)
+        if self.mean:
+            size = wide.abs().mean(-1, keepdim=True)
+        else:
+            # Twice as fast on a CPU as abs().amax(), which writes |x|, and 15 times as torch.linalg.vector_norm(ord=inf).
+            size = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
         factor = (size + self.eps).reciprocal()
         if row_scale is not None:
             factor = factor * row_scale.to(factor.dtype)
