@@ -2,7 +2,8 @@
 
     python -m benchmarks.cpu_speed                          every suite (about ten minutes on two idle cores)
     python -m benchmarks.cpu_speed leap-train --lengths 512 2048 --rounds 5
-    python -m benchmarks.cpu_speed leap-decode --output outputs/benchmarks
+    python -m benchmarks.cpu_speed danet-forward --sizes 30m 330m --rounds 3 --output docs/data
+    python -m benchmarks.cpu_speed --table docs/data/cpu-danet-forward-30m.json
 
 Prints a Markdown table and writes it, with every round's time, to the output folder. Peak memory is measured for each contender
 in a process of its own: how far building the model and two runs raise the process's peak.
@@ -12,21 +13,31 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .measure import machine, markdown, memory_of, peak_memory, summarize, time_alternately
-from .suites import SUITES, Settings
+from .suites import SIZES, SUITES, Settings
 
 
 def main() -> None:
     """Run the suites that were asked for."""
     options = arguments()
+    if options.table:
+        for file in options.table:
+            print(table(Path(file)))
+        return
     torch.set_num_threads(options.threads)
-    settings = Settings(
-        options.hidden_size, options.num_layers, options.num_heads, options.vocab_size, tuple(options.lengths)
-    )
+    for size in options.sizes or [None]:
+        measure_suites(size, options)
+
+
+def measure_suites(size: str | None, options: argparse.Namespace) -> None:
+    """All suites that were asked for, at one size (a name, or None for the one made of the options)."""
+    own = Settings(options.hidden_size, options.num_layers, options.num_heads, options.vocab_size)
+    settings = replace(SIZES[size] if size else own, lengths=tuple(options.lengths))
     if options.memory_of:
         suite, job, contender = options.memory_of
         print(memory_of(SUITES[suite](settings)[int(job)].contenders[contender]))
@@ -40,17 +51,18 @@ def main() -> None:
     for name in options.suites or SUITES:
         rows, rounds = [], {}
         for number, job in enumerate(SUITES[name](settings)):
-            memory = {} if options.no_memory else _memory(name, number, list(job.contenders), options)
+            memory = {} if options.no_memory else _memory(name, number, list(job.contenders), options, size)
             times = time_alternately(job, options.rounds, options.threads)
             rounds[job.name] = times
             rows += summarize(job, times, memory)
             print(f"\n{markdown(rows[-len(times) :])}", flush=True)
-        write(name, rows, rounds, about, Path(options.output))
+            # After every job, so that a run that is cut leaves what it measured.
+            write(f"cpu-{name}-{size}" if size else f"cpu-{name}", rows, rounds, about, Path(options.output))
 
 
-def _memory(suite: str, job: int, contenders: list[str], options: argparse.Namespace) -> dict[str, float | None]:
-    """Peak memory of each contender of a job."""
-    sizes = []
+def _memory(suite: str, job: int, contenders: list[str], options: argparse.Namespace, size: str | None) -> dict:
+    """Peak memory of each contender of a job: name -> MiB or None."""
+    sizes = ["--sizes", size] if size else []
     for key in ("hidden_size", "num_layers", "num_heads", "vocab_size", "threads"):
         sizes += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
     lengths = ["--lengths", *map(str, options.lengths)] if options.lengths else []
@@ -63,14 +75,18 @@ def _memory(suite: str, job: int, contenders: list[str], options: argparse.Names
 
 
 def write(name: str, rows: list[dict], rounds: dict, about: dict, folder: Path) -> None:
-    """<suite>.json with everything and <suite>.md with the table."""
+    """<name>.json with everything; `--table` prints the table from it."""
     folder.mkdir(parents=True, exist_ok=True)
     about = about | {"load_after": os.getloadavg()[0], "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     result = {"machine": about, "rows": rows, "seconds_per_token": rounds}
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    facts = ", ".join(f"{key} {value}" for key, value in about.items() if key != "settings")
-    (folder / f"{name}.md").write_text(f"{facts}\n\n{markdown(rows)}\n")
-    print(f"\nwritten: {folder / name}.json and .md", flush=True)
+
+
+def table(file: Path) -> str:
+    """A Markdown table and what it was measured on, from a file that was written."""
+    result = json.loads(file.read_text())
+    facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "settings")
+    return f"{facts}\n\n{markdown(result['rows'])}\n"
 
 
 def arguments() -> argparse.Namespace:
@@ -80,6 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[], help="tokens (default: the suite's own)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of alternating measurements (default: 7)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2)")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="sizes with a name, instead of the four that follow")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--num-layers", type=int, default=6)
     parser.add_argument("--num-heads", type=int, default=4)
@@ -87,6 +104,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     parser.add_argument(
         "--output", default="outputs/benchmarks", help="folder for tables (default: outputs/benchmarks)"
+    )
+    parser.add_argument(
+        "--table", nargs="+", metavar="FILE", help="print the table of files that were written; measure nothing"
     )
     parser.add_argument("--memory-of", nargs=3, metavar=("SUITE", "JOB", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()

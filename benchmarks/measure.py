@@ -4,14 +4,14 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.utils.benchmark import Timer
 
 
 class Contender(Protocol):
@@ -24,37 +24,59 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One row of a table: a job and everyone who does it. The first contender is ours; the others are compared with it."""
+    """One row of a table: a job and everyone who does it. The first contender is ours; the others are compared with it.
+
+    operations: of each contender for one token, where they can be counted.
+    """
 
     name: str
     contenders: dict[str, Callable[[], Contender]]
+    operations: dict[str, float] = field(default_factory=dict)
 
 
 def time_alternately(job: Job, rounds: int, threads: int, min_seconds: float = 0.5) -> dict[str, list[float]]:
     """Seconds per token of each contender in each round: a, b, c, a, b, c, ... Short runs are repeated up to `min_seconds`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     built = {name: make() for name, make in job.contenders.items()}
     repeats = {}
     for name, contender in built.items():
-        repeats[name] = max(1, min(50, round(min_seconds / _time(contender, 1, threads))))
+        first = _time(contender, 1)
+        repeats[name] = 1 if first > min_seconds else max(1, min(50, round(min_seconds / _time(contender, 1))))
     times: dict[str, list[float]] = {name: [] for name in built}
     for _ in range(rounds):
         for name, contender in built.items():
-            times[name].append(_time(contender, repeats[name], threads) / contender.tokens)
+            if repeats[name] > 1:
+                contender.run()  # brings a small model back into the caches; a long run would not notice
+            times[name].append(_time(contender, repeats[name]) / contender.tokens)
+    torch.set_num_threads(before)
     return times
 
 
-def _time(contender: Contender, repeats: int, threads: int) -> float:
-    """Mean seconds of one `run` over `repeats` runs, after the two warm-up runs that torch.utils.benchmark does."""
-    return Timer("contender.run()", globals={"contender": contender}, num_threads=threads).timeit(repeats).mean
+def _time(contender: Contender, repeats: int) -> float:
+    """Mean seconds of one `run` over `repeats` runs."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        contender.run()
+    return (time.perf_counter() - start) / repeats
 
 
 def summarize(job: Job, times: dict[str, list[float]], memory: dict[str, float | None]) -> list[dict[str, Any]]:
-    """Rows of the table. `speed_ratio` is our speed over the contender's, from each round's pair: median and quartiles."""
+    """Rows of the table. `speed_ratio` is our speed over the contender's, from each round's pair: median and quartiles.
+
+    `operations_ratio` is what it would be if time were operations: theirs over ours.
+    """
     ours = next(iter(times))
     rows = []
     for name, seconds in times.items():
         rates = [1 / s for s in seconds]
         ratios = [theirs / own for own, theirs in zip(times[ours], seconds, strict=True)]
+        counted = {}
+        if name in job.operations:
+            counted = {
+                "operations_per_token": job.operations[name],
+                "operations_ratio": job.operations[name] / job.operations[ours],
+            }
         rows.append(
             {
                 "job": job.name,
@@ -65,6 +87,7 @@ def summarize(job: Job, times: dict[str, list[float]], memory: dict[str, float |
                 "speed_ratio_quartiles": quartiles(ratios),
                 "peak_memory_mb": memory.get(name),
                 "rounds": len(seconds),
+                **counted,
             }
         )
     return rows
@@ -122,16 +145,23 @@ def _processor() -> str:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table; the ratio is ours over theirs, above 1 where we are faster."""
-    lines = [
-        "| job | model | tokens per second (quartiles) | ours / theirs (quartiles) | peak memory |",
-        "|---|---|---:|---:|---:|",
-    ]
+    """The rows as a Markdown table; the ratio is ours over theirs, above 1 where we are faster.
+
+    Where operations were counted, the ratio stands beside what they alone would give, and divided by that.
+    """
+    counted = any("operations_ratio" in row for row in rows)
+    heading = ["job", "model", "tokens per second (quartiles)", "ours / theirs (quartiles)"]
+    heading += ["by operations", "reached of it"] * counted + ["peak memory"]
+    lines = [heading, ["---", "---", *["---:"] * (len(heading) - 2)]]
     for row in rows:
         low, high = row["tokens_per_second_quartiles"]
         ratio_low, ratio_high = row["speed_ratio_quartiles"]
-        ratio = f"{row['speed_ratio']:.2f} ({ratio_low:.2f}-{ratio_high:.2f})" if row["speed_ratio"] != 1 else ""
-        memory = "-" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:,.0f} MiB"
-        speed = f"{row['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f})"
-        lines.append(f"| {row['job']} | {row['contender']} | {speed} | {ratio} | {memory} |")
-    return "\n".join(lines)
+        line = [row["job"], row["contender"], f"{row['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f})"]
+        other = row["speed_ratio"] != 1
+        line.append(f"{row['speed_ratio']:.2f} ({ratio_low:.2f}-{ratio_high:.2f})" if other else "")
+        if counted:
+            bound = row.get("operations_ratio")
+            line += [f"{bound:.2f}", f"{row['speed_ratio'] / bound:.0%}"] if other and bound else ["", ""]
+        line.append("-" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:,.0f} MiB")
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("| --- |", "|---|")

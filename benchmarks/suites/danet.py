@@ -1,13 +1,10 @@
 r"""DANet encoders against BERT (Transformers, SDPA) and a plain linear-attention encoder of as many parameters.
 
-    python -m benchmarks.cpu_speed danet-forward danet-train --hidden-size 384 --num-layers 10 --num-heads 6 \
-        --vocab-size 30528                                                                      30M parameters
-    python -m benchmarks.cpu_speed danet-forward danet-train --hidden-size 1024 --num-layers 24 --num-heads 16 \
-        --vocab-size 30528                                                                      330M parameters
+    python -m benchmarks.cpu_speed danet-forward danet-train --sizes 30m 330m
 
 The sizes are BERT's. A DANet block has 9 d^2 weights and a BERT block 12 d^2, so DANet is 4/3 as deep. All have learned
 positions, compute in float32 without dropout and return hidden states. The linear-attention encoder is BERT with softmax
-replaced by the 1 + elu feature map. A job's name tells what operation counts alone would give: BERT's over our first model's.
+replaced by the 1 + elu feature map. "By operations" is what the operations of the blocks' matrix products alone would give.
 """
 
 from functools import partial
@@ -34,9 +31,9 @@ def linear_attention(module, query, key, value, attention_mask, **kwargs):
 AttentionInterface.register("elu_linear_attention", linear_attention)
 
 
-def danet_blocks(settings: Settings) -> int:
-    """Blocks that hold as many weights as BERT's, to the nearest one."""
-    return round(settings.num_layers * 4 / 3)
+def blocks(settings: Settings) -> tuple[int, int]:
+    """Layers of BERT and blocks of DANet (as many weights, to the nearest block) that are built."""
+    return settings.num_layers // settings.slices, round(settings.num_layers * 4 / 3 / settings.slices)
 
 
 def danet(settings: Settings, length: int, heads: int):
@@ -45,7 +42,7 @@ def danet(settings: Settings, length: int, heads: int):
         DanetConfig(
             vocab_size=settings.vocab_size,
             hidden_size=settings.hidden_size,
-            num_hidden_layers=danet_blocks(settings),
+            num_hidden_layers=blocks(settings)[1],
             num_attention_heads=heads,
             position_embedding_type="learned",
             max_position_embeddings=length,
@@ -58,7 +55,7 @@ def bert(settings: Settings, length: int, attention: str):
     config = BertConfig(
         vocab_size=settings.vocab_size,
         hidden_size=settings.hidden_size,
-        num_hidden_layers=settings.num_layers,
+        num_hidden_layers=blocks(settings)[0],
         num_attention_heads=settings.num_heads,
         intermediate_size=4 * settings.hidden_size,
         max_position_embeddings=length,
@@ -77,12 +74,29 @@ MODELS = {
 }
 
 
-def operations(settings: Settings, length: int, heads: int = 0) -> float:
-    """Multiplications and additions of the products in the blocks, a token: DANet with `heads`, or BERT with heads=0."""
-    width = settings.hidden_size
-    if not heads:
-        return settings.num_layers * (24 * width**2 + 4 * length * width)
-    return danet_blocks(settings) * (18 * width**2 + 4 * width * min(width // heads, length))
+def bert_operations(settings: Settings, length: int, linear: bool) -> float:
+    """Multiplications and additions of the products in the layers, for one token."""
+    width, head = settings.hidden_size, settings.hidden_size // settings.num_heads
+    return settings.num_layers * (24 * width**2 + 4 * width * (head if linear else length))
+
+
+def danet_operations(settings: Settings, length: int, heads: int) -> float:
+    """The same for DANet, in the order of the products that our layers take."""
+    width, head = settings.hidden_size, settings.hidden_size // heads
+    attention = 2 * width**2 + 4 * width * min(head, length)
+    if length > width:  # queries fold into the memory: d x d, once a row
+        attention = 2 * width**2 + 2 * width * head + 2 * width**2 * head / length
+    if length > 4 * width:  # and the first feed-forward matrix, too
+        attention = 2 * width * head + (2 * width**2 * head + 8 * width**3) / length
+    return blocks(settings)[1] * settings.slices * (16 * width**2 + attention)
+
+
+OPERATIONS = {
+    "DANet, 4 heads": partial(danet_operations, heads=4),
+    "DANet, 1 head": partial(danet_operations, heads=1),
+    "BERT, SDPA": partial(bert_operations, linear=False),
+    "linear attention (1 + elu)": partial(bert_operations, linear=True),
+}
 
 
 def jobs(settings: Settings, training: bool) -> list[Job]:
@@ -90,11 +104,11 @@ def jobs(settings: Settings, training: bool) -> list[Job]:
     made = []
     for length in settings.lengths or LENGTHS:
         rows = max(1, TOKENS_PER_RUN // length)
-        ratio = operations(settings, length) / operations(settings, length, heads=4)
         kind = TrainingStep if training else Forward
         makers: dict = {name: partial(kind, make, settings, rows, length) for name, make in MODELS.items()}
         what = "training step" if training else "forward"
-        made.append(Job(f"{what}, {rows} x {length:,} tokens (by operations {ratio:.2f})", makers))
+        counts = {name: count(settings, length) for name, count in OPERATIONS.items()}
+        made.append(Job(f"{what}, {rows} x {length:,} tokens", makers, counts))
     return made
 
 
@@ -105,7 +119,7 @@ class Forward(Contender):
         torch.manual_seed(0)
         self.model = make(settings, length).eval()
         self.ids = torch.randint(0, settings.vocab_size, (rows, length))
-        self.tokens = rows * length
+        self.tokens = rows * length // settings.slices
 
     def run(self) -> None:
         """Hidden states."""

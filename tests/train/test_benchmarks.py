@@ -12,6 +12,7 @@ import torch
 from benchmarks import cpu_speed, measure, paper_wikitext, suites
 from benchmarks.light_training import Recipe, mean_loss, train
 from benchmarks.published_leap import PublishedLeap
+from benchmarks.suites import danet
 from hf_linear_attn.conversion import from_published
 from hf_linear_attn.training.tokenized_text import TokenizedText
 
@@ -84,10 +85,30 @@ def test_speed_command_writes_a_table(tmp_path, monkeypatch, capsys):
     cpu_speed.main()
     torch.set_num_threads(threads)
     assert "| GPT-2 |" in capsys.readouterr().out
-    result = json.loads((tmp_path / "leap-train.json").read_text())
+    result = json.loads((tmp_path / "cpu-leap-train.json").read_text())
     assert result["machine"]["threads"] == 1
     assert len(result["rows"]) == 3
-    assert "| LEAP (ours) |" in (tmp_path / "leap-train.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["cpu_speed", "--table", str(tmp_path / "cpu-leap-train.json")])
+    cpu_speed.main()
+    assert "| LEAP (ours) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", suites.SIZES)
+def test_danet_encoders_have_their_contenders_parameters(size):
+    """To 3 percent, at the depth that is built; positions left out, of which DANet has as many."""
+    settings = replace(suites.SIZES[size], vocab_size=8)
+    with torch.device("meta"):
+        models = {name: make(settings, 128) for name, make in danet.MODELS.items()}
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert counts["DANet, 4 heads"] == counts["DANet, 1 head"]
+    assert abs(counts["DANet, 4 heads"] / counts["BERT, SDPA"] - 1) < 0.03
+
+
+def test_the_table_sets_the_ratio_beside_that_of_the_operations():
+    job = measure.Job("job", {}, {"ours": 10.0, "theirs": 40.0})
+    rows = measure.summarize(job, {"ours": [1.0, 1.0], "theirs": [3.0, 3.0]}, {})
+    assert rows[1]["operations_ratio"] == 4.0
+    assert "| 3.00 (3.00-3.00) | 4.00 | 75% |" in measure.markdown(rows)
 
 
 def test_light_loop_learns_and_reports(text):

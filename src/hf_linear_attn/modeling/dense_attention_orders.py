@@ -96,6 +96,12 @@ def bidirectional_attention(query: torch.Tensor, key: torch.Tensor, value: torch
     """
     linear = mode == "linear" or (mode == "auto" and more_than(query.shape[1], query.shape[3] - 1))
     shared = value is key
+    if query.device.type == "cpu" and query.shape[2] > 1:
+        # Head by head: one copy, of the result, instead of one of each tensor.
+        heads = zip(query.unbind(2), key.unbind(2), value.unbind(2))
+        return torch.stack(
+            [q @ (k.transpose(1, 2) @ v) if linear else (q @ k.transpose(1, 2)) @ v for q, k, v in heads], dim=2
+        )
     query, key = _heads_first(query), _heads_first(key)
     value = key if shared else _heads_first(value)
     if linear:
