@@ -152,7 +152,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     counted = any("operations_ratio" in row for row in rows)
     heading = ["job", "model", "tokens per second (quartiles)", "ours / theirs (quartiles)"]
     heading += ["by operations", "reached of it"] * counted + ["peak memory"]
-    lines = [heading, ["---", "---", *["---:"] * (len(heading) - 2)]]
+    lines = [heading]
     for row in rows:
         low, high = row["tokens_per_second_quartiles"]
         ratio_low, ratio_high = row["speed_ratio_quartiles"]
@@ -164,4 +164,5 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             line += [f"{bound:.2f}", f"{row['speed_ratio'] / bound:.0%}"] if other and bound else ["", ""]
         line.append("-" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:,.0f} MiB")
         lines.append(line)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("| --- |", "|---|")
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|---|---|" + "---:|" * (len(heading) - 2), *body])
