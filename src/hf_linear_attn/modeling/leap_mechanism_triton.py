@@ -21,8 +21,9 @@ except ImportError as error:
 from .windowed_mean import EPS, windowed_sum
 
 CHUNK = 64
-# Windows that reach no further than this run in chunks of as many: half the registers, so twice the programs at once.
+# Windows that reach back no further than NEAR tokens run in smaller chunks: half the registers, so twice the programs at once.
 SMALL_CHUNK = 32
+NEAR = 16
 
 
 @triton.jit
@@ -441,7 +442,7 @@ class _Call:
         self.B, self.T, _, self.H, self.E = projected.shape
         bf16 = projected.dtype == torch.bfloat16
         # Products in float32 take so many registers that the smaller chunk gains nothing.
-        self.is_near = bf16 and window is not None and window - 1 <= SMALL_CHUNK
+        self.is_near = bf16 and window is not None and window - 1 <= NEAR
         self.C = SMALL_CHUNK if self.is_near else CHUNK
         self.N = triton.cdiv(self.T, self.C)
         self.grid = (self.N, self.H, self.B)
@@ -601,7 +602,7 @@ def _leap_backward(
         _backward_window_kernel[call.grid](
             call.query, *call.inputs, grad.contiguous(), grads[1] if rotated else dx, dx, grads[2] if rotated else dx,
             dq_stride, *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H, call.N,
-            *call.query_strides, *call.strides, **call.flags,
+            *call.query_strides, *call.strides, **{**call.flags, "num_warps": 4},
         )  # fmt: skip
         return grads
     carry = carry_norm = documents = total = total_norm = None
