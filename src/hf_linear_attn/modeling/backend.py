@@ -38,3 +38,8 @@ def runs_triton(tensor: torch.Tensor, obstacle: str | None) -> bool:
             raise ValueError(f"the Triton kernel cannot run this call: {obstacle}; use the backend 'auto' or 'torch'")
         return True
     return tensor.is_cuda and obstacle is None and HAS_TRITON
+
+
+def prefers_fused(tensor: torch.Tensor) -> bool:
+    """Whether a product on `tensor` takes its activation along (a CUDA library's epilogue, no Triton)."""
+    return tensor.is_cuda and _chosen != "torch"

@@ -16,9 +16,11 @@ from .configuration_danet import DanetConfig
 from .danet_context import DanetContext, build_context, works_in_slots
 from .danet_norms import build_norm
 from .dense_attention import dense_attention_scores, front_packed_dense_attention, pattern_mask
+from .dense_attention_orders import folded_attention
 from .dense_attention_state import DenseAttentionState, final_state
 from .layer_output import LayerOutput, refuse_maps_after
 from .relative_positions import apply_position_factors
+from .relu_product import relu_product
 from .token_layout import take_tokens, token_layout
 
 
@@ -34,6 +36,20 @@ def linear(inputs: int, outputs: int, std: float | None = None, bound: float | N
     else:
         nn.init.uniform_(layer.weight, -bound, bound)
     return layer
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a projection is its weight and nothing more, so that products with it may change their order.
+
+    An adapter, a quantized or sharded weight, or a hook is more.
+    """
+    plain = type(layer) is nn.Linear and layer.bias is None and type(layer.weight) is nn.Parameter
+    return plain and not has_hooks(layer)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody waits for the layer to be called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 class DenseAttention(nn.Module):
@@ -99,6 +115,9 @@ class DenseAttention(nn.Module):
                 hidden_states = hidden_states * context.keep.to(hidden_states.dtype)
         self._check_state(state, hidden_states)
         layout, in_slots = context.layout, works_in_slots(self.pattern, context.layout)
+        if not output_attentions and (folded := self.fold(hidden_states, context)) is not None:
+            hidden_states, matrix = folded
+            return LayerOutput(hidden_states @ matrix)
         if in_slots:
             hidden_states = take_tokens(hidden_states, layout.order)
         query, key, value = self._project(hidden_states, context.factors[self.pattern])  # (B, T, H, D) each
@@ -125,6 +144,23 @@ class DenseAttention(nn.Module):
             )
         scores = self._scores(query, key, layout, in_slots) if output_attentions else None
         return LayerOutput(mixed, scores, state=new_state if return_state else None)
+
+    def fold(self, hidden_states: torch.Tensor, context: DanetContext) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`(x, M)` with x M the layer's output, x (B, T, d) the input after dropout and M (B, d, d); None where that is no gain.
+
+        Global encoder layers without rotation are linear in each token once K^T V is known, so a row longer than d is
+        cheaper without queries, and what follows may join the product, too (see `DanetMLP`).
+        """
+        length, width = hidden_states.shape[1:]
+        whole = self.pattern == "g" and not self.is_causal and context.layout.segment_ids is None
+        if not whole or context.factors["g"] is not None or self.config.attention_mode != "auto":
+            return None
+        same_dtype = hidden_states.dtype == self.query_proj.weight.dtype
+        if not isinstance(length, int) or length <= width or not is_plain(self.query_proj) or not same_dtype:
+            return None
+        hidden_states = self.dropout(hidden_states)
+        key = hidden_states.unflatten(-1, (self.num_heads, -1))
+        return hidden_states, folded_attention(self.query_proj.weight, key)
 
     def _check_state(self, state, hidden_states) -> None:
         if state is None:
@@ -203,15 +239,25 @@ class DanetMLP(nn.Module):
         self.down_proj = linear(width, config.hidden_size, **initial)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, T, d) -> (B, T, d)."""
+    def forward(self, hidden_states: torch.Tensor, matrix: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, d) -> (B, T, d). With `matrix` (B, d, d), the input is `hidden_states @ matrix`."""
+        first = self.gate_up_proj if self.gated else self.up_proj
+        product = None
+        if matrix is not None:
+            # One product x (M W^T) instead of (x M) W^T: it saves 2 T d^2 operations and costs 2 d^2 f once a row.
+            if hidden_states.shape[1] > first.out_features and is_plain(first):
+                product = matrix @ first.weight.t()  # (B, d, f)
+            else:
+                hidden_states = hidden_states @ matrix
         if self.gated:
-            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+            inner = first(hidden_states) if product is None else hidden_states @ product
+            gate, up = inner.chunk(2, dim=-1)
             inner = self.dropout(F.silu(gate) * up)
+        elif is_plain(first) and not (self.training and self.dropout.p):
+            inner = relu_product(hidden_states, first.weight.t() if product is None else product)
         else:
-            inner = F.relu(
-                self.dropout(self.up_proj(hidden_states)), inplace=True
-            )  # a product needs no output for backward
+            inner = first(hidden_states) if product is None else hidden_states @ product
+            inner = F.relu(self.dropout(inner), inplace=True)  # a product needs no output for backward
         return self.dropout(self.down_proj(inner))
 
 
@@ -254,8 +300,14 @@ class DanetBlock(GradientCheckpointingLayer):
             context = build_context(
                 self.config, hidden_states, attention_mask, position_ids, segment_ids, seen, {self.pattern}
             )
+        normed = self.pre_norm(hidden_states, context.input_scales[self.pattern])
+        folded = None
+        if not (output_attentions or return_state or has_hooks(self.attention)):
+            folded = self.attention.fold(normed, context)
+        if folded is not None:
+            return self.post_norm(self.mlp(*folded), context.keep, residual=hidden_states)
         mixed = self.attention(
-            self.pre_norm(hidden_states, context.input_scales[self.pattern]),
+            normed,
             past_key_values=past_key_values,
             state=state,
             return_state=return_state,

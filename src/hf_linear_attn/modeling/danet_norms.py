@@ -12,9 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .backend import runs_triton
+
+WIDEST_KERNEL_ROW = 16384
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _obstacle(hidden_states: torch.Tensor, residual: torch.Tensor | None) -> str | None:
+    """Why the Triton kernel of MaxNorm cannot do this call, or None."""
+    if hidden_states.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {hidden_states.dtype}"
+    if residual is not None and residual.dtype != hidden_states.dtype:
+        return f"its residual must have its input's dtype, {hidden_states.dtype}, not {residual.dtype}"
+    if hidden_states.shape[-1] > WIDEST_KERNEL_ROW:
+        return f"its rows end at {WIDEST_KERNEL_ROW} features, these have {hidden_states.shape[-1]}"
+    return None
 
 
 def _finish(normed: torch.Tensor, row_scale: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
@@ -38,6 +53,12 @@ class VectorNorm(nn.Module):
             self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, hidden_states, row_scale=None, residual=None):
+        plain = self.scale is None and not self.mean
+        # torch.compile fuses a norm with its neighbours by itself.
+        if plain and not torch.compiler.is_compiling() and runs_triton(hidden_states, _obstacle(hidden_states, residual)):
+            from .danet_norms_triton import max_norm_kernel
+
+            return max_norm_kernel(hidden_states, row_scale, residual, self.eps)
         dtype = hidden_states.dtype
         if self.scale == "before":
             hidden_states = hidden_states * self.weight

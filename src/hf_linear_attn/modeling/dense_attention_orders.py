@@ -111,6 +111,19 @@ def bidirectional_attention(query: torch.Tensor, key: torch.Tensor, value: torch
     return out.transpose(1, 2)
 
 
+def folded_attention(weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """W_h^T (K_h^T K_h) of all heads beside each other, (B, d, d): x times it is bidirectional attention of q = x W^T, k = v = x.
+
+    weight (d, d), key (B, T, H, D). Queries are never made: 2 T d (D + d) operations and 2 d^2 D once, instead of
+    2 T d (2 D + d). So it pays when T > d. Products in the key's dtype, as in the other orders.
+    """
+    batch, _, heads, head_dim = key.shape
+    key = _heads_first(key)
+    memory = key.transpose(-1, -2) @ key  # (B, H, D, D)
+    folded = weight.view(heads, head_dim, -1).transpose(1, 2) @ memory  # (B, H, d, D)
+    return folded.transpose(1, 2).reshape(batch, -1, heads * head_dim)
+
+
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: int, memory: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,120 @@
+"""Triton kernels of MaxNorm with what stands around it in a DANet block, one pass forward and one backward.
+
+    out = r + y s / (max |y| + eps)         s: a number a row (scale, 0 for padding), r: the residual; both optional
+
+A program does one row. Bytes: forward reads y and r and writes out; backward reads y and the gradient and writes that of y
+(the residual's is the gradient itself). Sums and factors are float32. Equal maxima share the gradient, as `amax` does it.
+Source: DANet specification, section 2.
+"""
+
+import torch
+
+try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the GPU kernels need the package triton: pip install triton") from error
+
+
+@triton.jit
+def _forward_kernel(
+    y_ptr, scale_ptr, residual_ptr, out_ptr, eps, width,
+    WIDTH: tl.constexpr, SCALED: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    features = tl.arange(0, WIDTH)
+    inside = features < width
+    place = row * width + features
+    y = tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    factor = 1.0 / (tl.max(tl.abs(y), axis=0) + eps)
+    if SCALED:
+        factor *= tl.load(scale_ptr + row)
+    out = y * factor
+    if ADDS:
+        out += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    y_ptr, scale_ptr, grad_ptr, dy_ptr, eps, width, WIDTH: tl.constexpr, SCALED: tl.constexpr
+):  # fmt: skip
+    """dy = s g / (M + eps) - [|y| = M] sign(y) s <g, y> / (M + eps)^2, split among the entries of size M = max |y|."""
+    row = tl.program_id(0).to(tl.int64)
+    features = tl.arange(0, WIDTH)
+    inside = features < width
+    place = row * width + features
+    y = tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    size = tl.max(tl.abs(y), axis=0)
+    factor = 1.0 / (size + eps)
+    largest = inside & (tl.abs(y) == size)
+    share = tl.sum(grad * y, axis=0) * factor / tl.sum(largest.to(tl.float32), axis=0)
+    sign = tl.where(y > 0, 1.0, tl.where(y < 0, -1.0, 0.0))
+    if SCALED:
+        factor *= tl.load(scale_ptr + row)
+    dy = factor * (grad - tl.where(largest, sign * share, 0.0))
+    tl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+
+
+def _sizes(y):
+    width = y.shape[-1]
+    block = triton.next_power_of_2(width)
+    return (y.numel() // width,), width, {"WIDTH": block, "num_warps": max(1, min(16, block // 256))}
+
+
+@torch.library.custom_op("hf_linear_attn::max_norm", mutates_args=())
+def _max_norm(
+    y: torch.Tensor, row_scale: torch.Tensor | None, residual: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    grid, width, options = _sizes(y)
+    out = torch.empty_like(y)
+    _forward_kernel[grid](
+        y, y if row_scale is None else row_scale, y if residual is None else residual, out, eps, width,
+        SCALED=row_scale is not None, ADDS=residual is not None, **options,
+    )  # fmt: skip
+    return out
+
+
+@_max_norm.register_fake
+def _(y, row_scale, residual, eps):
+    return torch.empty_like(y)
+
+
+@torch.library.custom_op("hf_linear_attn::max_norm_backward", mutates_args=())
+def _max_norm_backward(
+    y: torch.Tensor, row_scale: torch.Tensor | None, grad: torch.Tensor, eps: float
+) -> torch.Tensor:
+    grid, width, options = _sizes(y)
+    dy = torch.empty_like(y)
+    _backward_kernel[grid](
+        y, y if row_scale is None else row_scale, grad.contiguous(), dy, eps, width,
+        SCALED=row_scale is not None, **options,
+    )  # fmt: skip
+    return dy
+
+
+@_max_norm_backward.register_fake
+def _(y, row_scale, grad, eps):
+    return torch.empty_like(y)
+
+
+def _save(ctx, inputs, output):
+    y, row_scale, residual, ctx.eps = inputs
+    ctx.save_for_backward(y, row_scale)
+    ctx.adds = residual is not None
+
+
+def _differentiate(ctx, grad):
+    y, row_scale = ctx.saved_tensors
+    return _max_norm_backward(y, row_scale, grad, ctx.eps), None, grad if ctx.adds else None, None
+
+
+_max_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+def max_norm_kernel(y, row_scale, residual, eps):
+    """MaxNorm of the rows of `y` (..., d), times `row_scale` (broadcast to (..., 1); no gradient), plus `residual`."""
+    if row_scale is not None:
+        row_scale = row_scale.expand(*y.shape[:-1], 1).to(torch.float32).contiguous()
+    return _max_norm(y.contiguous(), row_scale, None if residual is None else residual.contiguous(), eps)
