@@ -12,9 +12,12 @@ Sources: specification, sections 1.6 (selection), 1.7 (maps) and 3.2 (at most so
 
 import torch
 
+from .backend import runs_triton
+
 TOPK_GROUPS = ("causal_batch", "query", "head", "batch")
 CAUSAL_TOPK_GROUPS = ("causal_batch",)
 SELECTION_ROWS = 4096  # rows that are sorted together: bounds the memory of the sort's 64-bit indices
+LARGEST_KERNEL_GROUP = 8192  # cells that compete with each other in the Triton kernel
 
 
 def key_to_cell(rank: torch.Tensor, length: torch.Tensor, num_cells: int) -> torch.Tensor:
@@ -105,6 +108,14 @@ def select_cells(
     log) time; linear memory in T.
     """
     batch, heads, time, cells = probs.shape
+    if runs_triton(probs, _kernel_obstacle(probs, group, published_ties)):
+        from .sparse_attention_triton import select_largest
+
+        budget = cell_budget(length, k, heads, cells, group)  # (B, T)
+        if group == "query":  # each head by itself
+            probs = probs.flatten(0, 1)[:, None]
+            budget, keep = (None if x is None else x.repeat_interleave(heads, dim=0) for x in (budget, keep))
+        return select_largest(probs, budget, keep).view(batch, heads, time, cells)
     if keep is not None:
         probs = probs.masked_fill(~keep[:, None, :, None], -1.0)
     if group in ("batch", "head"):
@@ -125,6 +136,20 @@ def select_cells(
             blocks.append(kept.unflatten(-1, (heads, cells)).transpose(1, 2))
         selected = torch.cat(blocks, dim=2)
     return selected if keep is None else selected & keep[:, None, :, None]
+
+
+def _kernel_obstacle(probs: torch.Tensor, group: str, published_ties: bool) -> str | None:
+    """Why the Triton kernel cannot make this choice, or None."""
+    if group not in ("causal_batch", "query"):
+        return f"it chooses among the cells of one query, not of the group {group!r}"
+    if published_ties:
+        return "it leaves no ties to torch.sort"
+    if probs.dtype != torch.float32:
+        return f"it takes float32 probabilities, not {probs.dtype}"
+    size = probs.shape[-1] * (probs.shape[1] if group == "causal_batch" else 1)
+    return (
+        None if size <= LARGEST_KERNEL_GROUP else f"its groups end at {LARGEST_KERNEL_GROUP} cells, these have {size}"
+    )
 
 
 def _largest_of_group(values: torch.Tensor, budget: torch.Tensor, largest: int, published_ties: bool) -> torch.Tensor:

@@ -301,11 +301,16 @@ class DanetBlock(GradientCheckpointingLayer):
                 self.config, hidden_states, attention_mask, position_ids, segment_ids, seen, {self.pattern}
             )
         normed = self.pre_norm(hidden_states, context.input_scales[self.pattern])
-        folded = None
+        added, state = self.mix(normed, context, past_key_values, state, return_state, output_attentions)
+        hidden_states = self.post_norm(added, context.keep, residual=hidden_states)
+        return (hidden_states, state) if return_state else hidden_states
+
+    def mix(self, normed, context, past_key_values=None, state=None, return_state=False, output_attentions=False):
+        """FFN(DenseAttention(x)) of the normalised, scaled input x (B, T, d), before the norm, and the state or None."""
         if not (output_attentions or return_state or has_hooks(self.attention)):
             folded = self.attention.fold(normed, context)
-        if folded is not None:
-            return self.post_norm(self.mlp(*folded), context.keep, residual=hidden_states)
+            if folded is not None:
+                return self.mlp(*folded), None
         mixed = self.attention(
             normed,
             past_key_values=past_key_values,
@@ -314,5 +319,4 @@ class DanetBlock(GradientCheckpointingLayer):
             output_attentions=output_attentions,
             context=context,
         )
-        hidden_states = self.post_norm(self.mlp(mixed.hidden_states), context.keep, residual=hidden_states)
-        return (hidden_states, mixed.state) if return_state else hidden_states
+        return self.mlp(mixed.hidden_states), mixed.state

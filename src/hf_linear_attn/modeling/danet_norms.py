@@ -21,7 +21,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _obstacle(hidden_states: torch.Tensor, residual: torch.Tensor | None) -> str | None:
+def kernel_obstacle(hidden_states: torch.Tensor, residual: torch.Tensor | None) -> str | None:
     """Why the Triton kernel of MaxNorm cannot do this call, or None."""
     if hidden_states.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {hidden_states.dtype}"
@@ -55,7 +55,11 @@ class VectorNorm(nn.Module):
     def forward(self, hidden_states, row_scale=None, residual=None):
         plain = self.scale is None and not self.mean
         # torch.compile fuses a norm with its neighbours by itself.
-        if plain and not torch.compiler.is_compiling() and runs_triton(hidden_states, _obstacle(hidden_states, residual)):
+        if (
+            plain
+            and not torch.compiler.is_compiling()
+            and runs_triton(hidden_states, kernel_obstacle(hidden_states, residual))
+        ):
             from .danet_norms_triton import max_norm_kernel
 
             return max_norm_kernel(hidden_states, row_scale, residual, self.eps)

@@ -39,7 +39,7 @@ def _forward_kernel(
 def _backward_kernel(
     y_ptr, scale_ptr, grad_ptr, dy_ptr, eps, width, WIDTH: tl.constexpr, SCALED: tl.constexpr
 ):  # fmt: skip
-    """dy = s g / (M + eps) - [|y| = M] sign(y) s <g, y> / (M + eps)^2, split among the entries of size M = max |y|."""
+    """Dy = s g / (M + eps) - [|y| = M] sign(y) s <g, y> / (M + eps)^2, split among the entries of size M = max |y|."""
     row = tl.program_id(0).to(tl.int64)
     features = tl.arange(0, WIDTH)
     inside = features < width
@@ -55,6 +55,35 @@ def _backward_kernel(
         factor *= tl.load(scale_ptr + row)
     dy = factor * (grad - tl.where(largest, sign * share, 0.0))
     tl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _between_blocks_kernel(
+    y_ptr, stream_ptr, factor_ptr, keep_ptr, scale_ptr, normed_ptr, out_ptr, eps, next_eps, width,
+    WIDTH: tl.constexpr, LAZY_IN: tl.constexpr, LAZY_OUT: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """H += keep Norm(y), then x = scale Norm(h). A lazy stream holds x and h / x, one number a row, instead of h."""
+    row = tl.program_id(0).to(tl.int64)
+    features = tl.arange(0, WIDTH)
+    inside = features < width
+    place = row * width + features
+    y = tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    h = tl.load(stream_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if LAZY_IN:
+        h *= tl.load(factor_ptr + row)
+    share = 1.0 / (tl.max(tl.abs(y), axis=0) + eps)
+    if MASKED:
+        share *= tl.load(keep_ptr + row)
+    h += y * share
+    size = tl.max(tl.abs(h), axis=0) + next_eps
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(scale_ptr + row)
+    tl.store(normed_ptr + place, (h * (scale / size)).to(normed_ptr.dtype.element_ty), mask=inside)
+    if LAZY_OUT:
+        tl.store(out_ptr + row, size / scale)
+    else:
+        tl.store(out_ptr + place, h.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _sizes(y):
@@ -82,9 +111,7 @@ def _(y, row_scale, residual, eps):
 
 
 @torch.library.custom_op("hf_linear_attn::max_norm_backward", mutates_args=())
-def _max_norm_backward(
-    y: torch.Tensor, row_scale: torch.Tensor | None, grad: torch.Tensor, eps: float
-) -> torch.Tensor:
+def _max_norm_backward(y: torch.Tensor, row_scale: torch.Tensor | None, grad: torch.Tensor, eps: float) -> torch.Tensor:
     grid, width, options = _sizes(y)
     dy = torch.empty_like(y)
     _backward_kernel[grid](
@@ -118,3 +145,25 @@ def max_norm_kernel(y, row_scale, residual, eps):
     if row_scale is not None:
         row_scale = row_scale.expand(*y.shape[:-1], 1).to(torch.float32).contiguous()
     return _max_norm(y.contiguous(), row_scale, None if residual is None else residual.contiguous(), eps)
+
+
+def between_blocks(y, stream, factor, keep, scale, eps, next_eps, lazy):
+    """The end of one block and the beginning of the next in one pass, without gradients.
+
+        h <- h + keep Norm(y)        x = scale Norm(h)
+
+    Args:
+        y, stream: (B, T, d). `stream` is h, or with `factor` (B, T, 1) float32 an earlier x with h = x factor.
+        keep, scale: broadcast to (B, T, 1), or None for 1. A lazy result needs a scale that is never 0.
+        eps, next_eps: of the two norms.
+        lazy: return (x, h / x as a number a row) instead of (x, h): three passes over memory instead of four.
+    """
+    grid, width, options = _sizes(y)
+    normed = torch.empty_like(y)
+    out = torch.empty(*y.shape[:-1], 1, device=y.device) if lazy else torch.empty_like(y)
+    rows = [None if s is None else s.expand(*y.shape[:-1], 1).float().contiguous() for s in (keep, scale)]
+    _between_blocks_kernel[grid](
+        y.contiguous(), stream, *(y if x is None else x for x in (factor, *rows)), normed, out, eps, next_eps, width,
+        LAZY_IN=factor is not None, LAZY_OUT=lazy, MASKED=keep is not None, SCALED=scale is not None, **options,
+    )  # fmt: skip
+    return normed, out

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .dense_attention_state import accumulation_dtype
+from .gram import gram
 
 
 def _heads_first(states: torch.Tensor) -> torch.Tensor:
@@ -105,7 +106,7 @@ def bidirectional_attention(query: torch.Tensor, key: torch.Tensor, value: torch
     query, key = _heads_first(query), _heads_first(key)
     value = key if shared else _heads_first(value)
     if linear:
-        out = query @ (key.transpose(-1, -2) @ value)
+        out = query @ (gram(key) if shared else key.transpose(-1, -2) @ value)
     else:
         out = (query @ key.transpose(-1, -2)) @ value
     return out.transpose(1, 2)
@@ -119,7 +120,7 @@ def folded_attention(weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """
     batch, _, heads, head_dim = key.shape
     key = _heads_first(key)
-    memory = key.transpose(-1, -2) @ key  # (B, H, D, D)
+    memory = gram(key)  # (B, H, D, D)
     folded = weight.view(heads, head_dim, -1).transpose(1, 2) @ memory  # (B, H, d, D)
     return folded.transpose(1, 2).reshape(batch, -1, heads * head_dim)
 

@@ -30,6 +30,7 @@ from .danet_context import build_context
 from .danet_heads import DanetLMHead, DanetPooler, TiedHeadMixin, masked_lm_loss
 from .danet_norms import ScaledLayerNorm, VectorNorm, build_norm
 from .danet_softmax import DanetSoftmaxAttention, DanetSoftmaxBlock, prepare_softmax_layers
+from .danet_stream import can_stream, stream_blocks
 from .portable_checkpoint import PortableCheckpointMixin
 from .recurrent_cache import LAYER_TYPE, RecurrentCache
 from .relative_positions import sinusoidal_embeddings
@@ -166,10 +167,13 @@ class DanetModel(DanetPreTrainedModel):
             sequence.segment_ids,
             past_key_values,
         )
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, past_key_values=past_key_values, output_attentions=output_attentions, context=context
-            )
+        if not output_attentions and can_stream(self.layers, hidden_states):
+            hidden_states = stream_blocks(self.layers, hidden_states, context, past_key_values)
+        else:
+            for layer in self.layers:
+                hidden_states = layer(
+                    hidden_states, past_key_values=past_key_values, output_attentions=output_attentions, context=context
+                )
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
         return RecurrentModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)

@@ -93,7 +93,10 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     def load_tensors(self, tensors: dict[str, torch.Tensor], length: int) -> None:
         """Take over what `saved_tensors` gave after `length` columns."""
         self._store(tuple(tensors[str(i)] for i in range(len(tensors))))
-        self.cumulative_length = length
+        if isinstance(self.cumulative_length, torch.Tensor):
+            self.cumulative_length = self.cumulative_length.to(self.device).fill_(length)
+        else:
+            self.cumulative_length = length
 
     def _all_states(self) -> tuple[torch.Tensor, ...]:
         return tuple(self.recurrent_states[i] for i in range(self.number_of_states))

@@ -36,7 +36,7 @@ from .sea_estimator import (
     interpolated_identity,
 )
 from .sea_losses import TeacherTargets, attention_fidelity, attention_losses
-from .sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells, grown_average
+from .sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells, grown_average, runs_kernel
 
 BACKENDS = ("auto", "dense", "chunked")
 DENSE_KEYS = 1024  # "auto" takes the dense form up to this many keys, where it is faster and still small
@@ -346,7 +346,7 @@ class SeaAttentionCore(nn.Module):
         limit, backend = self.options.cell_limit, self.options.backend
         num_keys = layout.key_length if self.options.causal else q.shape[2]
         if backend == "auto":
-            backend = "dense" if num_keys <= DENSE_KEYS else "chunked"
+            backend = "dense" if num_keys <= DENSE_KEYS and not runs_kernel(q) else "chunked"
         kept = probs = context = None
         if backend == "chunked":
             context = chunked_sparse_attention(q, keys, values, cells, visible, scale, limit, slots)

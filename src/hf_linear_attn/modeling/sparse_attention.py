@@ -8,6 +8,7 @@ are equal. Source: specification, sections 1.7, 1.8 and 3.2.
 import torch
 import torch.nn.functional as F
 
+from .backend import runs_triton
 from .cell_maps import cell_start, key_to_cell, keys_per_cell, within_cell_limit
 from .random_features import accumulation_dtype
 
@@ -59,10 +60,21 @@ def chunked_sparse_attention(
     """Attention on the kept keys alone, (B, H, T, D): time O(kept keys x D), memory linear in T, first derivatives.
 
     The rows of all samples and heads form one list; chunks of it are expanded to (row, key) pairs, whose keys and
-    values are gathered. The backward pass expands them again instead of keeping them.
+    values are gathered. The backward pass expands them again instead of keeping them. A CUDA kernel walks through the
+    keys of each row without any list.
     """
+    if runs_kernel(q):
+        from .sparse_attention_triton import sparse_attention_kernel
+
+        return sparse_attention_kernel(q, keys, values, cells, length, scale, limit, key_slots)
     cells = cells.contiguous()
     return _ChunkedSparseAttention.apply(q, keys, values, cells, length, scale, limit, key_slots, pairs_per_chunk)
+
+
+def runs_kernel(q: torch.Tensor) -> bool:
+    """Whether attention on the kept keys of these queries runs as a Triton kernel."""
+    half_or_single = q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return runs_triton(q, None if half_or_single else f"it takes float32, bfloat16 and float16, not {q.dtype}")
 
 
 class _ChunkedSparseAttention(torch.autograd.Function):

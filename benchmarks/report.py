@@ -1,0 +1,67 @@
+"""Tables and pictures from the JSON of a suite."""
+
+import json
+from pathlib import Path
+
+
+def table(path: Path) -> str:
+    """Markdown: a row a contender, a column a length; thousand tokens a second or ms a step, and peak GiB."""
+    result = json.loads(path.read_text())
+    lengths = list(dict.fromkeys(case["length"] for case in result["cases"]))
+    lines = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    for name, found in contenders(result).items():
+        lines.append(f"| {name} | " + " | ".join(cell(found.get(n), result["unit"]) for n in lengths) + " |")
+    return "\n".join(lines)
+
+
+def contenders(result: dict) -> dict[str, dict[int, dict]]:
+    """Name -> length -> row, in the order of the run."""
+    names: dict[str, dict[int, dict]] = {}
+    for case in result["cases"]:
+        names.setdefault(case["name"], {})[case["length"]] = case
+    return names
+
+
+def cell(case: dict | None, unit: str) -> str:
+    """One figure, or why there is none."""
+    if case is None:
+        return "-"
+    if "error" in case:
+        return case["error"].split(":")[0]
+    value = case[unit]
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    memory = f" ({case['peak_gib']:.1f})" if "peak_gib" in case else ""
+    return f"{value:,.{digits}f}{memory}"
+
+
+def picture(path: Path, target: Path) -> None:
+    """Speed (with the limit of the matrix units) and peak memory against length, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    result = json.loads(path.read_text())
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    limits: dict[int, float] = {}
+    for name, found in contenders(result).items():
+        rows = [found[n] for n in sorted(found) if "error" not in found[n]]
+        limits |= {n: row["limit_ktokens_per_s"] for n, row in found.items() if "limit_ktokens_per_s" in row}
+        if rows:
+            lengths = [row["length"] for row in rows]
+            speed.plot(lengths, [row[result["unit"]] for row in rows], marker="o", label=name)
+            if all("peak_gib" in row for row in rows):
+                memory.plot(lengths, [row["peak_gib"] for row in rows], marker="o", label=name)
+    if limits and result["unit"] == "ktokens_per_s":
+        lengths = sorted(limits)
+        speed.plot(lengths, [limits[n] for n in lengths], "k--", label="matrix units at 790 TFLOP/s")
+    units = {"ktokens_per_s": "thousand tokens a second", "ms": "milliseconds"}
+    for axes, label in ((speed, units[result["unit"]]), (memory, "peak memory, GiB")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens a row", ylabel=label)
+        axes.grid(True, which="both", alpha=0.3)
+    speed.legend(fontsize=8)
+    figure.suptitle(f"{result['suite']}: {result['device']}, torch {result['torch']}, {result['date']}")
+    figure.tight_layout()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)

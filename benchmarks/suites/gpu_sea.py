@@ -1,0 +1,129 @@
+"""One attention layer between its projections: SEA (12 heads of 64, k 64, 64 cells, causal) beside dense and FlashAttention.
+
+65,536 tokens a batch (one row if it is longer), bfloat16; forward alone, and forward and backward. Dense is Transformers' eager
+attention with its T x T matrix; SEA's row holds everything that SEA adds: estimator, choice of cells and sparse attention.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.sea_attention import SeaAttentionCore, SeaOptions
+
+from ..registry import Case, Work, device, relative_error
+
+LENGTHS = (512, 2048, 8192, 32768, 65536, 262144)
+TOKENS = 65536
+HEADS, DIM, K, CELLS = 12, 64, 64, 64
+LONGEST_DENSE = 8192  # a row of it takes 12 T^2 numbers a few times over
+
+
+def about(suite: str) -> dict:
+    """Facts for the head of the JSON."""
+    return {"unit": "ktokens_per_s", "tokens_a_batch": TOKENS, "dtype": "bfloat16", "heads": HEADS, "head_dim": DIM}
+
+
+def inputs(length: int, dtype=torch.bfloat16, tokens: int | None = None, grad: bool = False):
+    """Queries (scaled, as in a causal host), keys and values (B, H, T, D)."""
+    torch.manual_seed(0)
+    shape = (max(1, (tokens or TOKENS) // length), HEADS, length, DIM)
+    made = [torch.randn(shape, device=device(), dtype=dtype) for _ in range(3)]
+    made[0] *= DIM**-0.5
+    return [x.requires_grad_(grad) for x in made]
+
+
+def core(length: int) -> SeaAttentionCore:
+    """What SEA adds to a host's layer."""
+    torch.manual_seed(0)
+    with torch.device(device()):
+        return SeaAttentionCore(SeaOptions(HEADS, DIM, True, K, CELLS, max_positions=length))
+
+
+def sea(length: int):
+    """Ours."""
+    layer = core(length).to(torch.bfloat16)
+    return lambda q, k, v: layer(q, k, v, scaling=1.0).context
+
+
+def sea_compiled(length: int):
+    """Ours, through torch.compile."""
+    layer = torch.compile(core(length).to(torch.bfloat16))
+    return lambda q, k, v: layer(q, k, v, scaling=1.0).context
+
+
+def dense(length: int):
+    """Scores, mask, softmax in float32, product, as Transformers' eager attention does it."""
+    mask = torch.full((length, length), torch.finfo(torch.bfloat16).min, device=device(), dtype=torch.bfloat16).triu(1)
+
+    def attend(q, k, v):
+        scores = q @ k.transpose(2, 3) + mask
+        return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+    return attend
+
+
+def flash(length: int):
+    """PyTorch's SDPA, which takes FlashAttention for these sizes."""
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+
+
+def make(build, length: int, training: bool) -> Work:
+    """One pass of a layer."""
+    attend, given = build(length), inputs(length, grad=training)
+
+    def step():
+        with torch.set_grad_enabled(training):
+            out = attend(*given)
+            if training:
+                for x in given:
+                    x.grad = None
+                out.float().square().mean().backward()
+
+    return Work(step, given[0].shape[0] * length)
+
+
+def check(length: int) -> tuple[float, float]:
+    """The layer in bfloat16 with kernels against float32 in plain PyTorch, both on the cells that the float32 layer chose.
+
+    Two roundings of the estimate choose different cells, so each precision attends where the exact layer would.
+    """
+    from hf_linear_attn.modeling.sparse_attention import chunked_sparse_attention
+
+    length = min(length, 8192)
+    given = inputs(length, torch.float32, tokens=length)
+    with torch.no_grad():
+        with use_backend("torch"):
+            out = core(length)(*given, scaling=1.0)
+        seen = (torch.arange(length, device=device()) + 1)[None]
+
+        def run(backend, dtype):
+            with use_backend(backend):
+                return chunked_sparse_attention(*(x.to(dtype) for x in given), out.cells, seen, 1.0, K)
+
+        exact, same = run("torch", torch.float32), run("torch", torch.bfloat16)
+        return relative_error(run("auto", torch.bfloat16), exact), 2 * relative_error(same, exact) + 1e-6
+
+
+def cases(suite: str, lengths: list[int]) -> list[Case]:
+    """All contenders at all lengths, forward first."""
+    made = []
+    for length in lengths or LENGTHS:
+        for training in (False, True):
+            what = "forward and backward" if training else "forward"
+            made.append(
+                Case(f"SEA, ours, {what}", length, partial(make, sea, length, training), partial(check, length))
+            )
+            made.append(
+                Case(
+                    f"SEA, ours, compiled, {what}",
+                    length,
+                    partial(make, sea_compiled, length, training),
+                    partial(check, length),
+                )
+            )
+            if length <= LONGEST_DENSE:
+                made.append(Case(f"dense, eager, {what}", length, partial(make, dense, length, training)))
+            made.append(Case(f"FlashAttention (SDPA), {what}", length, partial(make, flash, length, training)))
+    return made

@@ -1,0 +1,119 @@
+"""Language model bodies of 12 layers x 768 in bfloat16: forward and backward of 65,536 tokens a step (one row if it is longer).
+
+Peers: the published LEAP's formulas in plain PyTorch, GPT-2 with PyTorch's SDPA, and linear attention of flash-linear-attention
+where that is installed. GPT-2 is left out from 131,072 tokens on, the published form (which is eager LEAP's memory) as well.
+"""
+
+import importlib.util
+from functools import partial
+
+import torch
+from transformers import GPT2Config, GPT2Model
+
+from hf_linear_attn import LeapConfig, LeapModel
+from hf_linear_attn.modeling.backend import use_backend
+
+from ..published_leap import PublishedLeap
+from ..registry import Case, Work, device, relative_error
+
+LENGTHS = (1024, 16384, 131072, 1048576)
+TOKENS = 65536
+WIDTH, LAYERS, HEADS = 768, 12, 12
+TFLOPS = 790
+LONGEST_PEER = 65536
+
+
+def about(suite: str) -> dict:
+    """Facts for the head of the JSON."""
+    return {"unit": "ktokens_per_s", "tokens_a_step": TOKENS, "dtype": "bfloat16"}
+
+
+def config(length: int, layers: int = LAYERS) -> LeapConfig:
+    """LEAP with windows global, 4, 8, 16 repeated."""
+    return LeapConfig(
+        hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=HEADS, vocab_size=64,
+        max_position_embeddings=length, hidden_dropout_prob=0.0,
+    )  # fmt: skip
+
+
+def leap(length: int):
+    """Ours."""
+    return LeapModel(config(length))
+
+
+def published(length: int):
+    """The published form."""
+    return PublishedLeap(64, WIDTH, HEADS, config(length).layer_windows, length)
+
+
+def gpt2(length: int):
+    """GPT-2."""
+    drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    size = {"vocab_size": 64, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": length}
+    return GPT2Model(GPT2Config(**size, **drop, attn_implementation="sdpa", use_cache=False))
+
+
+def linear_attention(length: int):
+    """flash-linear-attention's linear attention."""
+    from fla.models import LinearAttentionConfig, LinearAttentionModel
+
+    size = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_heads": HEADS, "vocab_size": 64}
+    return LinearAttentionModel(LinearAttentionConfig(**size, intermediate_size=4 * WIDTH, use_cache=False))
+
+
+def make(build, compiled: bool, length: int) -> Work:
+    """A model on the device and one forward and backward."""
+    torch.manual_seed(0)
+    with torch.device(device()):
+        model = build(length)
+    model = model.to(torch.bfloat16).train()
+    ids = torch.randint(0, 64, (max(1, TOKENS // length), length), device=device())
+    run = torch.compile(model) if compiled else model
+    options = {} if isinstance(model, PublishedLeap) else {"use_cache": False}
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        out = run(ids, **options)
+        out = out if isinstance(out, torch.Tensor) else out.last_hidden_state
+        out.float().square().mean().backward()
+
+    return Work(step, ids.numel(), {"parameters": sum(p.numel() for p in model.parameters())})
+
+
+def check(length: int) -> tuple[float, float]:
+    """Output and a gradient of four of our layers against float32, beside plain PyTorch in bfloat16."""
+    length = min(length, 16384)
+    torch.manual_seed(0)
+    with torch.device(device()):
+        model = LeapModel(config(length, 4))
+    ids = torch.randint(0, 64, (1, length), device=device())
+
+    def run(backend, dtype):
+        typed = model.to(dtype)
+        typed.zero_grad()
+        with use_backend(backend):
+            out = typed(ids, use_cache=False).last_hidden_state
+        out.float().square()[..., ::3].mean().backward()
+        grad = typed.layers[0].attention.qfkv_proj.weight.grad.float()
+        return torch.cat([(x / x.norm()).flatten() for x in (out.detach().float(), grad)])
+
+    exact, same = run("torch", torch.float32), run("torch", torch.bfloat16)
+    return relative_error(run("auto", torch.bfloat16), exact), 2 * relative_error(same, exact) + 1e-6
+
+
+def cases(suite: str, lengths: list[int]) -> list[Case]:
+    """All contenders at all lengths."""
+    made = []
+    limit = TFLOPS * 1e9 / (3 * 24 * WIDTH**2 * LAYERS)  # q, f, k, v and the two feed-forward products
+    for length in lengths or LENGTHS:
+        for name, compiled in (("LEAP, ours, compiled", True), ("LEAP, ours", False)):
+            made.append(Case(name, length, partial(make, leap, compiled, length), partial(check, length), limit))
+        if length > LONGEST_PEER:
+            continue
+        made.append(Case("LEAP, published form, compiled", length, partial(make, published, True, length), limit=limit))
+        made.append(Case("LEAP, published form", length, partial(make, published, False, length), limit=limit))
+        made.append(Case("GPT-2, SDPA, compiled", length, partial(make, gpt2, True, length)))
+        made.append(Case("GPT-2, SDPA", length, partial(make, gpt2, False, length)))
+        if importlib.util.find_spec("fla"):
+            made.append(Case("linear attention (fla)", length, partial(make, linear_attention, False, length)))
+    return made

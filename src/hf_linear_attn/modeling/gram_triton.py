@@ -1,0 +1,67 @@
+"""X^T X of the rows of a batch as a Triton kernel: it is symmetric, so half of its tiles are computed and stored twice.
+
+The K^T V of DenseAttention with keys = values = inputs. Products in the input's dtype, sums in float32.
+"""
+
+import torch
+
+try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the GPU kernels need the package triton: pip install triton") from error
+
+TILE, STEP = 128, 64
+
+
+@triton.jit
+def _gram_kernel(x_ptr, out_ptr, T, d, TILE: tl.constexpr, STEP: tl.constexpr):
+    b, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    # Tile number i (i + 1) / 2 + j of the lower triangle -> (i, j); the root may be off by one.
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    j = tile - i * (i + 1) // 2
+    rows, columns, t = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
+    left = x_ptr + b * T * d + t[:, None] * d + rows[None, :]
+    right = x_ptr + b * T * d + t[:, None] * d + columns[None, :]
+    sums = tl.zeros((TILE, TILE), tl.float32)
+    for _ in range(0, T, STEP):
+        sums = tl.dot(tl.trans(tl.load(left)), tl.load(right), sums)
+        left += STEP * d
+        right += STEP * d
+    result = sums.to(out_ptr.dtype.element_ty)
+    out_ptr += b * d * d
+    tl.store(out_ptr + rows[:, None] * d + columns[None, :], result)
+    if i != j:
+        tl.store(out_ptr + columns[:, None] * d + rows[None, :], tl.trans(result))
+
+
+@torch.library.custom_op("hf_linear_attn::gram", mutates_args=())
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    batch, length, width = x.shape
+    out = x.new_empty(batch, width, width)
+    n = width // TILE
+    _gram_kernel[(n * (n + 1) // 2, batch)](x, out, length, width, TILE=TILE, STEP=STEP, num_warps=8, num_stages=3)
+    return out
+
+
+@_gram.register_fake
+def _(x):
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[2])
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad):
+    return ctx.saved_tensors[0] @ (grad + grad.mT)
+
+
+_gram.register_autograd(_differentiate, setup_context=_save)
+
+
+def gram_kernel(x: torch.Tensor) -> torch.Tensor:
+    """X^T X for x (B, T, d), T a multiple of 64 and d of 128: (B, d, d)."""
+    return _gram(x.contiguous())

@@ -1,0 +1,144 @@
+"""DANet's fused passes against float64: MaxNorm with scale and residual, ReLU inside a product, products folded for a row."""
+
+import pytest
+import torch
+from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_gpu, needs_kernels, poison, sizes
+
+from hf_linear_attn import DanetConfig, DanetModel
+from hf_linear_attn.modeling import modeling_danet
+from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.danet_norms import VectorNorm
+from hf_linear_attn.modeling.gram import gram
+from hf_linear_attn.modeling.relu_product import relu_product
+
+pytestmark = needs_kernels
+
+
+def normalise(backend, y, scale, residual):
+    y = y.detach().requires_grad_()
+    residual = None if residual is None else residual.detach().requires_grad_()
+    poison(2 * y.numel())
+    with use_backend(backend):
+        out = VectorNorm(y.shape[-1], 1e-3)(y, scale, residual)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+    return [out.detach(), y.grad] + ([] if residual is None else [residual.grad])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("width", sizes([16, 60], [100, 768, 1024, 5000]))
+def test_max_norm(width, with_residual, with_scale, dtype):
+    generator = torch.Generator().manual_seed(width)
+    y = torch.randn(3, 7, width, generator=generator).to(DEVICE, dtype)
+    y[0, 0] = 0  # a padded row
+    y[1, 1, :3] = y[1, 1].abs().max()  # equal maxima share the gradient
+    scale = torch.rand(3, 7, 1, generator=generator).to(DEVICE) if with_scale else None
+    if with_scale:
+        scale[0, 0] = 0
+    residual = torch.randn(3, 7, width, generator=generator).to(DEVICE, dtype) if with_residual else None
+    exact = normalise("torch", y.double(), scale, None if residual is None else residual.double())
+    names = ("output", "gradient", "residual gradient")
+    assert_as_accurate(normalise("triton", y, scale, residual), normalise("torch", y, scale, residual), exact, names)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("length", [1, 15, 500])
+def test_relu_in_the_product(length, batched, dtype):
+    generator = torch.Generator().manual_seed(length)
+    x = torch.randn(2, length, 64, generator=generator).to(DEVICE, dtype)
+    matrix = torch.randn(*((2,) if batched else ()), 64, 200, generator=generator).to(DEVICE, dtype)
+
+    def run(backend, x, matrix):
+        x, matrix = x.detach().requires_grad_(), matrix.detach().requires_grad_()
+        with use_backend(backend):
+            out = relu_product(x, matrix)
+        out.square().sum().backward()
+        return out.detach(), x.grad, matrix.grad
+
+    exact = run("torch", x.double(), matrix.double())
+    assert_as_accurate(run("auto", x, matrix), run("torch", x, matrix), exact, ("output", "gradient", "of the matrix"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ffn_type", ["relu", "swiglu"])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("length", [100, 300, 1500])
+def test_a_model_whose_products_are_folded(length, heads, ffn_type, dtype):
+    sizes = {"vocab_size": 50, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": heads}
+    config = {**sizes, "position_embedding_type": "learned", "max_position_embeddings": length, "ffn_type": ffn_type}
+    torch.manual_seed(0)
+    folded = DanetModel(DanetConfig(**config)).to(DEVICE).eval()
+    plain = DanetModel(DanetConfig(**config, attention_mode="linear")).to(DEVICE).eval()
+    plain.load_state_dict(folded.state_dict())
+    ids = torch.randint(0, 50, (2, length), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+
+    def run(model, backend, dtype):
+        model = model.to(dtype)
+        model.zero_grad()
+        with use_backend(backend):
+            out = model(ids, attention_mask=mask).last_hidden_state
+        (out.double().square() * mask[..., None]).sum().backward()
+        return out.detach() * mask[..., None], model.layers[0].mlp.down_proj.weight.grad.clone()
+
+    ours, same = run(folded, "auto", dtype), run(plain, "torch", dtype)
+    assert_as_accurate(ours, same, run(plain, "torch", torch.float64), ("output", "gradient"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("norm", ["max_norm", "fixed_max_norm"])
+def test_norms_between_blocks_in_one_pass(norm, padded, dtype, monkeypatch):
+    """Without gradients the stream runs from block to block; with them, block by block: the same hidden states."""
+    config = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "position_embedding_type": "learned"}
+    torch.manual_seed(0)
+    model = DanetModel(DanetConfig(**config, pre_norm=norm, post_norm=norm, max_position_embeddings=12)).to(DEVICE)
+    ids, mask = torch.randint(0, 50, (2, 12), device=DEVICE), None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, 3:5] = 0
+    calls = []
+    run = modeling_danet.stream_blocks
+    monkeypatch.setattr(modeling_danet, "stream_blocks", lambda *a: calls.append(1) or run(*a))
+
+    def go(dtype, backend):
+        with use_backend(backend):
+            return [model.to(dtype)(ids, attention_mask=mask).last_hidden_state]
+
+    exact, plain = go(torch.float64, "torch"), go(dtype, "torch")
+    assert not calls
+    ours = go(dtype, "triton")
+    assert calls
+    assert_as_accurate(ours, plain, exact, ("hidden states",))
+
+
+@needs_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [64, 1024, 16384])
+def test_gram(length, dtype):
+    x = torch.randn(2, 1, length, 512, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    poison(x.numel())
+    with use_backend("triton"):
+        ours = gram(x)
+    with use_backend("torch"):
+        plain, exact = gram(x), gram(x.double())
+    assert_as_accurate([ours], [plain], [exact], ("X^T X",))
+
+
+@needs_gpu
+def test_gram_gradient():
+    x = torch.randn(2, 1, 256, 512, device=DEVICE, dtype=torch.bfloat16)
+    grads = []
+    for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float64)):
+        y = x.to(dtype).requires_grad_()
+        with use_backend(backend):
+            gram(y).square().sum().backward()
+        grads.append([y.grad])
+    assert_as_accurate(*grads, ("gradient",))

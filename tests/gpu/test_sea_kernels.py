@@ -1,0 +1,89 @@
+"""Triton kernels of SEA: the same cells as the sort, and attention and gradients as accurate as plain PyTorch."""
+
+import pytest
+import torch
+from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_gpu, needs_kernels, poison, sizes
+
+from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.cell_maps import select_cells
+from hf_linear_attn.modeling.sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells
+
+pytestmark = needs_kernels
+
+
+def case(length, head=16, heads=4, groups=2, cells=16, causal=True, dtype=torch.float32, batch=2):
+    generator = torch.Generator().manual_seed(length)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
+    inputs = [draw(batch, heads, length, head), *(draw(batch, groups, length + 3, head) for _ in range(2))]
+    seen = torch.arange(length) + 1 if causal else torch.full((length,), length)
+    seen = seen.expand(batch, -1).contiguous().to(DEVICE)
+    chosen = torch.rand(batch, heads, length, cells, generator=generator).to(DEVICE) < 0.3
+    chosen[:, :, length // 2] = False  # a row that keeps nothing
+    return inputs, chosen, seen
+
+
+def attend(backend, inputs, chosen, seen, limit, slots):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    poison(4 * inputs[0].numel())
+    with use_backend(backend):
+        out = chunked_sparse_attention(*inputs, chosen, seen, 0.3, limit, slots)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+    return out.detach(), *(x.grad for x in inputs)
+
+
+def compare(inputs, chosen, seen, limit=None, slots=None):
+    exact = attend("torch", [x.double() for x in inputs], chosen, seen, limit, slots)
+    plain = attend("torch", inputs, chosen, seen, limit, slots)
+    ours = attend("triton", inputs, chosen, seen, limit, slots)
+    assert_as_accurate(ours, plain, exact, ("output", "query gradient", "key gradient", "value gradient"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", sizes([1, 2, 15], [63, 64, 65, 500, 1000]))
+def test_lengths(length, causal, dtype):
+    inputs, chosen, seen = case(length, causal=causal, dtype=dtype)
+    compare(inputs, chosen, seen, limit=4)
+
+
+@pytest.mark.parametrize("head", sizes([16], [60, 64, 100, 128]))
+@pytest.mark.parametrize("limit", [None, 3])
+def test_head_sizes_and_limits(head, limit):
+    compare(*case(20, head), limit=limit)
+
+
+def test_slots_of_a_cache():
+    inputs, chosen, seen = case(18)
+    slots = torch.stack([torch.randperm(21)[:18] for _ in range(2)]).to(DEVICE)
+    compare(inputs, chosen, seen, limit=4, slots=slots)
+
+
+@needs_gpu
+def test_long():
+    inputs, chosen, seen = case(16384, 64, heads=2, cells=64, batch=1, dtype=torch.bfloat16)
+    compare(inputs, chosen & (torch.rand_like(inputs[0][..., :1]) < 0.05), seen, limit=64)
+
+
+def test_agrees_with_the_definition():
+    inputs, chosen, seen = case(20, groups=4)
+    keys, values = (x[:, :, :20] for x in inputs[1:])
+    expected, _ = dense_sparse_attention(inputs[0], keys, values, grow_cells(chosen, seen, 20, 4), 0.3)
+    with use_backend("triton"):
+        ours = chunked_sparse_attention(inputs[0], keys, values, chosen, seen, 0.3, 4)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("group", ["causal_batch", "query"])
+@pytest.mark.parametrize("length", sizes([1, 15], [500, 3000]))
+def test_the_same_cells_as_the_sort(length, group):
+    generator = torch.Generator().manual_seed(length)
+    # Rounded, so that many entries are equal: ties go to the smaller index.
+    probs = (torch.randn(2, 3, length, 16, generator=generator) * 2).round().softmax(-1).to(DEVICE)
+    seen = (torch.arange(length) + 1).expand(2, -1).contiguous().to(DEVICE)
+    keep = (torch.rand(2, length, generator=generator) < 0.8).to(DEVICE)
+    for mask in (None, keep):
+        with use_backend("torch"):
+            expected = select_cells(probs, seen, 4, group, mask)
+        poison(probs.numel())
+        with use_backend("triton"):
+            assert torch.equal(select_cells(probs, seen, 4, group, mask), expected)
