@@ -1,7 +1,7 @@
 """Encoders of about 335M parameters: forward, or forward and backward, of bodies in bfloat16 without a head.
 
-131,072 tokens a batch (65,536 in training). Peers: the published DANet's block, and BERT-large with FlashAttention through PyTorch's
-SDPA. Every block is compiled by itself, one graph shared by all blocks of a model; ours runs uncompiled, too.
+131,072 tokens a batch (65,536 in training). Peers: the published DANet's block, and BERT-large with FlashAttention through
+PyTorch's SDPA. Every block is compiled by itself, one graph shared by all blocks of a model; ours runs uncompiled, too.
 """
 
 from functools import partial
