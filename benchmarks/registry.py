@@ -1,4 +1,4 @@
-"""Cases on an accelerator: ours beside peers in one process, each measured alone; a case that computes something wrong is refused.
+"""Cases on an accelerator: ours beside peers in one process, measured alone; a case that computes something wrong is refused.
 
 A suite is a function `cases(lengths) -> list[Case]`; SUITES names them. `run_suite` measures case after case and writes the JSON
 after each, so that a run that is cut keeps what it has. On a CPU everything runs, too (for tests); memory is then unknown.

@@ -279,7 +279,7 @@ def test_pretraining_loss_is_the_sum_of_both():
     ids = tokens(2, 5)
     labels = ids.masked_fill(torch.arange(5) > 2, -100)
     out = model(ids, labels=labels, next_sentence_label=torch.tensor([1, 0]))
-    words = torch.nn.functional.cross_entropy(out.prediction_logits[:, :3].flatten(0, 1).float(), ids[:, :3].flatten())
+    words = torch.nn.functional.cross_entropy(out.prediction_logits[:, :3].flatten(0, 1), ids[:, :3].flatten())
     pairs = torch.nn.functional.cross_entropy(out.seq_relationship_logits.float(), torch.tensor([1, 0]))
     torch.testing.assert_close(out.loss, words + pairs)
     assert model(ids, labels=torch.full_like(ids, -100)).loss == 0

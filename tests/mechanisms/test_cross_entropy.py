@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_linear_attn.modeling import cross_entropy as module
-from hf_linear_attn.modeling.cross_entropy import cross_entropy
+from hf_linear_attn.modeling.cross_entropy import cross_entropy, linear_cross_entropy
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +60,53 @@ def test_under_function_transforms_and_compile():
     torch.testing.assert_close(found, wanted)
     compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(logits, labels), logits)[0], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("count", [None, 7])
+def test_without_logits_equals_with_them(dtype, with_bias, count):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8).to(dtype).requires_grad_(), torch.randn(50, 8).to(dtype).requires_grad_()
+    bias = torch.randn(50).to(dtype).requires_grad_() if with_bias else None
+    labels = torch.randint(0, 50, (10,))
+    labels[::4] = -100
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    wanted = F.cross_entropy(F.linear(*exact), labels, reduction="sum") / (count or (labels != -100).sum())
+    loss = linear_cross_entropy(hidden, weight, bias, labels, count)
+    (3 * wanted).backward()
+    (3 * loss).backward()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(loss.double(), wanted, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip((hidden, weight, bias), exact):
+        if ours is not None:
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["leap", "fastformer", "danet"])
+def test_a_model_trains_the_same_without_logits(family):
+    extra = {"is_causal": True} if family == "danet" else {}
+    size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model(family, **size, max_position_embeddings=16, **extra)
+    model = AutoModelForCausalLM.from_config(config).double().train()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    ids, mask = torch.randint(0, 50, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    results = []
+    for fused in (False, True):
+        model.config.fused_linear_cross_entropy = fused
+        model.zero_grad()
+        output = model(input_ids=ids, attention_mask=mask, labels=ids)
+        assert (output.logits is None) == fused
+        output.loss.backward()
+        results.append([output.loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+    model.eval()
+    assert model(input_ids=ids, labels=ids).logits is not None
+    model.train().lm_head.register_forward_hook(lambda *_: None)
+    model.get_output_embeddings().register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
+        model(input_ids=ids, labels=ids)

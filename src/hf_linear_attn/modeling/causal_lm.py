@@ -11,7 +11,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from .compat import ForCausalLMLoss, can_return_tuple, keep_logits
-from .cross_entropy import IGNORED, cross_entropy
+from .cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
+from .plain_linear import is_plain
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sequence_inputs import SequenceInputs, check_token_ids, padding_mask, prepare_sequence
 from .task_heads import check_classes, check_labels
@@ -165,6 +166,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
 
         Returns:
             [`RecurrentCausalLMOutput`]: `logits` (B, T, vocab_size), `loss` with labels, `past_key_values` with `use_cache`.
+            While training with `config.fused_linear_cross_entropy` and labels, `logits` is None: they are never all there.
         """
         # Not in the signature: Trainer takes every argument there with "label" in its name for one that each batch must have,
         # and would evaluate without a loss.
@@ -178,14 +180,20 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(keep_logits(output.last_hidden_state, logits_to_keep))
+        hidden_states = keep_logits(output.last_hidden_state, logits_to_keep)
+        wants_loss = labels is not None or shift_labels is not None
+        fused = wants_loss and self.training and self.config.fused_linear_cross_entropy
+        logits = None if fused else self.lm_head(hidden_states)
         loss = None
-        if labels is not None or shift_labels is not None:
+        if wants_loss:
             if shift_labels is None:
                 shift_labels = self._shifted(
-                    logits, labels, output.last_hidden_state, attention_mask, position_ids, kwargs
+                    hidden_states, labels, output.last_hidden_state, attention_mask, position_ids, kwargs
                 )
-            loss = self._loss(logits, labels, shift_labels, kwargs.get("num_items_in_batch"))
+            count = kwargs.get("num_items_in_batch")
+            loss = (self._fused_loss if fused else self._loss)(
+                hidden_states if fused else logits, labels, shift_labels, count
+            )
         return RecurrentCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -195,12 +203,12 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             focus_weights=output.get("focus_weights"),
         )
 
-    def _shifted(self, logits, labels, hidden_states, attention_mask, position_ids, kwargs):
+    def _shifted(self, kept, labels, hidden_states, attention_mask, position_ids, kwargs):
         """The label of the next token at each place; None where that is the next column throughout."""
         meaning = (
             "one label a token, usually `input_ids` themselves; `logits_to_keep` leaves some tokens without logits"
         )
-        check_labels("labels", labels, logits.shape[:2], meaning)
+        check_labels("labels", labels, kept.shape[:2], meaning)
         documents = {name: kwargs[name] for name in ("seq_idx", "cu_seq_lens_q") if kwargs.get(name) is not None}
         if attention_mask is None and position_ids is None and not documents:
             return None
@@ -221,6 +229,33 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             return self.loss_function(
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=count, **arguments
             )
-        if shift_labels is None:
-            shift_labels = torch.nn.functional.pad(labels[:, 1:], [0, 1], value=IGNORED)
+        shift_labels = _one_place_on(labels) if shift_labels is None else shift_labels
         return cross_entropy(logits.flatten(0, 1), shift_labels.flatten().to(logits.device), count)
+
+    def _fused_loss(self, hidden_states, labels, shift_labels, count):
+        """The loss from the hidden states (B, T, d), logits a block of tokens at a time."""
+        final = self.get_output_embeddings()
+        if self.loss_function is not ForCausalLMLoss or not is_plain(final):
+            raise ValueError(
+                "`fused_linear_cross_entropy=True` reads the output matrix itself: it cannot go with a loss function of one's own "
+                f"or with output embeddings that are more than a matrix ({type(final).__name__}, adapted, quantized or "
+                "hooked); set `model.config.fused_linear_cross_entropy = False`"
+            )
+        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        check_labels(name, given, hidden_states.shape[:2], "one label a token")
+        check_classes(name, given, final.out_features)
+        shift_labels = _one_place_on(labels) if shift_labels is None else shift_labels
+        if self.lm_head is not final:
+            hidden_states = self.lm_head.features(hidden_states)
+        return linear_cross_entropy(
+            hidden_states.flatten(0, 1),
+            final.weight,
+            final.bias,
+            shift_labels.flatten().to(hidden_states.device),
+            count,
+        )
+
+
+def _one_place_on(labels: torch.Tensor) -> torch.Tensor:
+    """Labels (B, T) moved to the place that predicts them."""
+    return torch.nn.functional.pad(labels[:, 1:], [0, 1], value=IGNORED)

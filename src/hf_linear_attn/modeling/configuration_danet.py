@@ -84,6 +84,8 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
         softmax_attention_heads (`int`, *optional*), attention_bias (`bool`, defaults to `False`): of softmax layers.
         use_cache (`bool`, *optional*): whether a decoder returns its state; needs `scale_mode="fixed"`.
         tie_word_embeddings (`bool`, defaults to `True`): whether logits use the embedding matrix.
+        fused_linear_cross_entropy (`bool`, defaults to `False`): train a causal language model without ever holding all logits:
+            the loss goes through the vocabulary a block of tokens at a time, and the output has no `logits` while training.
     """
 
     model_type = "danet"
@@ -134,6 +136,7 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
     attention_bias: bool = False
     use_cache: bool | None = None
     tie_word_embeddings: bool = True
+    fused_linear_cross_entropy: bool = False
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -40,6 +40,8 @@ class FastformerConfig(DerivedLayerTypes, PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         use_cache (`bool`, defaults to `True`): whether the causal model returns its state; always `False` for the encoder.
         tie_word_embeddings (`bool`, defaults to `True`): whether logits use the embedding matrix.
+        fused_linear_cross_entropy (`bool`, defaults to `False`): train a causal language model without ever holding all logits:
+            the loss goes through the vocabulary a block of tokens at a time, and the output has no `logits` while training.
 
     The published names `n_layer`, `n_head`, `n_heads`, `n_positions`, `window_sizes` and `use_local_att` are accepted, too.
     """
@@ -74,6 +76,7 @@ class FastformerConfig(DerivedLayerTypes, PreTrainedConfig):
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = True
+    fused_linear_cross_entropy: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

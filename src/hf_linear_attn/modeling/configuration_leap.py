@@ -44,6 +44,8 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
         initializer_range (`float`, *optional*): standard deviation of the initial weights, 1/sqrt(d) if not given.
         use_cache (`bool`, defaults to `True`): whether the model returns its state.
         tie_word_embeddings (`bool`, defaults to `True`): whether logits use the embedding matrix.
+        fused_linear_cross_entropy (`bool`, defaults to `False`): train a causal language model without ever holding all logits:
+            the loss goes through the vocabulary a block of tokens at a time, and the output has no `logits` while training.
 
     The published names `n_layer`, `n_head`, `n_heads`, `n_positions`, `window_sizes` and `use_local_att` are accepted, too.
     """
@@ -78,6 +80,7 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
     initializer_range: float | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
+    fused_linear_cross_entropy: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

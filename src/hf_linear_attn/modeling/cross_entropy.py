@@ -74,5 +74,76 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
 
 def _rows(logits) -> int:
     """Rows of a block."""
-    block = BLOCK_ON_GPU if logits.is_cuda else BLOCK_ON_CPU
-    return max(1, block // logits.shape[1])
+    return _rows_of(logits.shape[1], logits.is_cuda)
+
+
+def _rows_of(vocabulary: int, is_cuda: bool) -> int:
+    return max(1, (BLOCK_ON_GPU if is_cuda else BLOCK_ON_CPU) // vocabulary)
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    count: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`cross_entropy(hidden_states @ weight.T + bias, labels, count)` without ever holding the (N, V) logits.
+
+    A block of rows at a time goes through the product, the softmax and back: the gradients are ready when the loss is, in as many
+    products as logits that are kept need, and memory for one block and the gradients. Products in the inputs' dtype, softmax and
+    the sum over blocks in at least float32. First derivatives.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(N, d)`), weight (`(V, d)`), bias (`(V,)`, *optional*).
+        labels (`torch.LongTensor` of shape `(N,)`), count: as for `cross_entropy`.
+    """
+    total = _LinearCrossEntropy.apply(hidden_states, weight, bias, labels)
+    if count is None:
+        count = (labels != IGNORED).sum()
+    elif isinstance(count, torch.Tensor):
+        count = count.to(total.device)
+    return total / count
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum over the rows; gradients are made in forward and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, labels):
+        dtype = compute_dtype(hidden_states.dtype)
+        kind = hidden_states.device.type
+        if torch.is_autocast_enabled(kind):
+            weight, bias = (None if x is None else x.to(torch.get_autocast_dtype(kind)) for x in (weight, bias))
+        hidden_states = hidden_states.to(weight.dtype)
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden_states) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None
+        total = hidden_states.new_zeros((), dtype=dtype)
+        size = _rows_of(weight.shape[0], hidden_states.is_cuda)
+        for start in range(0, hidden_states.shape[0], size):
+            rows, targets = hidden_states[start : start + size], labels[start : start + size]
+            real = targets != IGNORED
+            targets = targets.where(real, 0)[:, None]
+            logits = F.linear(rows, weight, bias).to(dtype)
+            log_partition = logits.logsumexp(-1, keepdim=True)
+            total = total + (log_partition - logits.gather(1, targets))[:, 0].where(real, 0.0).sum()
+            if not any(wanted[:3]):
+                continue
+            one = torch.ones_like(targets, dtype=dtype)
+            grad = logits.sub_(log_partition).exp_().scatter_add_(1, targets, -one).mul_(real[:, None])
+            if wanted[2]:
+                grad_bias += grad.sum(0)
+            grad = grad.to(rows.dtype)
+            if wanted[0]:
+                torch.mm(grad, weight, out=grad_hidden[start : start + size])
+            if wanted[1]:
+                grad_weight += grad.t() @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors), None

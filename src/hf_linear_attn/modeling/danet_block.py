@@ -19,6 +19,7 @@ from .dense_attention import dense_attention_scores, front_packed_dense_attentio
 from .dense_attention_orders import folded_attention
 from .dense_attention_state import DenseAttentionState, final_state
 from .layer_output import LayerOutput, refuse_maps_after
+from .plain_linear import has_hooks, is_plain
 from .relative_positions import apply_position_factors
 from .relu_product import relu_product
 from .token_layout import take_tokens, token_layout
@@ -36,20 +37,6 @@ def linear(inputs: int, outputs: int, std: float | None = None, bound: float | N
     else:
         nn.init.uniform_(layer.weight, -bound, bound)
     return layer
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a projection is its weight and nothing more, so that products with it may change their order.
-
-    An adapter, a quantized or sharded weight, or a hook is more.
-    """
-    plain = type(layer) is nn.Linear and layer.bias is None and type(layer.weight) is nn.Parameter
-    return plain and not has_hooks(layer)
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether somebody waits for the layer to be called."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 class DenseAttention(nn.Module):

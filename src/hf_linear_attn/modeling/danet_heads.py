@@ -81,7 +81,11 @@ class DanetLMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., vocab_size)."""
-        return self.decoder(self.norm(self.activation(self.dense(hidden_states))))
+        return self.decoder(self.features(hidden_states))
+
+    def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the decoder makes logits of, (..., d)."""
+        return self.norm(self.activation(self.dense(hidden_states)))
 
 
 class TiedHeadMixin:

@@ -10,8 +10,9 @@ from itertools import pairwise
 import torch
 
 from .backend import runs_triton
-from .danet_block import DanetBlock, has_hooks
+from .danet_block import DanetBlock
 from .danet_norms import VectorNorm, kernel_obstacle
+from .plain_linear import has_hooks
 
 
 def _plain_max_norm(norm) -> bool:

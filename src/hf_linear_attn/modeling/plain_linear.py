@@ -1,0 +1,16 @@
+"""Whether a layer may be replaced by the products with its weight."""
+
+from torch import nn
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a projection is its weight and nothing more, so that its matrix may be used instead of it.
+
+    An adapter, a quantized or sharded weight, or a hook is more.
+    """
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not has_hooks(layer)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody waits for the layer to be called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
