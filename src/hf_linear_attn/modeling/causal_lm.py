@@ -140,6 +140,8 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
     model: nn.Module
     lm_head: nn.Module
     loss_function: Any
+    training: bool
+    get_output_embeddings: Any
 
     @can_return_tuple
     def forward(
@@ -237,7 +239,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         final = self.get_output_embeddings()
         if self.loss_function is not ForCausalLMLoss or not is_plain(final):
             raise ValueError(
-                "`fused_linear_cross_entropy=True` reads the output matrix itself: it cannot go with a loss function of one's own "
+                "`fused_linear_cross_entropy=True` reads the output matrix itself: it cannot go with another loss function "
                 f"or with output embeddings that are more than a matrix ({type(final).__name__}, adapted, quantized or "
                 "hooked); set `model.config.fused_linear_cross_entropy = False`"
             )

@@ -21,6 +21,7 @@ PRIVATE_HOOKS = {
     "_attn_implementation": "which attention function the softmax layers of a hybrid, or a distilled teacher, use",
     "_can_compile_fullgraph": "generate() may compile the decoding step",
     "_can_record_outputs": "hidden states and attention maps are collected by hooks",
+    "_compiled_call_impl": "a block that was compiled by itself is called, not taken apart (PyTorch's)",
     "_hf_peft_config_loaded": "a model with adapters of its own saves these alone, and no code",
     "_init_weights": "first values of a module's parameters",
     "_is_stateful": "whether generate() must leave out what undoes tokens",
