@@ -14,7 +14,7 @@ configuration = archive.load("test_configuration_common")
 training = archive.load("test_training_mixin")
 
 # Variants that differ in their modules or parameters; the others differ in arithmetic alone, which these tests do not look at.
-NAMES = ("leap", "fastformer", "fastformer-encoder")
+NAMES = ("leap", "fastformer", "fastformer-encoder", "danet", "danet-encoder", "danet-swiglu")
 
 
 class Sizes:
@@ -25,6 +25,7 @@ class Sizes:
     num_hidden_layers = 2
     hidden_size = 32
     num_attention_heads = 2
+    num_choices = 4
     is_training = True
 
     def __init__(self, row: Row):
@@ -68,6 +69,14 @@ class MixinSettings(modeling.ModelTesterMixin, training.TrainingTesterMixin):
         # Our maps are built beside the means, which are never computed from a T x T matrix: no gradient goes through them.
         self.has_attentions = False
         super().test_retain_grad_hidden_states_attentions()
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        prepared = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        if return_labels and model_class.__name__.endswith("ForPreTraining"):
+            # As Transformers' own test of BERT does: the mixin knows no labels for this kind of head.
+            prepared["labels"] = torch.zeros(prepared["input_ids"].shape, dtype=torch.long)
+            prepared["next_sentence_label"] = torch.zeros(self.model_tester.batch_size, dtype=torch.long)
+        return prepared
 
     def _create_text_training_batch(self, batch_size, seq_length, vocab_size):
         batch = super()._create_text_training_batch(batch_size, seq_length, vocab_size)
