@@ -89,3 +89,11 @@ def test_the_documentation_runs():
     assert names["logits"].shape == (4, 10)
     assert names["text"].shape == (1, 30)
     assert names["y"].shape == names["o"].shape == (8, 1024, 256)
+
+
+def test_the_tests_that_the_page_names_exist():
+    folder = Path(__file__).parent
+    named = re.findall(r"`(test_\w+)`", (folder.parents[1] / "docs" / "families" / "danet.md").read_text())
+    written = "".join(file.read_text() for file in folder.glob("test_*.py"))
+    assert len(named) > 20
+    assert not [name for name in named if f"def {name}(" not in written]

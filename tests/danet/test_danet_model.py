@@ -1,5 +1,6 @@
 """The body and the encoder's heads: padding, packing, positions, scales, bounds, precision, errors."""
 
+import accelerate
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -7,6 +8,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForMultipleC
 
 from hf_linear_attn import (
     DanetBlock,
+    DanetConfig,
     DanetForCausalLM,
     DanetForMaskedLM,
     DanetForMultipleChoice,
@@ -17,6 +19,8 @@ from hf_linear_attn import (
     DanetModel,
     DenseAttention,
 )
+from hf_linear_attn.modeling import danet_block
+from hf_linear_attn.modeling.danet_presets import PRESETS
 from hf_linear_attn.modeling.dense_attention import pattern_mask
 from tests.danet.models import DECODERS, ENCODER_HEADS, ENCODERS, VOCAB, build, config, decoder, encoder, pad, tokens
 
@@ -129,6 +133,45 @@ def test_orders_agree(modes):
     torch.testing.assert_close(first, second, **TOL)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("ffn_type", ["relu", "swiglu"])
+@pytest.mark.parametrize(("length", "folds"), [(15, False), (20, True), (70, True)])
+def test_folding_products_changes_neither_values_nor_gradients(length, folds, ffn_type, heads, monkeypatch):
+    """Rows longer than d need no queries, and rows longer than the feed-forward layer is wide no attention output either."""
+    seen = []
+    fold = danet_block.DenseAttention.fold
+    monkeypatch.setattr(danet_block.DenseAttention, "fold", lambda *a: seen.append(fold(*a)) or seen[-1])
+    options = {"ffn_type": ffn_type, "intermediate_size": 24, "num_attention_heads": heads, "num_hidden_layers": 2}
+    ids, mask = pad([tokens(length), tokens(length // 2, seed=1)], "left", length)
+    found = []
+    for mode in ("auto", "linear"):
+        seen.clear()
+        model = encoder("learned g relu", attention_mode=mode, max_position_embeddings=80, **options)
+        logits = model(ids, attention_mask=mask).logits[mask.bool()]
+        logits.sin().sum().backward()
+        found.append({"logits": logits, **{name: p.grad for name, p in model.named_parameters()}})
+        assert all((folded is not None) == (folds and mode == "auto") for folded in seen)
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], **TOL)
+
+
+@pytest.mark.parametrize("layer", ["attention", "attention.query_proj", "mlp.up_proj", "mlp"])
+def test_a_hook_on_a_layer_sees_it_called_also_in_a_long_row(layer):
+    model, seen = encoder("learned g relu", max_position_embeddings=80), []
+    expected = model(tokens(1, 70)).logits
+    model.model.layers[0].get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(1))
+    torch.testing.assert_close(model(tokens(1, 70)).logits, expected, **TOL)
+    assert seen
+
+
+def test_weights_that_are_offloaded_are_fetched_in_a_long_row():
+    """Accelerate puts a `forward` of its own in each layer, and leaves no weight in it between calls."""
+    model = encoder("learned g relu", max_position_embeddings=80)
+    expected = model(tokens(1, 70)).logits
+    offloaded = accelerate.cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(offloaded(tokens(1, 70)).logits, expected, **TOL)
+
+
 def test_the_scale_cancels_for_relu_without_epsilon():
     ids = tokens(1, 10)
     options = {"maxnorm_eps": 0.0, "scale_mode": "fixed", "layer_pattern": "g"}
@@ -189,6 +232,25 @@ def test_autocast_float16_is_finite_for_relu():
     (loss * 1024).backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name, fields in PRESETS.items() if fields.get("ffn_type") != "swiglu"])
+def test_relu_presets_learn_under_float16_autocast(name):
+    """Forward and backward are finite, and no query matrix's gradient is lost to underflow, at a loss scale of 64.
+
+    (A GradScaler finds its scale by itself; 1024 is too much for the large initial weights of one of the presets.)
+    """
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "window_size": 8}
+    torch.manual_seed(0)
+    model = DanetForMaskedLM(DanetConfig.preset(name, max_position_embeddings=64, **small))
+    ids, mask = pad([tokens(40), tokens(5, seed=1)], "right", 40)
+    with torch.autocast("cpu", torch.float16):
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    (loss * 64).backward()
+    assert torch.isfinite(loss)
+    for layer in model.model.layers:
+        assert layer.attention.query_proj.weight.grad.abs().max() > 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("pooler", ["first", "mean", "max", "last"])

@@ -14,7 +14,7 @@ configuration = archive.load("test_configuration_common")
 training = archive.load("test_training_mixin")
 
 # Variants that differ in their modules or parameters; the others differ in arithmetic alone, which these tests do not look at.
-NAMES = ("leap", "fastformer", "fastformer-encoder", "danet", "danet-encoder", "danet-swiglu")
+NAMES = ("leap", "fastformer", "fastformer-encoder", "danet", "danet-encoder")
 
 
 class Sizes:
