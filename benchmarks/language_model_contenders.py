@@ -22,7 +22,7 @@ class Setting:
 
 def build(name: str, setting: Setting, vocab_size: int) -> Any:
     """A model with new weights. Its feed-forward layers are as wide as brings its parameters nearest to GPT-2's."""
-    make = MODELS[name]
+    make = (MODELS | VARIANTS)[name]
     with torch.device("meta"):  # shapes alone
         target = _count(_gpt2(setting, vocab_size, 4 * setting.hidden_size))
         small, large = (_count(make(setting, vocab_size, width)) for width in (8, 16))
@@ -75,7 +75,7 @@ def _llama(setting: Setting, vocab_size: int, width: int) -> Any:
     )
 
 
-def _averaging(family: str, setting: Setting, vocab_size: int, width: int, windows: bool = True) -> Any:
+def _averaging(family: str, setting: Setting, vocab_size: int, width: int, windows: bool = True, **fields: Any) -> Any:
     """LEAP or Fastformer: weighted running means, over windows or over everything so far."""
     import hf_linear_attn
 
@@ -93,30 +93,29 @@ def _averaging(family: str, setting: Setting, vocab_size: int, width: int, windo
             max_position_embeddings=setting.recipe.length,
             use_local_attention=windows,
             hidden_dropout_prob=0.0,
+            **fields,
         )
     )
 
 
-def _danet(setting: Setting, vocab_size: int, width: int) -> Any:
+def _danet(setting: Setting, vocab_size: int, width: int, **fields: Any) -> Any:
     """The published decoder (preset gpt-360m), scaled down: windows of half the length, and a third more layers than the
     Transformers', because a layer has one projection in place of four.
     """
     from hf_linear_attn import DanetConfig, DanetForCausalLM
 
     length = setting.recipe.length
-    return DanetForCausalLM(
-        DanetConfig.preset(
-            "gpt-360m",
-            vocab_size=vocab_size,
-            hidden_size=setting.hidden_size,
-            num_hidden_layers=round(setting.num_layers * 4 / 3),
-            intermediate_size=width,
-            window_size=length // 2,
-            scale_length=length,
-            max_position_embeddings=length,
-            chunk_size=None,
-        )
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": setting.hidden_size,
+        "num_hidden_layers": round(setting.num_layers * 4 / 3),
+        "intermediate_size": width,
+        "window_size": length // 2,
+        "scale_length": length,
+        "max_position_embeddings": length,
+        "chunk_size": None,
+    }
+    return DanetForCausalLM(DanetConfig.preset("gpt-360m", **(sizes | fields)))
 
 
 MODELS: dict[str, Callable[[Setting, int, int], Any]] = {
@@ -126,4 +125,23 @@ MODELS: dict[str, Callable[[Setting, int, int], Any]] = {
     "leap-global": partial(_averaging, "leap", windows=False),
     "fastformer": partial(_averaging, "fastformer"),
     "danet": _danet,
+}
+
+# Tried where a published claim did not hold: what the published model has, changed in one respect.
+GLUE_NORMS = {
+    "pre_norm": "scaled_max_norm",
+    "post_norm": "prescaled_max_norm",
+    "embedding_norm": "standard_ln",
+    "final_norm": "standard_ln",
+}
+VARIANTS: dict[str, Callable[[Setting, int, int], Any]] = {
+    "danet-relu": partial(_danet, ffn_type="relu"),
+    "danet-scaled-norms": partial(_danet, **GLUE_NORMS),
+    "danet-all-global": partial(_danet, layer_pattern="g"),
+    "danet-window-64": partial(_danet, window_size=64),
+    "danet-window-16": partial(_danet, window_size=16),
+    "danet-more-heads": lambda setting, *sizes: _danet(setting, *sizes, num_attention_heads=setting.num_heads),
+    "danet-large-initial-weights": partial(_danet, initializer_range=0.05),
+    "leap-rotary": partial(_averaging, "leap", position_embedding_type="rotary"),
+    "leap-exp": partial(_averaging, "leap", focus_function="exp"),
 }

@@ -38,8 +38,8 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _by_model(runs: list[dict]) -> dict[str, list[dict]]:
-    return {name: kept for name in MODELS if (kept := [run for run in runs if run["model"] == name])}
+def _by_model(runs: list[dict], models=tuple(MODELS)) -> dict[str, list[dict]]:
+    return {name: kept for name in models if (kept := [run for run in runs if run["model"] == name])}
 
 
 def _best(runs: list[dict]) -> list[dict]:

@@ -27,7 +27,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from .language_model_contenders import MODELS, Setting, build
+from .language_model_contenders import MODELS, VARIANTS, Setting, build
 from .light_training import Recipe
 
 RATES = (5e-4, 1.5e-3, 4.5e-3)
@@ -259,7 +259,7 @@ def arguments() -> argparse.Namespace:
             command.add_argument("--json", type=Path, default=default_json)
             continue
         command.add_argument("--data", type=Path, required=True, help="file written by benchmarks.corpora")
-        command.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+        command.add_argument("--models", nargs="+", choices=[*MODELS, *VARIANTS], default=list(MODELS))
         command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda)")
         command.add_argument("--tiny", action="store_true", help="a small model and twelve steps, to try it out")
         command.add_argument("--rounds", type=int, default=5, help="of `speed`")

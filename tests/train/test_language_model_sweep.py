@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from benchmarks.corpora import load_text, save_bytes
-from benchmarks.language_model_contenders import MODELS, Setting, build
+from benchmarks.language_model_contenders import MODELS, VARIANTS, Setting, build
 from benchmarks.language_models import Run, best_rate, wanted
 from benchmarks.light_training import Recipe
 
@@ -51,8 +51,8 @@ def test_bytes_are_cut_into_splits_and_come_back(tmp_path):
         load_text(tmp_path / "text.xz")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *VARIANTS])
 def test_contenders_have_as_many_parameters_as_gpt2(name):
-    setting = Setting(64, 3, 1, Recipe(length=32))
+    setting = Setting(64, 3, 2, Recipe(length=32))
     count, target = (sum(p.numel() for p in build(each, setting, 300).parameters()) for each in (name, "gpt2"))
     assert abs(count / target - 1) < 0.015
