@@ -31,10 +31,10 @@ from .language_model_contenders import MODELS, VARIANTS, Setting, build
 from .light_training import Recipe
 
 RATES = (5e-4, 1.5e-3, 4.5e-3)
-RECIPE = Recipe(length=1024, batch_size=8, schedule="cosine", warmup=0.05, weight_decay=0.1, evaluations=16)
+RECIPE = Recipe(length=1024, batch_size=8, schedule="cosine", warmup=0.05, weight_decay=0.1, evaluations=12)
 SETTINGS = {
     "speeches": Setting(320, 6, 5, replace(RECIPE, epochs=4)),
-    "docs8": Setting(320, 8, 5, replace(RECIPE, epochs=1, batch_size=16)),
+    "docs8": Setting(384, 6, 6, replace(RECIPE, epochs=1)),
 }
 TINY = Setting(32, 3, 1, replace(RECIPE, length=64, batch_size=4, epochs=1, max_steps=12, evaluations=3))
 
@@ -78,7 +78,7 @@ def best_rate(results: list[dict], seed: int) -> float:
 def sweep(options: argparse.Namespace) -> None:
     """Train all that is wanted, `--jobs` at once; after `--minutes` nothing new is started."""
     options.output.mkdir(parents=True, exist_ok=True)
-    corpus = corpus_of(options.data)
+    corpus = label_of(options)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     deadline = time.monotonic() + 60 * options.minutes
     running: dict[Any, tuple[Run, Any]] = {}
@@ -120,7 +120,7 @@ def train_one(options: argparse.Namespace, run: Run) -> None:
 
     torch.set_num_threads(options.threads)
     device = device_of(options)
-    corpus = corpus_of(options.data)
+    corpus = label_of(options)
     file = run.file(options.output, corpus)
     with file.with_suffix(".log").open("w", buffering=1) as sys.stdout:
         sys.stderr = sys.stdout
@@ -152,7 +152,7 @@ def speed(options: argparse.Namespace) -> None:
     from .language_model_speed import measure_models
 
     options.output.mkdir(parents=True, exist_ok=True)
-    setting, device, corpus = setting_of(options), device_of(options), corpus_of(options.data)
+    setting, device, corpus = setting_of(options), device_of(options), label_of(options)
     text, _ = load_text(options.data)
     file = options.output / f"{corpus}-speed.json"
     facts = {"machine": machine(device), "setting": asdict(setting), "rounds": options.rounds}
@@ -164,7 +164,8 @@ def speed(options: argparse.Namespace) -> None:
 def collect(options: argparse.Namespace) -> None:
     """All results of a folder into one file, which tables and pictures are made from."""
     found: dict[str, Any] = {}
-    for corpus in SETTINGS:
+    labels = {json.loads(file.read_text())["corpus"] for file in options.output.glob("*-seed*.json")}
+    for corpus in sorted(labels, reverse=True):
         runs = [run for runs in read_folder(options.output, corpus).values() for run in runs]
         measured = options.output / f"{corpus}-speed.json"
         if runs:
@@ -183,7 +184,8 @@ def read_folder(folder: Path, corpus: str) -> dict[str, list[dict]]:
     results: dict[str, list[dict]] = defaultdict(list)
     for file in sorted(folder.glob(f"{corpus}-*-seed*.json")):
         result = json.loads(file.read_text())
-        results[result["model"]].append(result)
+        if result["corpus"] == corpus:
+            results[result["model"]].append(result)
     return results
 
 
@@ -197,9 +199,18 @@ def corpus_of(data: Path) -> str:
     return json.loads(facts.read_text())["corpus"]
 
 
+def label_of(options: argparse.Namespace) -> str:
+    """The corpus, with the batch size where it is not the setting's own."""
+    corpus = corpus_of(options.data)
+    return f"{corpus}-batch{options.batch_size}" if options.batch_size else corpus
+
+
 def setting_of(options: argparse.Namespace) -> Setting:
-    """The corpus's setting, or the tiny one."""
-    return TINY if options.tiny else SETTINGS[corpus_of(options.data)]
+    """The corpus's setting, or the tiny one; with the batch size asked for."""
+    setting = TINY if options.tiny else SETTINGS[corpus_of(options.data)]
+    if options.batch_size:
+        return replace(setting, recipe=replace(setting.recipe, batch_size=options.batch_size))
+    return setting
 
 
 def device_of(options: argparse.Namespace) -> str:
@@ -262,6 +273,9 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--models", nargs="+", choices=[*MODELS, *VARIANTS], default=list(MODELS))
         command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda)")
         command.add_argument("--tiny", action="store_true", help="a small model and twelve steps, to try it out")
+        command.add_argument(
+            "--batch-size", type=int, help="another one: smaller batches are more steps on the same tokens"
+        )
         command.add_argument("--rounds", type=int, default=5, help="of `speed`")
         command.add_argument("--jobs", type=int, default=1, help="runs at once")
         command.add_argument("--threads", type=int, default=1, help="CPU threads of a run")

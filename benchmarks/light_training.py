@@ -6,7 +6,7 @@ clipping), and the order of the batches depends on the seed alone, so all models
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from transformers import get_scheduler
 
 from hf_linear_attn.training.tokenized_text import TokenBlocks, TokenizedText
+
+EVALUATION_BATCHES = 4  # of training, taken at once where no gradient is kept
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,18 @@ class Recipe:
     evaluations: int | None = None  # points of the curve, at equal distances; one an epoch if not given
 
 
-def train(model: torch.nn.Module, text: TokenizedText, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
-    """Train and evaluate; returns losses, perplexities, bits per byte, the curve, seconds and tokens per second."""
+def train(
+    model: torch.nn.Module,
+    text: TokenizedText,
+    recipe: Recipe,
+    seed: int,
+    device: str,
+    on_evaluation: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate; returns losses, perplexities, bits per byte, the curve, seconds and tokens per second.
+
+    `on_evaluation` is called after each point of the curve, to save the model as it is.
+    """
     blocks = {split: _on_device(text, split, recipe.length, device) for split in ("train", "validation", "test")}
     model = model.to(device)
     run = torch.compile(model) if recipe.compile else model
@@ -66,6 +78,8 @@ def train(model: torch.nn.Module, text: TokenizedText, recipe: Recipe, seed: int
         validation_loss = mean_loss(run, blocks["validation"], recipe)
         curve.append({"step": step, "training": training_loss, "validation": validation_loss, "seconds": seconds})
         print(f"step {step}/{steps}: training {training_loss:.4f}, validation {validation_loss:.4f}", flush=True)
+        if on_evaluation is not None:
+            on_evaluation()
         model.train()
         started = time.perf_counter()
     return {
@@ -95,7 +109,7 @@ def mean_loss(model, blocks: torch.Tensor, recipe: Recipe) -> float:
     """Mean loss in nats per token over all blocks."""
     model.eval()
     total = torch.zeros((), device=blocks.device)
-    for ids in blocks.split(recipe.batch_size):
+    for ids in blocks.split(EVALUATION_BATCHES * recipe.batch_size):
         with _autocast(recipe, blocks.device.type):
             total += model(input_ids=ids, labels=ids, use_cache=False).loss.float() * len(ids)
     return (total / len(blocks)).item()

@@ -9,6 +9,7 @@ The weights are kept in float16 and computed with in float32. `--max-steps 20` t
 """
 
 import argparse
+import copy
 import json
 import shutil
 from dataclasses import asdict
@@ -60,11 +61,15 @@ def train_tiny(options: argparse.Namespace) -> None:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    result = train(model, text, recipe, options.seed, device)
-    options.output.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    _compute_in_float32(options.output / "config.json")
+
+    def save() -> None:
+        """In half precision, to be computed with in single."""
+        copy.deepcopy(model).half().save_pretrained(options.output)
+        file = options.output / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+    result = train(model, text, recipe, options.seed, device, on_evaluation=save)
     report = result | {
         "family": "leap",
         "text": facts["description"],
@@ -81,13 +86,6 @@ def train_tiny(options: argparse.Namespace) -> None:
     print(f"{options.output}: {scores}")
 
 
-def _compute_in_float32(file: Path) -> None:
-    """Loading follows the type that the configuration names."""
-    config = json.loads(file.read_text())
-    config["dtype"] = "float32"
-    file.write_text(json.dumps(config, indent=2) + "\n")
-
-
 def install(folder: Path) -> None:
     """Copy what loading needs, and the report, into the package; refuse what is too large for it."""
     files = [*FILES, "training_report.json"]
@@ -97,6 +95,9 @@ def install(folder: Path) -> None:
     PACKAGED.mkdir(exist_ok=True)
     for name in files:
         shutil.copyfile(folder / name, PACKAGED / name)
+    config = json.loads((PACKAGED / "config.json").read_text())
+    config.pop("auto_map", None)  # the code is in the package
+    (PACKAGED / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"{PACKAGED}: {size:,} bytes")
 
 
@@ -105,9 +106,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("outputs/tiny/speeches.npz"))
     parser.add_argument("--output", type=Path, default=Path("outputs/tiny/leap"))
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--learning-rate", type=float, default=6e-3)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--positions", choices=("rotary", "learned"), default="rotary")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
