@@ -151,7 +151,7 @@ def pictures(results: dict[str, Any], folder: Path) -> list[Path]:
         low = min(min(_mean_curve(corpus, _best(each))[1]) for each in runs.values())
         axes[0, 0].set_ylim(low * 0.98, low * 1.5)
         if measured:
-            axes[0, 1].set(xlabel="seconds on one GPU, alone", title=f"{corpus}, against time")
+            axes[0, 1].set(xlabel="seconds, at the speed measured in turn", title=f"{corpus}, against time")
         for each in axes.flat:
             each.grid(alpha=0.3)
         axes[0, 0].legend()
