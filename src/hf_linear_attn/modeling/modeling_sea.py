@@ -28,7 +28,7 @@ from .configuration_sea import SeaConfig
 from .random_features import orthogonal_gaussian_features
 from .real_token_order import TokenLayout
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
-from .sea_attention import CLEAN_GATE_BIAS, SeaAttentionCore
+from .sea_attention import SeaAttentionCore
 from .sea_cache import SeaCacheLayer
 from .sea_host_attention import ATTENTION_NAME, Distillation, SeaCall, register_attention
 from .sea_hosts import attention_layers, find_host
@@ -251,9 +251,7 @@ def _initialize_core(core: SeaAttentionCore, config: SeaConfig) -> None:
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-    if not config.official:  # gates open: a converted model starts as sparse attention, not as a quarter of it
-        init.zeros_(core.scaler.weight)
-        init.constant_(core.scaler.bias, CLEAN_GATE_BIAS)
+    core.start_near_host()
     if hasattr(core, "position_table"):
         init.normal_(core.position_table)
     if core.random_features.device.type != "meta":

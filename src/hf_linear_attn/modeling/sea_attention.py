@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init  # leaves alone what a checkpoint has filled
 
 from .cell_maps import CAUSAL_TOPK_GROUPS, TOPK_GROUPS, select_cells
 from .kernel_attention import bidirectional_kernel_attention, causal_kernel_attention
@@ -172,13 +173,23 @@ class SeaAttentionCore(nn.Module):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """Initialise what is not a plain layer: features, position table N(0, 1), gates (open in the clean form)."""
+        """Initialise what is not a plain layer: features, position table N(0, 1); in the clean form the gates (open) and
+        the causal network's prior.
+        """
         self.redraw_features()
         if self.options.causal:
             self.position_table.normal_()
-        if not self.options.official:
-            self.scaler.weight.zero_()
-            self.scaler.bias.fill_(CLEAN_GATE_BIAS)
+        self.start_near_host()
+
+    @torch.no_grad()
+    def start_near_host(self) -> None:
+        """The clean form's start: gates open, a causal estimate that prefers the first and the near keys."""
+        if self.options.official:
+            return
+        init.zeros_(self.scaler.weight)
+        init.constant_(self.scaler.bias, CLEAN_GATE_BIAS)
+        if self.options.causal:
+            self.cnn.start_from_prior()
 
     @torch.no_grad()
     def redraw_features(self, generator: torch.Generator | None = None) -> None:

@@ -10,10 +10,12 @@ to 1.5.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init  # leaves alone what a checkpoint has filled
 
 BIDIRECTIONAL_CHANNELS, BIDIRECTIONAL_REDUCTION = 4, 2
 CAUSAL_CHANNELS, CAUSAL_REDUCTION = 2, 4
 CONV_HISTORY = 4  # rows above that a causal 3 x 3 convolution of dilation 2 reads
+PRIOR_WEIGHT = 0.25  # of what the untrained causal network says beside its prior
 
 
 def interpolated_identity(lengths: torch.Tensor, time: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -90,6 +92,19 @@ class CausalCellNetwork(nn.Module):
         self.conv2 = nn.Conv2d(wide, wide, 3, dilation=2)
         self.conv3 = nn.Conv2d(wide, num_heads, 1)
         self.norm_out = nn.LayerNorm(predictor_length)
+
+    @torch.no_grad()
+    def start_from_prior(self) -> None:
+        """Initialise the last norm so that the first estimate is what pretrained language models mostly do: attend to the
+        first token and to near ones, the less the farther (weights 1 / (1 + d) for the cell d before the last).
+
+        Without it a fresh estimate is random, and a converted model sees random keys until it has been trained for long.
+        """
+        distance = torch.arange(self.predictor_length - 1, -1, -1, dtype=torch.float32)
+        bias = -torch.log1p(distance)
+        bias[0] = 0.0
+        init.constant_(self.norm_out.weight, PRIOR_WEIGHT)
+        init.copy_(self.norm_out.bias, (bias - bias.mean()).to(self.norm_out.bias))
 
     def forward(
         self, rows: torch.Tensor, lengths: torch.Tensor, history: tuple[torch.Tensor, torch.Tensor] | None = None

