@@ -20,7 +20,7 @@ class KernelAttentionCore(nn.Module):
     redraw_features = SeaAttentionCore.redraw_features
 
     def forward(self, q, k, v, *, layout, scaling=None, key_cache=None, **_) -> SeaCoreOutput:
-        """q (N, H, T, D), k and v (N, G, T, D) -> a context (N, T, H D); nothing is compared with a teacher's layer."""
+        """Q (N, H, T, D), k and v (N, G, T, D) -> a context (N, T, H D); nothing is compared with a teacher's layer."""
         if key_cache is not None:
             raise ValueError("the baseline has no cache: call with use_cache=False")
         groups = q.shape[1] // k.shape[1]

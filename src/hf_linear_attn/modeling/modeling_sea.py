@@ -5,7 +5,6 @@ that a host's weights load unchanged. What SEA adds is called `sea` in each atte
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,20 +21,22 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .causal_lm import mask_for_generate, next_token_labels
+from .causal_lm import RecurrentForCausalLM, check_cache, mask_for_generate, next_token_labels
 from .compat import can_read_values, can_return_tuple, init
 from .configuration_sea import SeaConfig
+from .portable_checkpoint import PortableCheckpointMixin
 from .random_features import orthogonal_gaussian_features
 from .real_token_order import TokenLayout
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sea_attention import SeaAttentionCore
 from .sea_cache import SeaCacheLayer
 from .sea_host_attention import ATTENTION_NAME, Distillation, SeaCall, register_attention
-from .sea_hosts import attention_layers, find_host
-from .sequence_inputs import SequenceInputs, check_token_ids, prepare_sequence
+from .sea_hosts import attention_layers, find_host, head_size
+from .sea_inputs import check_call, check_task_labels, join_masks, pooling_real_tokens
+from .sequence_inputs import SequenceInputs, prepare_sequence
 
 
-class SeaPreTrainedModel(PreTrainedModel):
+class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     """A host with SEA cores: construction, initialisation, and the forward that prepares ranks, masks and caches."""
 
     config: SeaConfig
@@ -45,7 +46,6 @@ class SeaPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _skip_keys_device_placement = ["past_key_values", "sea_call"]
     create_masks_for_generate = staticmethod(mask_for_generate)
-    auto_class: Any = None
 
     def _build(self, config: SeaConfig, auto_class, attribute: str | None = None, **kwargs) -> None:
         """Make the host with the registered attention and put a core into each of its layers."""
@@ -124,11 +124,9 @@ class SeaPreTrainedModel(PreTrainedModel):
         **kwargs,
     ) -> tuple[ModelOutput, SequenceInputs]:
         """Prepare ranks, masks and caches, call the host, collect what the layers left."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+        check_call(self, input_ids, inputs_embeds, kwargs)
+        kwargs.pop("is_causal", None)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if input_ids is not None:
-            check_token_ids(input_ids, self.get_input_embeddings().num_embeddings, self.training)
         causal = self.config.is_causal
         cache = self._cache(past_key_values, causal, use_cache, tokens.shape[0], distillation is not None)
         past = 0 if cache is None else cache.get_seq_length()
@@ -140,7 +138,8 @@ class SeaPreTrainedModel(PreTrainedModel):
         kwargs |= {"return_dict": True, "position_ids": sequence.position_ids}
         if past == 0:  # what hosts do with the mask besides attention: warn
             kwargs["attention_mask"] = attention_mask
-        output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
+        with pooling_real_tokens(self.host_model, call.mask):
+            output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
         if causal and cache is None and "past_key_values" in output:
             output["past_key_values"] = None
         results = [call.results[i] for i in sorted(call.results)]
@@ -179,7 +178,7 @@ class SeaPreTrainedModel(PreTrainedModel):
                 "whose estimator looks over whole rows: put each document into its own row, padded, with an "
                 "`attention_mask`"
             )
-        key_mask = _join_masks(old_mask, sequence.mask, batch, past, length, device)
+        key_mask = join_masks(old_mask, sequence.mask, batch, past, length, device)
         if sequence.mask is not None:
             sequence.position_ids = sequence.position_ids.masked_fill(~sequence.mask, 0)
         self._check_length(sequence.position_ids)
@@ -204,15 +203,26 @@ class SeaPreTrainedModel(PreTrainedModel):
             raise ValueError("`past_key_values` cannot be updated under checkpointing, which runs layers twice")
         if not self.config.is_causal:
             raise ValueError("`past_key_values` needs a causal host; a bidirectional SEA model reads whole texts")
-        layers = getattr(past_key_values, "layers", [])
+        check_cache(past_key_values, self.config)
+        layers = past_key_values.layers
         if len(layers) != self.config.num_hidden_layers or not all(isinstance(x, SeaCacheLayer) for x in layers):
             raise ValueError(
                 f"`past_key_values` ({type(past_key_values).__name__} with {len(layers)} layers) does not belong to this model: "
                 "build it with `DynamicCache(config=model.config)` or `RecurrentCache(config=model.config)`"
             )
         keys = layers[0].keys
+        host = self.config.host_config
+        heads = getattr(host, "num_key_value_heads", None) or host.num_attention_heads
+        if keys is not None and (keys.shape[1], keys.shape[3]) != (heads, head_size(host)):
+            raise ValueError(
+                f"`past_key_values` holds {keys.shape[1]} key heads of size {keys.shape[3]}, this model has {heads} of "
+                f"{head_size(host)}: it comes from another model"
+            )
         if keys is not None and layers[0].slots and keys.shape[0] != batch:
-            raise ValueError(f"`past_key_values` holds {keys.shape[0]} rows, but the batch has {batch}")
+            raise ValueError(
+                f"`past_key_values` holds {keys.shape[0]} rows, but the batch has {batch}: use "
+                "`cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
+            )
         return past_key_values
 
     def _check_length(self, positions: torch.Tensor) -> None:
@@ -226,15 +236,6 @@ class SeaPreTrainedModel(PreTrainedModel):
                     f"the text has {longest} tokens, but the host has learned positions for {limit} "
                     "(`host_config.max_position_embeddings`): shorten it"
                 )
-
-
-def _join_masks(old, new, batch: int, past: int, length: int, device) -> torch.Tensor | None:
-    """(B, past + T) bool over all slots, None if nothing is padded."""
-    if old is None and new is None:
-        return None
-    old = torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old
-    new = torch.ones(batch, length, dtype=torch.bool, device=device) if new is None else new
-    return torch.cat([old, new], dim=1)
 
 
 def _initialize_core(core: SeaAttentionCore, config: SeaConfig) -> None:
@@ -317,7 +318,9 @@ class SeaModel(SeaPreTrainedModel):
 
 
 class _SeaWithLabels(SeaPreTrainedModel):
-    """The forward of the heads that take `labels`, in the host's form."""
+    """The forward of the heads that take `labels`, in the host's form: one a token, or (`labels_of`) one a text."""
+
+    labels_of = "tokens"
 
     @can_return_tuple
     def forward(
@@ -333,6 +336,9 @@ class _SeaWithLabels(SeaPreTrainedModel):
         **kwargs,
     ) -> ModelOutput:
         """Predict; arguments as for `SeaModel`, labels as the host's model for this task takes them."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        classes = self.config.vocab_size if isinstance(self, SeaForMaskedLM) else self.config.num_labels
+        check_task_labels(self.labels_of, labels, tokens, classes)
         return self._run_host(
             input_ids,
             inputs_embeds,
@@ -357,6 +363,8 @@ class SeaForMaskedLM(_SeaWithLabels):
 
 class SeaForSequenceClassification(_SeaWithLabels):
     """The host's classifier of texts with SEA."""
+
+    labels_of = "texts"
 
     def __init__(self, config: SeaConfig):
         super().__init__(config)
@@ -398,6 +406,8 @@ class SeaForQuestionAnswering(SeaPreTrainedModel):
         **kwargs,
     ) -> ModelOutput:
         """Score where an answer starts and ends; arguments as for `SeaModel`."""
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("give `start_positions` and `end_positions` together: an answer has a start and an end")
         return self._run_host(
             input_ids,
             inputs_embeds,
@@ -444,8 +454,12 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
     ) -> ModelOutput:
         """Predict each next token; arguments as for `SeaModel`.
 
-        labels (`(B, T)`, *optional*) are shifted inside; -100 is ignored, and so is padding, wherever it stands.
+        labels (`(B, T)`, *optional*) are shifted inside; -100 is ignored, and so is padding, wherever it stands. The keyword
+        `shift_labels` gives them already shifted instead.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # not in the signature, see RecurrentForCausalLM
+        if labels is not None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep):
+            raise ValueError("`labels` need all logits: leave `logits_to_keep` out, which drops some")
         output, sequence = self._run_host(
             input_ids,
             inputs_embeds,
@@ -459,13 +473,12 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        if labels is not None:
-            arguments = {"num_items_in_batch": num_items_in_batch}
-            if sequence.mask is not None:
-                arguments["shift_labels"] = next_token_labels(labels, sequence)
-            output["loss"] = self.loss_function(
-                logits=output["logits"], labels=labels, vocab_size=self.config.vocab_size, **arguments
-            )
+        if labels is not None or shift_labels is not None:
+            if shift_labels is None and sequence.mask is not None:
+                shift_labels = next_token_labels(labels, sequence)
+            # Their loss, without their forward: it is written for a body and an output matrix of our own.
+            arguments = (output["logits"], labels, shift_labels, num_items_in_batch)
+            output["loss"] = RecurrentForCausalLM._loss(self, *arguments)
         return output
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import initialization as init  # leaves alone what a checkpoint has filled
 
 from .cell_maps import CAUSAL_TOPK_GROUPS, TOPK_GROUPS, select_cells
+from .compat import init
 from .kernel_attention import bidirectional_kernel_attention, causal_kernel_attention
 from .random_features import (
     accumulation_dtype,
@@ -37,7 +37,14 @@ from .sea_estimator import (
     interpolated_identity,
 )
 from .sea_losses import TeacherTargets, attention_fidelity, attention_losses
-from .sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells, grown_average, runs_kernel
+from .sparse_attention import (
+    chunked_sparse_attention,
+    dense_sparse_attention,
+    grow_cells,
+    grown_average,
+    repeat_key_heads,
+    runs_kernel,
+)
 
 BACKENDS = ("auto", "dense", "chunked")
 DENSE_KEYS = 1024  # "auto" takes the dense form up to this many keys, where it is faster and still small
@@ -240,10 +247,9 @@ class SeaAttentionCore(nn.Module):
         scale = scaling if scaling is not None else (1.0 if causal else options.head_dim**-0.5)
         if causal:  # scores and estimator see scaled queries
             q, scale = q * scale, 1.0
-        groups = options.num_heads // k.shape[1]
         q, k, v = (layout.compact(x) for x in (q, k, v))
         keep, visible = layout.keep, layout.visible(causal)
-        k_heads, v_heads = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        k_heads, v_heads = (repeat_key_heads(x, options.num_heads) for x in (k, v))
         hidden, kernel_state = self._encode(q, k_heads, v_heads, layout, keep, state)
         logits, rows_state = self._cell_logits(hidden, layout, state)
         probs = logits.to(accumulation_dtype(logits.dtype)).softmax(dim=-1)  # (N, H, T, M)
@@ -286,8 +292,7 @@ class SeaAttentionCore(nn.Module):
         only.
         """
         q = q if scaling is None else q * scaling
-        groups = self.options.num_heads // k.shape[1]
-        q, k, v = (layout.compact(x) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+        q, k, v = (layout.compact(repeat_key_heads(x, self.options.num_heads)) for x in (q, k, v))
         hidden, kernel_state = self._encode(q, k, v, layout, layout.keep, state)
         _, rows_state = self._cell_logits(hidden, layout, state)
         _, value_sum = self._average(None, v, layout, layout.keep, state)

@@ -10,7 +10,8 @@ to 1.5.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init  # leaves alone what a checkpoint has filled
+
+from .compat import init
 
 BIDIRECTIONAL_CHANNELS, BIDIRECTIONAL_REDUCTION = 4, 2
 CAUSAL_CHANNELS, CAUSAL_REDUCTION = 2, 4
@@ -134,11 +135,15 @@ class CausalCellNetwork(nn.Module):
         The published network repeats the columns before the 1 x 1 convolution, which it gives a zero padding of 1:
         the two orders agree, because a 1 x 1 convolution acts on each column alone and on a zero column gives its bias.
         """
-        cells = self.predictor_length
-        border = self.conv3.bias.to(image.dtype)[:, None, None].expand(image.shape[0], -1, image.shape[2], 1)
-        padded = torch.cat([border, image.repeat_interleave(CAUSAL_REDUCTION, dim=-1), border], dim=-1)  # M + 2 columns
-        column = torch.arange(cells, device=image.device) * (cells + 2) // cells
-        return (padded[..., column] + padded[..., column + 1]) / 2
+        cells, reduced = self.predictor_length, image.shape[-1]
+        first = torch.arange(cells, device=image.device) * (cells + 2) // cells
+        pair = torch.stack([first, first + 1])  # the two of the M + 2 columns that a cell averages, (2, M)
+        inner = (pair >= 1) & (pair <= cells)
+        column = torch.where(inner, (pair - 1) // CAUSAL_REDUCTION, -1)
+        # One product with a constant matrix: its gradient is a product, too, and no scattered sum.
+        pooling = (column[..., None] == torch.arange(reduced, device=image.device)).to(image.dtype).sum(dim=0) / 2
+        border = (~inner).to(image.dtype).sum(dim=0) / 2  # (M,), share of the columns outside
+        return image @ pooling.T + self.conv3.bias.to(image.dtype)[:, None, None] * border
 
 
 def _zero_rows_from(image: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from .compat import ALL_ATTENTION_FUNCTIONS
 from .real_token_order import TokenLayout
 from .sea_attention import SeaAttentionCore, SeaCoreOutput, SeaState
 from .sea_losses import TeacherTargets
+from .sparse_attention import repeat_key_heads
 
 ATTENTION_NAME = "hf_linear_attn_sea"
 
@@ -145,7 +146,7 @@ def _replay(core: SeaAttentionCore, call: SeaCall, scaling, query, key, value):
 def _softmax_layer(query, key, value, call: SeaCall, causal: bool, scaling, dropout):
     """Softmax attention of a layer that keeps it, with its T x S mask only where tokens are padded or cached."""
     past, time = call.layout.past_slots, query.shape[2]
-    key, value = (x[:, :, : past + time].repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    key, value = (repeat_key_heads(x[:, :, : past + time], query.shape[1]) for x in (key, value))
     mask = None
     plain = call.key_mask is None and past == 0
     if not plain or call.output_attentions:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cell_maps import key_to_cell
 from .random_features import accumulation_dtype
-from .sparse_attention import grow_cells
+from .sparse_attention import grow_cells, repeat_key_heads
 
 BLOCK_ELEMENTS = 1 << 24  # elements of one (B, H, rows, T) block
 
@@ -54,9 +54,9 @@ class TeacherTargets:
         """Scores of the rows ``index`` (R,): (B, H, R, T), no gradient."""
         with torch.no_grad():
             if self.scores is not None:
-                return self.scores[:, :, index]
-            keys = self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
-            return self.q[:, :, index] @ keys.transpose(-1, -2) * self.scaling
+                return self.scores.index_select(2, index)
+            keys = repeat_key_heads(self.k, self.q.shape[1])
+            return self.q.index_select(2, index) @ keys.transpose(-1, -2) * self.scaling
 
 
 def attention_losses(
@@ -87,7 +87,7 @@ def attention_losses(
     for block in _blocks(rows, q.shape[0] * q.shape[1] * time):
         arguments = (q, k, scale, cell_logits, visible, keep, teacher, block, official)
         if torch.is_grad_enabled() and len(block) < time:
-            sums = checkpoint(_block_sums, *arguments, use_reentrant=False)
+            sums = checkpoint(_block_sums, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             sums = _block_sums(*arguments)
         totals = sums if totals is None else totals + sums
@@ -120,7 +120,9 @@ def _grown_log_probs(cell_logits: torch.Tensor, visible: torch.Tensor, rows: tor
     """Cell logits of some rows repeated for the keys of each cell, log softmax over the visible keys: (B, H, R, T)."""
     dtype = accumulation_dtype(cell_logits.dtype)
     cell = key_to_cell(torch.arange(time, device=rows.device), visible[:, rows, None], cell_logits.shape[-1])
-    grown = cell_logits[:, :, rows].to(dtype).gather(-1, cell[:, None].expand(-1, cell_logits.shape[1], -1, -1))
+    grown = (
+        cell_logits.index_select(2, rows).to(dtype).gather(-1, cell[:, None].expand(-1, cell_logits.shape[1], -1, -1))
+    )
     return _masked_log_softmax(grown, _visible_keys(visible, rows, time))
 
 
@@ -136,7 +138,8 @@ def _block_sums(q, k, scale, cell_logits, visible, keep, teacher, rows, official
     counted = seen & keep[:, None, rows, None]
     target = _masked_log_softmax(teacher.rows(rows).to(dtype), seen).exp()
     estimate = _grown_log_probs(cell_logits, visible, rows, time)
-    student = _masked_log_softmax(q[:, :, rows].to(dtype) @ k.to(dtype).transpose(-1, -2) * scale, seen)
+    scores = (q.index_select(2, rows).to(dtype) @ k.to(dtype).transpose(-1, -2)).to(dtype)  # autocast: half precision
+    student = _masked_log_softmax(scores * scale, seen)
     compared = seen if official else counted
     sums = []
     for log_probs in (estimate, student):

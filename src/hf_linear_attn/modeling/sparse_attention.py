@@ -30,17 +30,21 @@ def grow_cells(cells: torch.Tensor, length: torch.Tensor, num_keys: int, limit: 
     return grown & allowed[:, None]
 
 
+def repeat_key_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B, G, S, D) -> (B, H, S, D): each key head for its H / G query heads in a row."""
+    repeats = num_heads // x.shape[1]
+    return x if repeats == 1 else x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
+
+
 def dense_sparse_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition: full scores, softmax over the kept keys (B, H, T, S). Returns context and probabilities; empty
     rows give 0.
     """
-    groups = q.shape[1] // keys.shape[1]
     dtype = accumulation_dtype(q.dtype)
-    keys = keys.repeat_interleave(groups, dim=1).to(dtype)
-    values = values.repeat_interleave(groups, dim=1).to(dtype)
-    scores = q.to(dtype) @ keys.transpose(-1, -2) * scale
+    keys, values = (repeat_key_heads(x, q.shape[1]).to(dtype) for x in (keys, values))
+    scores = (q.to(dtype) @ keys.transpose(-1, -2)).to(dtype) * scale  # autocast multiplies in half precision
     probs = scores.masked_fill(~kept, torch.finfo(dtype).min / 2).softmax(dim=-1)
     probs = probs.masked_fill(~kept, 0.0)
     return (probs @ values).to(q.dtype), probs

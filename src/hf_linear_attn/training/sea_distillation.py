@@ -307,7 +307,9 @@ def prediction_divergence(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.
         ours, theirs = (x.masked_fill(mask == 0, torch.finfo(x.dtype).min / 2) for x in (ours, theirs))
     rows = max(1, BLOCK_ELEMENTS // ours.shape[-1])
     blocks = zip(ours.flatten(0, -2).split(rows), theirs.flatten(0, -2).split(rows))
-    divergence = torch.cat([checkpoint(_divergence, *block, use_reentrant=False) for block in blocks])
+    divergence = torch.cat(
+        [checkpoint(_divergence, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    )
     divergence = divergence.view(ours.shape[:-1])
     return _masked_mean(divergence, mask if divergence.dim() == 2 else None)
 

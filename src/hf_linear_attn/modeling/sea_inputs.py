@@ -1,0 +1,83 @@
+"""What a SEA model refuses before its host sees it, and what it does to the host around one call."""
+
+import inspect
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .sequence_inputs import HARMLESS_KEYWORDS, check_token_ids
+from .task_heads import check_classes, check_labels
+
+PACKING_KEYWORDS = frozenset(["seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"])
+
+
+def check_call(model, input_ids, inputs_embeds, kwargs: dict) -> None:
+    """Refuse tokens of the wrong form and keywords that neither SEA nor the host acts on.
+
+    Raises:
+        ValueError: both or none of ids and embeddings, ids outside the vocabulary, embeddings of another width, a direction
+            that the host does not have.
+        TypeError: an unknown keyword.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+    embedding = model.get_input_embeddings()
+    if input_ids is not None:
+        check_token_ids(input_ids, embedding.num_embeddings, model.training)
+    elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != embedding.embedding_dim:
+        raise ValueError(
+            f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {embedding.embedding_dim})"
+        )
+    causal, host = model.config.is_causal, model.config.host_config.model_type
+    if kwargs.get("is_causal") is not None and bool(kwargs["is_causal"]) != causal:
+        what = "each token sees only earlier ones" if causal else "it is an encoder, whose tokens see all others"
+        raise ValueError(
+            f"`is_causal={kwargs['is_causal']}` cannot be honoured by a {model.config.host_config.model_type} host: {what}"
+        )
+    known = set(inspect.signature(model.host_model.forward).parameters) | HARMLESS_KEYWORDS | PACKING_KEYWORDS
+    unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
+    if unknown:
+        raise TypeError(
+            f"unknown keyword(s) {', '.join(unknown)}: neither SEA nor its {host} host would act on "
+            "them. Padding is told by `attention_mask`"
+        )
+
+
+def check_task_labels(task: str, labels: torch.Tensor | None, tokens: torch.Tensor, num_labels: int) -> None:
+    """Refuse labels that do not fit the predictions: `task` is "tokens" (one a token) or "texts" (one, or a row, a text)."""
+    if labels is None:
+        return
+    if task == "tokens":
+        check_labels("labels", labels, tokens.shape[:2], "one label a token")
+        check_classes("labels", labels, num_labels)
+    elif labels.shape[0] != tokens.shape[0]:
+        raise ValueError(f"`labels` has {labels.shape[0]} rows, expected {tokens.shape[0]}, one for each text")
+    elif labels.dim() == 1 and not labels.is_floating_point() and num_labels > 1:
+        check_classes("labels", labels, num_labels)
+
+
+@contextmanager
+def pooling_real_tokens(host: nn.Module, mask: torch.Tensor | None):
+    """BERT's pooler reads the first column; while the context is open it gets the first real token of each row."""
+    poolers = [] if mask is None else [module for module in host.modules() if type(module).__name__ == "BertPooler"]
+
+    def first_real(module, inputs):
+        rows = torch.arange(mask.shape[0], device=mask.device)
+        return (inputs[0][rows, mask.to(torch.uint8).argmax(dim=1)][:, None],)
+
+    handles = [pooler.register_forward_pre_hook(first_real) for pooler in poolers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def join_masks(old, new, batch: int, past: int, length: int, device) -> torch.Tensor | None:
+    """(B, past + T) bool over all slots, None if nothing is padded."""
+    if old is None and new is None:
+        return None
+    old = torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old
+    new = torch.ones(batch, length, dtype=torch.bool, device=device) if new is None else new
+    return torch.cat([old, new], dim=1)
