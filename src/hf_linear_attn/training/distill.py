@@ -14,28 +14,18 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from ..conversion.linearize import linearize
 from .checkpoints import StopOnSignal, last_complete_checkpoint
+from .classification_data import describe_rows, load_classification
+from .distill_example import example_teacher
 from .distill_options import OPTIONS_FILE, DistillOptions
-from .language_modeling import TrainingInterrupted, describe_machine, stack_blocks, train_language_model
+from .language_modeling import TrainingInterrupted, describe_machine, stack_blocks
 from .measuring import peak_memory_mb
-from .options import TrainingOptions
 from .progress import TrainingProgress
 from .sea_distillation import SeaDistillationArguments, SeaDistillationTrainer, add_lora, sea_model
-from .text_data import load_files, load_speeches, require_datasets
+from .text_data import load_files, load_speeches
 from .tokenized_text import TokenBlocks, prepare_text
 
 REPORT_FILE = "distillation_report.json"
 AUTO_CLASSES = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
-EXAMPLE_TEACHER = {
-    "family": "gpt2",
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "vocab_size": 1024,
-    "steps": 400,
-    "block_length": 256,
-    "final_eval_tokens": 20_000,
-    "eval_tokens": 10_000,
-}
 
 
 def distill(options: DistillOptions) -> dict[str, Any]:
@@ -48,7 +38,7 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     folder = _prepare_folder(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    teacher_name = _example_teacher(options, folder) if options.example else options.teacher
+    teacher_name = example_teacher(options, folder) if options.example else options.teacher
     teacher = getattr(transformers, AUTO_CLASSES[options.task]).from_pretrained(teacher_name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(teacher_name)
     train, validation, collator = _data(options, tokenizer, teacher)
@@ -122,15 +112,6 @@ def evaluate(trainer: SeaDistillationTrainer, task: str) -> dict[str, float]:
     }
 
 
-def _example_teacher(options: DistillOptions, folder: Path) -> str:
-    name = str(folder / "teacher")
-    if not (folder / "teacher" / "config.json").exists():
-        print("training the teacher: a small GPT-2 on the speeches")
-        more = {"threads": options.threads, "quiet": options.quiet, "cpu": options.cpu, "seed": options.seed}
-        train_language_model(TrainingOptions(**EXAMPLE_TEACHER, output=name, overwrite=True, **more))
-    return name
-
-
 def _data(options: DistillOptions, tokenizer, teacher):
     """Training rows, validation rows, collator."""
     if options.task == "classification":
@@ -147,26 +128,22 @@ def _data(options: DistillOptions, tokenizer, teacher):
     return train, TokenBlocks(text.ids["validation"], length, options.eval_rows * length), stack_blocks
 
 
-def _classified_texts(options: DistillOptions, tokenizer, teacher):
-    datasets = require_datasets()
-    kind = "csv" if options.data[0].endswith(".csv") else "json"
-    files = {"train": options.data} | ({"validation": options.validation_data} if options.validation_data else {})
-    texts = datasets.load_dataset(kind, data_files=files)
-    if "validation" not in texts:
-        texts = texts["train"].train_test_split(test_size=0.05, seed=0)
-        texts["validation"] = texts.pop("test")
-    missing = {"text", "label"} - set(texts["train"].column_names)
-    if missing:
-        raise ValueError(f"the files lack the column(s) {sorted(missing)}; they have {texts['train'].column_names}")
-    ids = teacher.config.label2id
-    count = teacher.config.num_labels
+def _classified_texts(options, tokenizer, teacher):
+    texts = load_classification(options.data, options.validation_data)
+    print(f"texts: {describe_rows(texts)}")
+    names, ids, count = texts["train"].features["label"].names, teacher.config.label2id, teacher.config.num_labels
+    wrong = [name for name in names if name not in ids and not (name.isdigit() and int(name) < count)]
+    if wrong:
+        raise ValueError(
+            f"the label {wrong[0]!r} is neither one of the teacher's ({', '.join(map(str, ids))}) nor a number from 0 to "
+            f"{count - 1}"
+        )
+    labels = [ids[name] if name in ids else int(name) for name in names]
+    length = min(options.block_length, teacher.config.max_position_embeddings)
 
     def encode(batch):
-        labels = [ids[x] if x in ids else int(x) for x in batch["label"]]
-        if not all(0 <= label < count for label in labels):
-            raise ValueError(f"a label is outside 0 to {count - 1}, the teacher's {count} classes")
-        length = min(options.block_length, teacher.config.max_position_embeddings)
-        return tokenizer(batch["text"], truncation=True, max_length=length) | {"labels": labels}
+        encoded = tokenizer(batch["text"], truncation=True, max_length=length)
+        return encoded | {"labels": [labels[label] for label in batch["label"]]}
 
     encoded = texts.map(encode, batched=True, remove_columns=texts["train"].column_names)
     rows = min(options.eval_rows, len(encoded["validation"]))

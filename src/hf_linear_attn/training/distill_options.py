@@ -11,6 +11,20 @@ from .options import PRECISIONS, option
 
 OPTIONS_FILE = "distill_options.json"
 TASKS = ("causal-lm", "classification")
+# What `--example` takes where nothing else is said: MiniLM on topics of news, or a small language model on the speeches.
+EXAMPLES = {
+    "classification": {
+        "k": 13,
+        "predictor_length": 64,
+        "block_length": 128,
+        "steps": 40,
+        "batch_size": 16,
+        "learning_rate": 2e-5,
+        "sea_learning_rate": 3e-3,
+        "eval_rows": 212,
+    },
+    "causal-lm": {"k": 16, "predictor_length": 64, "block_length": 256, "steps": 200, "loss_rows": 64, "eval_rows": 16},
+}
 # What a resumed run may change: none of these alters the loss curve.
 FREE_ON_RESUME = {"output", "resume", "overwrite", "quiet", "threads", "keep_checkpoints", "save_every"}
 
@@ -21,7 +35,7 @@ class DistillOptions:
 
     # The models.
     teacher: str | None = option(None, "models", "folder or Hub name of the pretrained model", metavar="NAME")
-    example: bool = option(False, "models", "train a small teacher on the speeches first, then distil it", bool)
+    example: bool = option(False, "models", "fine-tune or train a small teacher first, then distil it", bool)
     task: str = option("causal-lm", "models", "what the teacher predicts", choices=TASKS)
     k: int = option(64, "models", "mean number of keys that a query attends to in a head", int)
     predictor_length: int = option(128, "models", "width of the compressed attention", int)
@@ -31,7 +45,10 @@ class DistillOptions:
 
     # The text.
     data: list[str] = option(
-        [], "text", "training files; classification: .csv or .jsonl with columns text and label", metavar="FILE"
+        [],
+        "text",
+        "training files; classification: with columns text and label, or a set: bbc, r8, spam-assassin, speeches",
+        metavar="FILE",
     )
     validation_data: list[str] = option([], "text", "validation files (default: 5%% of the text)", metavar="FILE")
     block_length: int = option(512, "text", "tokens in a row; classification: the most tokens of a text", int)
@@ -74,16 +91,27 @@ class DistillOptions:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
         if (self.teacher is None) == (not self.example):
             raise ValueError("give either teacher, a pretrained model, or example, which trains a small one")
-        if self.example and (self.task != "causal-lm" or self.data):
-            raise ValueError("example is a language model on the speeches: leave task and data out")
+        if self.example and self.task == "causal-lm" and self.data:
+            raise ValueError("the example of a language model learns the speeches: leave data out")
         if self.task == "classification" and not self.data:
-            raise ValueError("classification needs data, files with the columns text and label")
+            raise ValueError("classification needs data: files with the columns text and label, or the name of a set")
         if self.resume and self.overwrite:
             raise ValueError("resume continues the run that overwrite would delete: give one of the two")
 
     def save(self, folder: Path) -> None:
         """Write the options beside the run."""
         (folder / OPTIONS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def from_arguments(cls, given: dict[str, Any]) -> "DistillOptions":
+        """Options from those given; `example` brings its own defaults, of MiniLM where that is installed."""
+        if given.get("example"):
+            from .distill_example import example_set, minilm_folder
+
+            task = given.get("task") or ("classification" if minilm_folder() else "causal-lm")
+            data = {"data": [example_set()]} if task == "classification" else {}
+            given = {**EXAMPLES.get(task, {}), **data, "task": task, **given}
+        return cls(**given)
 
     @classmethod
     def for_resume(cls, given: dict[str, Any]) -> "DistillOptions":
