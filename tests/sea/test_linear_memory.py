@@ -12,17 +12,21 @@ from .layers import make_core, make_inputs
 
 
 class LargestTensors(TorchDispatchMode):
-    """Records the largest tensor made by any operation, and the shapes with two axes of at least `side`."""
+    """Records the largest tensor of any operation (`made`: views left out), and shapes with two axes of at least `side`."""
 
     def __init__(self, side: int):
         super().__init__()
-        self.side, self.largest, self.square = side, 0, []
+        self.side, self.largest, self.made, self.square = side, 0, 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
                 self.largest = max(self.largest, x.numel())
+                if x._base is None and not any(
+                    isinstance(a, torch.Tensor) and a.data_ptr() == x.data_ptr() for a in args
+                ):
+                    self.made = max(self.made, x.numel())
                 if sum(s >= self.side for s in x.shape) > 1:
                     self.square.append((func, tuple(x.shape)))
         return out

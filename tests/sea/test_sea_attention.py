@@ -200,6 +200,20 @@ def test_a_fresh_layer_starts_close_to_sparse_attention():
         assert (context - softmax).abs().mean() < 0.05 * softmax.abs().mean()
 
 
+def test_a_fresh_causal_layer_keeps_the_first_and_the_near_keys():
+    torch.manual_seed(0)
+    core = SeaAttentionCore(SeaOptions(2, 8, True, k=6, predictor_length=16))
+    output = core(*make_inputs(1, 2, 48, head_dim=8), output_attentions=True)
+    kept = output.kept[0, :, 32:].float()  # (H, R, S)
+    near = torch.stack([kept[:, r, r + 32 - 2 : r + 33].mean() for r in range(16)]).mean()
+    far = torch.stack([kept[:, r, 8 : r + 32 - 16].mean() for r in range(16)]).mean()
+    assert kept[:, :, 0].mean() > 0.9
+    assert near > 0.9
+    assert far < 0.1
+    official = SeaAttentionCore(SeaOptions(2, 8, True, k=6, predictor_length=16, official=True))
+    assert (official.cnn.norm_out.bias == 0).all()
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_training_steps_are_finite(causal, dtype):

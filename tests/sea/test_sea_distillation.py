@@ -5,6 +5,7 @@ import torch
 
 from hf_linear_attn.conversion import linearize
 from hf_linear_attn.modeling.sea_losses import TeacherTargets
+from hf_linear_attn.training import sea_distillation
 from hf_linear_attn.training.sea_distillation import (
     SeaDistillationArguments,
     SeaDistillationTrainer,
@@ -14,6 +15,7 @@ from hf_linear_attn.training.sea_distillation import (
 )
 
 from .hosts import make_ids, make_student, make_teacher
+from .test_linear_memory import LargestTensors
 
 TASKS = {"bert": "AutoModelForSequenceClassification", "llama": "AutoModelForCausalLM", "gpt2": None, "opt": None}
 
@@ -210,6 +212,22 @@ def test_divergence_counts_real_tokens_only():
     expected = sum((y.softmax(-1) * (y.log_softmax(-1) - x.log_softmax(-1))).sum() for x, y in rows) / 8
     torch.testing.assert_close(prediction_divergence(ours, theirs, mask), expected)
     torch.testing.assert_close(prediction_divergence(ours[:, 0], theirs[:, 0], mask[:, :3]) > 0, torch.tensor(True))
+
+
+def test_a_large_vocabulary_is_compared_in_blocks(monkeypatch):
+    """Values and gradients do not depend on the blocks; beside the gradient, no tensor is as large as the predictions."""
+    theirs, results, made = torch.randn(2, 30, 50), [], []
+    for elements in (1 << 24, 4 * 50):
+        monkeypatch.setattr(sea_distillation, "BLOCK_ELEMENTS", elements)
+        ours = torch.randn(2, 30, 50, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        with LargestTensors(10**9) as seen:
+            loss = prediction_divergence(ours, theirs, None)
+        made.append(seen.made)
+        loss.backward()
+        results.append((loss.detach(), ours.grad))
+    torch.testing.assert_close(results[0], results[1])
+    assert made[0] >= theirs.numel()
+    assert made[1] <= 4 * 50
 
 
 @pytest.mark.parametrize(

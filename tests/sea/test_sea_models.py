@@ -253,6 +253,10 @@ def test_configurations_that_cannot_work_are_refused(options, message):
 
 def test_inputs_that_cannot_work_are_refused():
     student, ids = make_student("gpt2"), make_ids()
+    with pytest.raises(TypeError, match="atention_mask"):
+        student(ids, atention_mask=torch.ones(2, 20))
+    with pytest.raises(ValueError, match="is_causal=False"):
+        student(ids, is_causal=False)
     with pytest.raises(ValueError, match="exactly one of"):
         student(ids, inputs_embeds=torch.zeros(2, 20, 16))
     with pytest.raises(ValueError, match="attention_mask"):

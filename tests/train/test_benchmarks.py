@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import cpu_speed, measure, paper_wikitext, suites
+from benchmarks import compact_weights, cpu_speed, measure, paper_wikitext, suites
+from benchmarks.kernel_attention_student import keep_kernel_attention_alone
 from benchmarks.light_training import Recipe, mean_loss, train
 from benchmarks.published_leap import PublishedLeap
 from benchmarks.suites import danet
-from hf_linear_attn.conversion import from_published
+from hf_linear_attn.conversion import from_published, linearize
 from hf_linear_attn.training.tokenized_text import TokenizedText
 
 TINY = suites.Settings(hidden_size=32, num_layers=2, num_heads=1, vocab_size=50, lengths=(12,))
@@ -180,3 +182,42 @@ def test_mean_loss_weighs_a_short_last_batch_by_its_rows():
 
     blocks = torch.arange(5).repeat_interleave(4).view(5, 4)
     assert mean_loss(First(), blocks, Recipe(batch_size=2, precision="float32")) == pytest.approx(2.0)
+
+
+def test_packed_weights_come_back_close_with_their_vocabulary(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=0.1,
+        )
+    ).eval()  # fmt: skip
+    ids = np.array([[5, 9, 30, 7, 5, 22]])
+    kept = compact_weights.used_tokens(ids, always=(1, 2))
+    assert kept.tolist() == [1, 2, 5, 7, 9, 22, 30]
+    few = torch.from_numpy(compact_weights.renumber(ids, kept).astype(np.int64))
+    wanted = model(torch.from_numpy(ids)).logits[..., torch.from_numpy(kept)]
+    sizes = compact_weights.input_sizes(model, torch.from_numpy(ids))
+    assert "model.layers.0.mlp.down_proj.weight" in sizes
+    errors = []
+    for step, used in ((0.02, None), (0.02, sizes), (0.4, sizes)):
+        compact_weights.pack(model, kept, tmp_path / "weights.npz", step, step, used)
+        back = compact_weights.unpack(tmp_path / "weights.npz", AutoModelForCausalLM).eval()
+        assert back.lm_head.weight is back.model.embed_tokens.weight
+        assert (back.config.bos_token_id, back.config.eos_token_id) == (0, 1)
+        errors.append(float((back(few).logits - wanted).norm() / wanted.norm()))
+    assert max(errors[:2]) < 0.05 < errors[2] < 0.9
+
+
+def test_kernel_attention_student_is_kernel_attention():
+    teacher = LlamaForCausalLM(
+        LlamaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    ).eval()
+    student = keep_kernel_attention_alone(linearize(teacher, "sea", k=4, predictor_length=16)).eval()
+    assert student.sea_layers()[0].__class__.__name__ == "KernelAttentionCore"
+    ids = torch.randint(3, 40, (2, 9))
+    logits = student(ids, use_cache=False).logits
+    changed = ids.clone()
+    changed[:, 5:] = 3
+    torch.testing.assert_close(student(changed, use_cache=False).logits[:, :5], logits[:, :5])
+    assert not torch.allclose(logits, teacher(ids).logits, atol=1e-3)

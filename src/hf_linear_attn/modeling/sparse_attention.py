@@ -24,7 +24,7 @@ def grow_cells(cells: torch.Tensor, length: torch.Tensor, num_keys: int, limit: 
     rank = torch.arange(num_keys, device=cells.device)
     cell = key_to_cell(rank, length[..., None], num_cells)  # (B, T, S)
     allowed = rank < length[..., None]
-    if limit is not None:
+    if limit is not None and limit < -(-num_keys // num_cells):  # else no cell is wide enough to be limited
         allowed = allowed & within_cell_limit(rank, cell, length[..., None], num_cells, limit)
     grown = cells.gather(-1, cell[:, None].expand(-1, cells.shape[1], -1, -1))
     return grown & allowed[:, None]
