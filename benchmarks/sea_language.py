@@ -22,7 +22,8 @@ import importlib.util
 import json
 import math
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_linear_attn.conversion import linearize
+from hf_linear_attn.modeling.backend import use_backend
 from hf_linear_attn.training.sea_distillation import SeaDistillationArguments, SeaDistillationTrainer
 from hf_linear_attn.training.tokenized_text import TokenizedText
 
@@ -92,10 +94,7 @@ def student(options: argparse.Namespace) -> None:
     text = TokenizedText.load(options.data / "tokens.npz")
     model = AutoModelForCausalLM.from_pretrained(options.output / "teacher", dtype=torch.float32)
     set_seed(options.seed)
-    made = linearize(
-        model, "sea", k=options.k, predictor_length=options.predictor_length, max_positions=options.length,
-        backend=options.backend,
-    )  # fmt: skip
+    made = linearize(model, "sea", k=options.k, predictor_length=options.predictor_length, max_positions=options.length)
     if options.kind == "kernel":
         keep_kernel_attention_alone(made)
     arguments = SeaDistillationArguments(
@@ -108,7 +107,6 @@ def student(options: argparse.Namespace) -> None:
         **_common(options),
     )
     trainer = SeaDistillationTrainer(made, model, arguments, **_rows(text, options))
-    before = perplexity(trainer, text, options, rows=16)
     name = options.name or (f"sea-k{options.k}-m{options.predictor_length}" if options.kind == "sea" else "kernel")
     progress = Progress(options.output / f"{name}-progress.json")
     trainer.add_callback(progress)
@@ -116,8 +114,14 @@ def student(options: argparse.Namespace) -> None:
         profile(trainer, options.output / f"{name}-profile.txt")
     if options.seconds:
         keep_to_budget(trainer, options)
-    seconds = _timed(trainer)
-    result = {"kind": options.kind, "before": before, **perplexity(trainer, text, options), "seconds": seconds}
+    form, forms = "", {}
+    if options.kind == "sea":
+        form, forms = choose_form(trainer, made) if options.form == "faster" else (options.form, {})
+    with running_as(made, form):
+        before = perplexity(trainer, text, options, rows=16)
+        seconds = _timed(trainer)
+        result = {"kind": options.kind, "form": form, "forms": forms, "before": before}
+        result |= {**perplexity(trainer, text, options), "seconds": seconds}
     result["steps"] = trainer.state.global_step
     if torch.cuda.is_available():
         result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -146,6 +150,46 @@ def keep_to_budget(trainer: Trainer, options: argparse.Namespace) -> None:
     trainer.add_callback(Stop())
 
 
+@contextmanager
+def running_as(model, form: str):
+    """Let the SEA layers compute as "dense" (T x T in plain PyTorch) or with "kernels" (linear memory, Triton)."""
+    if not form:
+        yield
+        return
+    for core in model.sea_layers().values():
+        core.options = replace(core.options, backend="dense" if form == "dense" else "chunked")
+    with use_backend("torch" if form == "dense" else "auto"):
+        yield
+
+
+def choose_form(trainer: SeaDistillationTrainer, model) -> tuple[str, dict]:
+    """The faster form of a training step, and what each gave: kernels count only where loss and gradients agree."""
+    model.to(trainer.args.device).train()
+    batch, found = next(iter(trainer.get_train_dataloader())), {}
+    for form in ("dense", "kernels") if torch.cuda.is_available() else ("dense",):
+        try:
+            with running_as(model, form):
+                for _ in range(3):
+                    model.zero_grad()
+                    started = time.perf_counter()
+                    with trainer.accelerator.autocast():
+                        loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
+                    loss.backward()
+                    norms = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
+                    found[form] = {"loss": loss.item(), "gradient": torch.stack(norms).norm().item()}
+                    found[form]["seconds"] = time.perf_counter() - started
+        except Exception as error:  # a kernel that does not compile here is a result, too
+            found[form] = {"error": f"{type(error).__name__}: {error}"[:500]}
+    model.zero_grad()
+    trainer._terms.clear()
+    print(json.dumps(found), flush=True)
+    dense, kernels = found["dense"], found.get("kernels", {"error": "no GPU"})
+    agree = "error" not in kernels and all(
+        abs(kernels[name] - dense[name]) < 0.05 * abs(dense[name]) for name in ("loss", "gradient")
+    )
+    return ("kernels" if agree and kernels["seconds"] < dense["seconds"] else "dense"), found
+
+
 def profile(trainer: SeaDistillationTrainer, file: Path) -> None:
     """Where the time of a forward and backward pass goes, as a table."""
     trainer.model.to(trainer.args.device).train()
@@ -160,6 +204,7 @@ def profile(trainer: SeaDistillationTrainer, file: Path) -> None:
             trainer.model.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+    trainer._terms.clear()
     by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(recorded.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=60))
@@ -269,13 +314,13 @@ def main() -> None:
     each.add_argument("--name")
     each.add_argument("--k", type=int, default=64)
     each.add_argument("--predictor-length", type=int, default=128)
-    each.add_argument("--backend", default="dense")
     each.add_argument("--sea-learning-rate", type=float, default=3e-3)
     each.add_argument("--task-weight", type=float, default=0.1)
     each.add_argument("--hidden-weight", type=float, default=0.0)
     each.add_argument("--logits-weight", type=float, default=1.0)
     each.add_argument("--attention-weight", type=float, default=1.0)
     each.add_argument("--loss-rows", type=int, default=128)
+    each.add_argument("--form", choices=("faster", "dense", "kernels"), default="faster")
     each.add_argument("--seconds", type=float, help="time of training; the rates fall to 0 by then, or by --steps")
     each.add_argument("--profile", action="store_true", help="also write where the time of a step goes")
     commands.add_parser("table", help="print the results")

@@ -46,6 +46,7 @@ NO_TEACHER = "without a teacher the estimator gets no gradient, because none pas
 SIZES_OF_THE_HOST = (
     "PEFT reads sizes from the configuration's fields, which are the host's: they have to be given to it"
 )
+OWN_LOSS = "the control changes the other families' loss (ours: test_labels_of_padded_tokens_do_not_count)"
 INSIDE = "a head holds the host's model with its head, not a SeaModel: its parts are elsewhere, its checkpoints load the same"
 SEA_LEAVES_OUT = {
     "test_packed_documents": PACKED,
@@ -54,7 +55,7 @@ SEA_LEAVES_OUT = {
     "test_a_document_that_ends_in_a_later_call": PACKED,
     "test_control_documents_are_ignored": PACKED,
     "test_cache_implementations:offloaded": "Transformers moves keys to the CPU and back in streams of an accelerator",
-    "test_controls:padding_is_predicted": "the control changes the other families' loss (ours: test_labels_of_padded_tokens_do_not_count)",
+    "test_controls:padding_is_predicted": OWN_LOSS,
     "test_state_does_not_grow": "keys grow with the text; what SEA adds does not (tests/sea/test_sea_generation.py)",
     "test_flattening_collator": PACKED,
     "test_a_leak_would_be_seen": PACKED,
