@@ -75,7 +75,8 @@ def pack(
         values = values * columns.astype(np.float32)
         scale = np.sqrt(np.square(values).mean(axis=1, keepdims=True)).clip(1e-8).astype(np.float16)
         width = embedding_step if of_tokens else step
-        symbols = np.rint(values / (scale.astype(np.float32) * width)).clip(-127, 127).astype(np.int8)
+        symbols = np.rint(values / (scale.astype(np.float32) * width)).clip(-32767, 32767).astype(np.int16)
+        symbols = symbols.astype(np.int8) if np.abs(symbols).max() <= 127 else symbols
         coder = zlib.compressobj(level=9, strategy=zlib.Z_HUFFMAN_ONLY)
         # Columns of like size next to each other: the code is made anew every few thousand integers.
         coded = coder.compress(symbols.T[np.argsort(columns, kind="stable")].tobytes()) + coder.flush()

@@ -110,14 +110,14 @@ def student(options: argparse.Namespace) -> None:
     name = options.name or (f"sea-k{options.k}-m{options.predictor_length}" if options.kind == "sea" else "kernel")
     progress = Progress(options.output / f"{name}-progress.json")
     trainer.add_callback(progress)
-    if options.profile:
-        profile(trainer, options.output / f"{name}-profile.txt")
     if options.seconds:
         keep_to_budget(trainer, options)
     form, forms = "", {}
     if options.kind == "sea":
         form, forms = choose_form(trainer, made) if options.form == "faster" else (options.form, {})
     with running_as(made, form):
+        if options.profile:
+            profile(trainer, options.output / f"{name}-profile.txt")
         before = perplexity(trainer, text, options, rows=16)
         seconds = _timed(trainer)
         result = {"kind": options.kind, "form": form, "forms": forms, "before": before}

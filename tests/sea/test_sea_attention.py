@@ -203,7 +203,7 @@ def test_a_fresh_layer_starts_close_to_sparse_attention():
 def test_a_fresh_causal_layer_keeps_the_first_and_the_near_keys():
     torch.manual_seed(0)
     core = SeaAttentionCore(SeaOptions(2, 8, True, k=6, predictor_length=16))
-    output = core(*make_inputs(1, 2, 48, head_dim=8), output_attentions=True)
+    output = core(*make_inputs(1, 2, 48), output_attentions=True)
     kept = output.kept[0, :, 32:].float()  # (H, R, S)
     near = torch.stack([kept[:, r, r + 32 - 2 : r + 33].mean() for r in range(16)]).mean()
     far = torch.stack([kept[:, r, 8 : r + 32 - 16].mean() for r in range(16)]).mean()

@@ -206,7 +206,7 @@ def test_packed_weights_come_back_close_with_their_vocabulary(tmp_path):
         assert back.lm_head.weight is back.model.embed_tokens.weight
         assert (back.config.bos_token_id, back.config.eos_token_id) == (0, 1)
         errors.append(float((back(few).logits - wanted).norm() / wanted.norm()))
-    assert max(errors[:2]) < 0.05 < errors[2] < 0.9
+    assert max(errors[:2]) < 0.03 < errors[2] < 0.9
 
 
 def test_kernel_attention_student_is_kernel_attention():
