@@ -121,8 +121,12 @@ def student(options: argparse.Namespace) -> None:
         before = perplexity(trainer, text, options, rows=16)
         seconds = _timed(trainer)
         result = {"kind": options.kind, "form": form, "forms": forms, "before": before}
-        result |= {**perplexity(trainer, text, options), "seconds": seconds}
-    result["steps"] = trainer.state.global_step
+        result |= {**perplexity(trainer, text, options), "seconds": seconds, "steps": trainer.state.global_step}
+        _write(options, name, result)
+    for more in options.also_k if options.kind == "sea" else ():  # the same weights with more keys
+        made.set_sparsity(more)
+        with running_as(made, form):
+            result.setdefault("with_other_k", {})[more] = perplexity(trainer, text, options, rows=32)
     if torch.cuda.is_available():
         result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     _write(options, name, result | {"log": progress.entries})
@@ -131,7 +135,7 @@ def student(options: argparse.Namespace) -> None:
 def keep_to_budget(trainer: Trainer, options: argparse.Namespace) -> None:
     """Let the rates fall to 0 at `seconds` of training or at `steps`, whichever comes first, and stop there."""
     started: list[float] = []
-    warmup = min(20, options.steps // 10)
+    warmup = max(1, min(20, options.steps // 10))
 
     def done(step: int) -> float:
         if not started:
@@ -320,6 +324,9 @@ def main() -> None:
     each.add_argument("--logits-weight", type=float, default=1.0)
     each.add_argument("--attention-weight", type=float, default=1.0)
     each.add_argument("--loss-rows", type=int, default=128)
+    each.add_argument(
+        "--also-k", type=int, nargs="*", default=[128, 256], help="evaluate the trained student with these"
+    )
     each.add_argument("--form", choices=("faster", "dense", "kernels"), default="faster")
     each.add_argument("--seconds", type=float, help="time of training; the rates fall to 0 by then, or by --steps")
     each.add_argument("--profile", action="store_true", help="also write where the time of a step goes")
