@@ -12,7 +12,7 @@ from .options import PRECISIONS, option
 OPTIONS_FILE = "distill_options.json"
 TASKS = ("causal-lm", "classification")
 # What `--example` takes where nothing else is said: MiniLM on topics of news, or a small language model on the speeches.
-EXAMPLES = {
+EXAMPLES: dict[str, dict[str, Any]] = {
     "classification": {
         "k": 13,
         "predictor_length": 64,
