@@ -63,12 +63,11 @@ def _facts(found: dict) -> str:
     )
 
 
-def _models(corpus: str, runs: dict[str, list[dict]], measured: dict) -> str:
+def _models(corpus: str, runs: dict[str, list[dict]]) -> str:
     bytes_alone = corpus.startswith("docs8")
     unit = "test bits per byte" if bytes_alone else "test perplexity"
     head = ["model", "parameters", "rate", f"{unit} (each seed)", "mean"]
     head += [] if bytes_alone else ["bits per byte"]
-    head += ["training tokens/s", "peak MiB", "decoding tokens/s", "state, KiB"]
     lines = ["| " + " | ".join(head) + " |", "|---|---:|---:|---|" + "---:|" * (len(head) - 4)]
     for name, all_runs in runs.items():
         best = _best(all_runs)
@@ -78,20 +77,26 @@ def _models(corpus: str, runs: dict[str, list[dict]], measured: dict) -> str:
         cells = [NAMES[name], f"{best[0]['parameters']:,}", f"{best[0]['rate']:g}"]
         cells += [", ".join(f"{value:.{digits}f}" for value in values), f"{statistics.mean(values):.{digits}f}"]
         cells += [] if bytes_alone else [f"{statistics.mean(run['test']['bits_per_byte'] for run in best):.3f}"]
-        lines.append("| " + " | ".join(cells + _costs(measured.get(name))) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _costs(measured: dict | None) -> list[str]:
-    if measured is None:
-        return ["-"] * 4
-    memory = measured["peak_memory_mb"]
-    return [
-        f"{statistics.median(measured['training_tokens_per_second']):,.0f}",
-        "-" if memory is None else f"{memory:,.0f}",
-        f"{statistics.median(measured['decoding_tokens_per_second']):,.0f}",
-        f"{measured['state_bytes'] / 1024:,.0f}",
+def _costs(measured: dict) -> str:
+    lines = [
+        "| model | training tokens/s | peak memory, MiB | decoding tokens/s | state, KiB |",
+        "|---|---:|---:|---:|---:|",
     ]
+    for name, found in measured.items():
+        memory = found["peak_memory_mb"]
+        cells = [
+            NAMES[name],
+            f"{statistics.median(found['training_tokens_per_second']):,.0f}",
+            "-" if memory is None else f"{memory:,.0f}",
+            f"{statistics.median(found['decoding_tokens_per_second']):,.0f}",
+            f"{found['state_bytes'] / 1024:,.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _rates(runs: dict[str, list[dict]]) -> str:
