@@ -3,7 +3,7 @@
     python -m benchmarks.cpu_speed                          every suite (about ten minutes on two idle cores)
     python -m benchmarks.cpu_speed leap-train --lengths 512 2048 --rounds 5
     python -m benchmarks.cpu_speed danet-forward --sizes 30m 330m --rounds 3 --output docs/data
-    python -m benchmarks.cpu_speed --table docs/data/cpu-danet-forward-30m.json
+    python -m benchmarks table docs/data/cpu-danet-forward-30m.json
 
 Prints a Markdown table and writes it, with every round's time, to the output folder. Peak memory is measured for each contender
 in a process of its own: how far building the model and two runs raise the process's peak.
@@ -25,10 +25,6 @@ from .suites import SIZES, SUITES, Settings
 def main() -> None:
     """Run the suites that were asked for."""
     options = arguments()
-    if options.table:
-        for file in options.table:
-            print(table(Path(file)))
-        return
     torch.set_num_threads(options.threads)
     for size in options.sizes or [None]:
         measure_suites(size, options)
@@ -75,18 +71,11 @@ def _memory(suite: str, job: int, contenders: list[str], options: argparse.Names
 
 
 def write(name: str, rows: list[dict], rounds: dict, about: dict, folder: Path) -> None:
-    """<name>.json with everything; `--table` prints the table from it."""
+    """<name>.json with everything, for `python -m benchmarks table`."""
     folder.mkdir(parents=True, exist_ok=True)
     about = about | {"load_after": os.getloadavg()[0], "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     result = {"machine": about, "rows": rows, "seconds_per_token": rounds}
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
-def table(file: Path) -> str:
-    """A Markdown table and what it was measured on, from a file that was written."""
-    result = json.loads(file.read_text())
-    facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "settings")
-    return f"{facts}\n\n{markdown(result['rows'])}\n"
 
 
 def arguments() -> argparse.Namespace:
@@ -104,9 +93,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     parser.add_argument(
         "--output", default="outputs/benchmarks", help="folder for tables (default: outputs/benchmarks)"
-    )
-    parser.add_argument(
-        "--table", nargs="+", metavar="FILE", help="print the table of files that were written; measure nothing"
     )
     parser.add_argument("--memory-of", nargs=3, metavar=("SUITE", "JOB", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -3,10 +3,18 @@
 import json
 from pathlib import Path
 
+from .measure import markdown
+
 
 def table(path: Path) -> str:
-    """Markdown: a row a contender, a column a length; thousand tokens a second or ms a step, and peak GiB."""
+    """Markdown: a row a contender, a column a length; thousand tokens a second or ms a step, and peak GiB.
+
+    A suite on a CPU has a row for each job and contender, after a line about the machine.
+    """
     result = json.loads(path.read_text())
+    if "rows" in result:
+        facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "settings")
+        return f"{facts}\n\n{markdown(result['rows'])}"
     lengths = list(dict.fromkeys(case["length"] for case in result["cases"]))
     lines = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
     for name, found in contenders(result).items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import compact_weights, cpu_speed, measure, paper_wikitext, suites
+from benchmarks import compact_weights, cpu_speed, measure, paper_wikitext, report, suites
 from benchmarks.kernel_attention_student import keep_kernel_attention_alone
 from benchmarks.light_training import Recipe, mean_loss, train
 from benchmarks.published_leap import PublishedLeap
@@ -90,9 +90,9 @@ def test_speed_command_writes_a_table(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "cpu-leap-train.json").read_text())
     assert result["machine"]["threads"] == 1
     assert len(result["rows"]) == 3
-    monkeypatch.setattr(sys, "argv", ["cpu_speed", "--table", str(tmp_path / "cpu-leap-train.json")])
-    cpu_speed.main()
-    assert "| LEAP (ours) |" in capsys.readouterr().out
+    table = report.table(tmp_path / "cpu-leap-train.json")
+    assert "threads 1" in table
+    assert "| LEAP (ours) |" in table
 
 
 @pytest.mark.parametrize("size", suites.SIZES)
