@@ -52,6 +52,16 @@ def embed_inputs(model, input_ids, inputs_embeds) -> torch.Tensor:
     return embedding(input_ids)
 
 
+def add_positions(hidden_states: torch.Tensor, embed_positions: torch.nn.Embedding | None, sequence) -> torch.Tensor:
+    """(B, T, d) with learned positions added, if the model has them; padding, whose position means nothing, takes the first."""
+    if embed_positions is None:
+        return hidden_states
+    positions = sequence.position_ids
+    if sequence.mask is not None:
+        positions = positions.masked_fill(~sequence.mask, 0)
+    return hidden_states + embed_positions(positions)
+
+
 def without_cache_in_training(forward):
     """A body's `forward` that leaves no state behind in training unless asked to: a state would hold the whole graph."""
 

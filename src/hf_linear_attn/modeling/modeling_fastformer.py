@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from .causal_lm import (
     RecurrentForCausalLM,
     RecurrentModelOutput,
+    add_positions,
     begin,
     embed_inputs,
     mask_for_generate,
@@ -327,13 +328,7 @@ class FastformerModel(FastformerPreTrainedModel):
                     "whole text"
                 )
             sequence = self._begin_encoder(inputs_embeds, attention_mask, position_ids, bound, kwargs)
-        hidden_states = inputs_embeds
-        if self.embed_positions is not None:
-            positions = sequence.position_ids
-            if sequence.mask is not None:
-                positions = positions.masked_fill(~sequence.mask, 0)
-            hidden_states = hidden_states + self.embed_positions(positions)
-        hidden_states = self.dropout(hidden_states)
+        hidden_states = self.dropout(add_positions(inputs_embeds, self.embed_positions, sequence))
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,

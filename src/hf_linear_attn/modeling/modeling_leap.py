@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from .causal_lm import (
     RecurrentForCausalLM,
     RecurrentModelOutput,
+    add_positions,
     begin,
     embed_inputs,
     mask_for_generate,
@@ -281,13 +282,7 @@ class LeapModel(LeapPreTrainedModel):
         sequence, past_key_values = begin(
             self, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, bound, kwargs
         )
-        hidden_states = inputs_embeds
-        if self.embed_positions is not None:
-            positions = sequence.position_ids
-            if sequence.mask is not None:
-                positions = positions.masked_fill(~sequence.mask, 0)
-            hidden_states = hidden_states + self.embed_positions(positions)
-        hidden_states = self.dropout(hidden_states)
+        hidden_states = self.dropout(add_positions(inputs_embeds, self.embed_positions, sequence))
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
