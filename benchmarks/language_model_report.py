@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .language_model_contenders import MODELS
+from .language_model_contenders import MODELS, VARIANTS
 from .language_models import best_rate
 
 NAMES = {
@@ -29,12 +29,11 @@ def tables(results: dict[str, Any]) -> str:
     for corpus, found in results.items():
         runs = _by_model(found["runs"])
         measured = (found["speed"] or {}).get("models", {})
-        parts += [
-            f"### {corpus}\n\n{_facts(found)}",
-            _models(corpus, runs, measured),
-            _rates(runs),
-            _claims(corpus, runs),
-        ]
+        parts += [f"### {corpus}\n\n{_facts(found)}", _models(corpus, runs), _claims(corpus, runs)]
+        parts += [_costs(measured)] if measured else []
+        parts.append(_rates(runs))
+        if variants := _by_model(found["runs"], tuple(VARIANTS)):
+            parts.append(f"What was tried beside them, one change each:\n\n{_rates(variants)}")
     return "\n\n".join(parts)
 
 
