@@ -22,6 +22,7 @@ from hf_linear_attn import (
 from hf_linear_attn.modeling import danet_block
 from hf_linear_attn.modeling.danet_presets import PRESETS
 from hf_linear_attn.modeling.dense_attention import pattern_mask
+from hf_linear_attn.modeling.dense_attention_state import DenseAttentionState
 from tests.danet.models import DECODERS, ENCODER_HEADS, ENCODERS, VOCAB, build, config, decoder, encoder, pad, tokens
 
 TOL = {"rtol": 1e-9, "atol": 1e-9}
@@ -162,6 +163,17 @@ def test_a_hook_on_a_layer_sees_it_called_also_in_a_long_row(layer):
     model.model.layers[0].get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(1))
     torch.testing.assert_close(model(tokens(1, 70)).logits, expected, **TOL)
     assert seen
+
+
+@pytest.mark.parametrize("layer_class", [DanetBlock, DenseAttention])
+@pytest.mark.parametrize("length", [8, 70])
+def test_an_encoder_layer_has_no_state_also_in_a_long_row(length, layer_class):
+    layer = layer_class(config(position_embedding_type="learned"))
+    with pytest.raises(ValueError, match="is_causal=True"):
+        layer(torch.randn(1, length, 16), return_state=True)
+    state = DenseAttentionState(torch.zeros(1, 2, 8, 8), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="is_causal=True"):
+        layer(torch.randn(1, length, 16), state=state)
 
 
 def test_weights_that_are_offloaded_are_fetched_in_a_long_row():

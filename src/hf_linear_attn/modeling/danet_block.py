@@ -102,7 +102,8 @@ class DenseAttention(nn.Module):
                 hidden_states = hidden_states * context.keep.to(hidden_states.dtype)
         self._check_state(state, hidden_states)
         layout, in_slots = context.layout, works_in_slots(self.pattern, context.layout)
-        if not output_attentions and (folded := self.fold(hidden_states, context)) is not None:
+        stateless = state is None and layer_cache is None and not return_state  # otherwise refused below in an encoder
+        if stateless and not output_attentions and (folded := self.fold(hidden_states, context)) is not None:
             hidden_states, matrix = folded
             return LayerOutput(hidden_states @ matrix)
         if in_slots:
@@ -294,7 +295,8 @@ class DanetBlock(GradientCheckpointingLayer):
 
     def mix(self, normed, context, past_key_values=None, state=None, return_state=False, output_attentions=False):
         """FFN(DenseAttention(x)) of the normalised, scaled input x (B, T, d), before the norm, and the state or None."""
-        if not (output_attentions or return_state or has_hooks(self.attention)):
+        stateless = state is None and past_key_values is None and not return_state
+        if stateless and not output_attentions and not has_hooks(self.attention):
             folded = self.attention.fold(normed, context)
             if folded is not None:
                 return self.mlp(*folded), None
