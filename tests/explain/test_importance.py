@@ -73,7 +73,7 @@ def test_sea_rows_are_its_sparse_attention(host):
     panels = attention_panels(student, {"input_ids": read().inputs["input_ids"]}, layer=1)
     torch.testing.assert_close(found.rows[1], panels["student"])
     assert found.causal is (host == "llama")
-    assert importance(student, word_tokenizer(), TEXT).method == "received"
+    assert importance(student, word_tokenizer(), TEXT).method == "rollout"
 
 
 def test_a_softmax_teacher_is_explained_by_its_eager_attention():

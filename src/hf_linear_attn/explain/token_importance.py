@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..modeling.modeling_danet import DanetPreTrainedModel
 from ..modeling.modeling_fastformer import FastformerModel
 from ..modeling.modeling_leap import LeapModel
 from ..modeling.modeling_sea import SeaPreTrainedModel
@@ -119,7 +120,8 @@ def importance(model, tokenizer, text: str, *, method: str = "auto", max_tokens:
         method: `"focus"` (LEAP, Fastformer; linear in the length): the focus weights, as a share of their sum over the
             text, mean over layers and heads. `"received"` (every family): what queries give a token, relative to an equal
             share for all they could see, mean over queries, layers and heads. `"rollout"` (every family): attention
-            rollout, read where the prediction is read (`reading_token`). `"auto"`: focus where it is defined, else received.
+            rollout, read where the prediction is read (`reading_token`). `"auto"`: focus where it is defined, received for
+            DANet, else rollout: what deleting tokens from trained models speaks for (docs, results).
         max_tokens (`int`, *optional*): look at the first tokens only.
 
     Returns:
@@ -132,7 +134,8 @@ def importance(model, tokenizer, text: str, *, method: str = "auto", max_tokens:
         raise ValueError(f"`method` is {method!r}; the methods are {METHODS}")
     body = find_part(model, (LeapModel, FastformerModel))
     if method == "auto":
-        method = "received" if body is None else "focus"
+        danet = find_part(model, DanetPreTrainedModel) is not None
+        method = "focus" if body is not None else "received" if danet else "rollout"
     read = read_text(tokenizer, text, max_tokens)
     name = f"{model.config.model_type} ({type(model).__name__})"
     if method == "focus":

@@ -112,13 +112,13 @@ class LayerHeadMaps:
         figure = figure_class(figsize=(1.9 * len(heads) + 0.8, 1.9 * len(layers) + 0.4), layout="constrained")
         axes = figure.subplots(len(layers), len(heads), squeeze=False)
         signed = self.found.signed is not None
-        for line, layer in zip(axes, layers):
-            for axis, head in zip(line, heads):
-                values = self.rows[layer, head].sqrt()
-                options = {"cmap": "magma", "vmin": 0, "vmax": 1}
-                if signed:
-                    values = values * self.found.signed[layer, head].sign()
-                    options = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
+        shown = self.rows[layers][:, heads].sqrt()
+        high = float(torch.quantile(shown.flatten()[:: max(1, shown.numel() // 100_000)], 0.995))  # a sample will do
+        options = {"cmap": "RdBu_r" if signed else "magma", "vmin": -high if signed else 0, "vmax": high}
+        if signed:
+            shown = shown * self.found.signed[layers][:, heads].sign()
+        for line, layer, maps in zip(axes, layers, shown):
+            for axis, head, values in zip(line, heads, maps):
                 image = axis.imshow(values.numpy(), interpolation="nearest", **options)
                 axis.set_title(f"layer {layer}, head {head}", fontsize=7)
                 axis.set(xticks=[], yticks=[])
