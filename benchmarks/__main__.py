@@ -9,12 +9,18 @@ python -m benchmarks picture docs/data/h200-encoder.json docs/img/h200-encoder.p
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from . import cpu_speed
 from .registry import SUITES, run_suite
 from .report import picture, table
 from .suites import SUITES as CPU_SUITES
+
+
+def is_wanted(name: str, only: list[str], skip: list[str]) -> bool:
+    """Whether a case of this name was asked for."""
+    return any(word in name for word in only) and not any(word in name for word in skip)
 
 
 def main() -> None:
@@ -27,7 +33,8 @@ def main() -> None:
     run.add_argument("--suite", required=True, choices=[*SUITES, *CPU_SUITES])
     run.add_argument("--lengths", type=int, nargs="+", default=[], help="tokens a row (default: the suite's own)")
     run.add_argument("--runs", type=int, default=5, help="timed runs of each case (default: 5)")
-    run.add_argument("--only", default="", help="cases whose name contains this")
+    run.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
+    run.add_argument("--skip", nargs="+", default=[], help="but none of these")
     run.add_argument("--output", type=Path, default=Path("outputs/benchmarks"))
     show = commands.add_parser("table", help="print the JSON of a suite as Markdown")
     show.add_argument("json", type=Path)
@@ -45,7 +52,8 @@ def main() -> None:
         cpu_speed.main()
         return
     else:
-        run_suite(arguments.suite, arguments.lengths, arguments.runs, arguments.only, arguments.output)
+        wanted = partial(is_wanted, only=arguments.only, skip=arguments.skip)
+        run_suite(arguments.suite, arguments.lengths, arguments.runs, wanted, arguments.output)
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
 

@@ -128,14 +128,14 @@ def measure(case: Case, runs: int) -> dict[str, Any]:
     return row
 
 
-def run_suite(name: str, lengths: list[int], runs: int, only: str, output: Path) -> dict[str, Any]:
-    """Measure the cases of a suite whose name contains `only`; writes output/<suite>.json after each."""
+def run_suite(name: str, lengths: list[int], runs: int, wanted: Callable[[str], bool], output: Path) -> dict[str, Any]:
+    """Measure the cases of a suite whose name is wanted; writes output/<suite>.json after each."""
     suite = importlib.import_module(f"benchmarks.suites.{SUITES[name]}")
     result: dict[str, Any] = {"suite": name, **machine(), **suite.about(name), "runs": runs, "cases": []}
     print("\n".join(f"{key}: {value}" for key, value in result.items() if key != "cases"), flush=True)
     output.mkdir(parents=True, exist_ok=True)
     for case in suite.cases(name, lengths):
-        if only not in case.name:
+        if not wanted(case.name):
             continue
         row = measure(case, runs)
         result["cases"].append(row)

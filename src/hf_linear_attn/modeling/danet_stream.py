@@ -14,6 +14,8 @@ from .danet_block import DanetBlock
 from .danet_norms import VectorNorm, kernel_obstacle
 from .plain_linear import has_hooks
 
+SLICE_TOKENS = 2**30  # tokens that go through all blocks together
+
 
 def _plain_max_norm(norm) -> bool:
     return isinstance(norm, VectorNorm) and norm.scale is None and not norm.mean and not has_hooks(norm)
@@ -35,7 +37,19 @@ def can_stream(layers, hidden_states: torch.Tensor) -> bool:
 
 
 def stream_blocks(layers, hidden_states: torch.Tensor, context, past_key_values=None) -> torch.Tensor:
-    """h_L (B, T, d) after all blocks, equal to calling them one by one."""
+    """h_L (B, T, d) after all blocks, equal to calling them one by one.
+
+    Rows do not see each other, so a large batch goes through all blocks a few rows at a time: what passes between two products
+    then stays in the processor's cache.
+    """
+    rows = max(1, SLICE_TOKENS // hidden_states.shape[1])
+    alone = context.layout.mask is None and context.layout.segment_ids is None and past_key_values is None
+    if not alone or hidden_states.shape[0] <= rows or any(x is not None for x in context.factors.values()):
+        return _stream(layers, hidden_states, context, past_key_values)
+    return torch.cat([_stream(layers, part, context, None) for part in hidden_states.split(rows)])
+
+
+def _stream(layers, hidden_states, context, past_key_values):
     from .danet_norms_triton import between_blocks
 
     first, lazy = layers[0], context.keep is None

@@ -78,11 +78,17 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             self._replay.append((replay[0], (*replay[1], mask, segment_ids)))
         self._store((*state, new_counts))
         if isinstance(self.cumulative_length, torch.Tensor):
-            if self.cumulative_length.device != device:
-                self.cumulative_length = self.cumulative_length.to(device)
+            self._place_length(device)
             self.cumulative_length.add_(num_new_tokens)
         else:
             self.cumulative_length += num_new_tokens
+
+    def _place_length(self, device) -> None:
+        """Move the count of a static cache to the states' device, once: from then on CUDA graphs rely on its address."""
+        if self.cumulative_length.device != device:
+            self.cumulative_length = self.cumulative_length.to(device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.cumulative_length)
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """What a saved cache holds of this layer, by name; empty before the first token."""
@@ -94,7 +100,8 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         """Take over what `saved_tensors` gave after `length` columns."""
         self._store(tuple(tensors[str(i)] for i in range(len(tensors))))
         if isinstance(self.cumulative_length, torch.Tensor):
-            self.cumulative_length = self.cumulative_length.to(self.device).fill_(length)
+            self._place_length(self.device)
+            self.cumulative_length.fill_(length)
         else:
             self.cumulative_length = length
 
