@@ -1,0 +1,69 @@
+"""The small kernel cases on a CPU, through Triton's interpreter, in a process of their own: it is chosen before Triton loads.
+
+Also: a machine with Triton, or with flash-linear-attention, and no GPU runs everything in plain PyTorch.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+RUN_EVERY_FAMILY = """
+import torch
+import hf_linear_attn
+from transformers import AutoConfig, AutoModel
+from hf_linear_attn.modeling import backend
+assert backend.HAS_TRITON, "the machine of this test has Triton"
+size = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 64}
+for family in ("leap", "fastformer", "danet"):
+    model = AutoModel.from_config(AutoConfig.for_model(family, **size))
+    out = model(torch.randint(0, 20, (2, 40))).last_hidden_state
+    out.square().mean().backward()
+    with torch.no_grad():
+        model.eval()(torch.randint(0, 20, (2, 40)))
+from hf_linear_attn.modeling.sea_attention import SeaAttentionCore, SeaOptions
+layer = SeaAttentionCore(SeaOptions(2, 8, True, 4, 8, max_positions=32))
+layer(*torch.randn(3, 1, 2, 20, 8).requires_grad_()).context.sum().backward()
+print("ran")
+"""
+
+
+def run(arguments: list[str], **environment) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel tests run on the GPU itself")
+@pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton (part of the extra `dev` on Linux)")
+@pytest.mark.parametrize("module", ["test_danet_kernels", "test_sea_kernels"])
+def test_small_cases_through_the_interpreter(module):
+    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/{module}.py"], TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout
+
+
+def write_package(folder: Path, name: str, text: str) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(text)
+
+
+def path_with(folder: Path) -> str:
+    return os.pathsep.join([str(folder), str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.mark.parametrize("names", [["triton"], ["triton", "fla"]], ids="+".join)
+def test_kernel_packages_without_a_gpu(names, tmp_path):
+    """They are installed, but nothing may load them: the stand-ins fail when imported, as the real ones may without a driver."""
+    for name in names:
+        if name == "triton" and HAS_TRITON:
+            continue  # the real one
+        write_package(tmp_path, name, f"raise RuntimeError('{name} was loaded on a machine without a GPU')\n")
+    done = run(["-c", RUN_EVERY_FAMILY], PYTHONPATH=path_with(tmp_path))
+    assert done.stdout.strip().endswith("ran"), done.stderr[-3000:]
