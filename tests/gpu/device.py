@@ -22,12 +22,15 @@ def sizes(small: list, large: list) -> list:
 
 
 def assert_as_accurate(ours, plain, exact, names):
-    """The error of each kernel result is at most twice that of plain PyTorch in the same dtype, both against float64."""
+    """The error of each kernel result is at most twice that of plain PyTorch in the same dtype, both against float64.
+
+    To that comes one part in a million, of the result or (where it is 0 exactly) of numbers of size 1.
+    """
     for name, a, b, reference in zip(names, ours, plain, exact):
         assert torch.isfinite(a).all(), f"{name}: not finite"
-        size = reference.double().norm().clamp(min=1e-30)
-        error, allowed = ((x.double() - reference.double()).norm() / size for x in (a, b))
-        assert error <= 2 * allowed + 1e-6, f"{name}: {error:.2e} against {allowed:.2e}"
+        error, allowed = ((x.double() - reference.double()).norm() for x in (a, b))
+        slack = 1e-6 * max(reference.double().norm().item(), reference.numel() ** 0.5)
+        assert error <= 2 * allowed + slack, f"{name}: {error:.2e} against {allowed:.2e}"
 
 
 def poison(numel: int) -> None:

@@ -32,7 +32,9 @@ def test_max_norm(width, with_residual, with_scale, dtype):
     generator = torch.Generator().manual_seed(width)
     y = torch.randn(3, 7, width, generator=generator).to(DEVICE, dtype)
     y[0, 0] = 0  # a padded row
-    y[1, 1, :3] = y[1, 1].abs().max()  # equal maxima share the gradient
+    y[1, 1, :3] = 2 * y[1, 1].abs().max()  # equal maxima share the gradient
+    y[1, 2, :3] = 2 * y[1, 2].abs().max()
+    y[1, 2, 3:5] = -y[1, 2, 0]  # and of both signs
     scale = torch.rand(3, 7, 1, generator=generator).to(DEVICE) if with_scale else None
     if with_scale:
         scale[0, 0] = 0
@@ -137,7 +139,7 @@ def test_gram_gradient():
     x = torch.randn(2, 1, 256, 512, device=DEVICE, dtype=torch.bfloat16)
     grads = []
     for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float64)):
-        y = x.to(dtype).requires_grad_()
+        y = x.detach().clone().to(dtype).requires_grad_()
         with use_backend(backend):
             gram(y).square().sum().backward()
         grads.append([y.grad])

@@ -39,6 +39,12 @@ def linear(inputs: int, outputs: int, std: float | None = None, bound: float | N
     return layer
 
 
+def _multiplies_in_float16(tensor: torch.Tensor) -> bool:
+    kind = tensor.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    return dtype == torch.float16
+
+
 class DenseAttention(nn.Module):
     """Softmax-free attention on `(B, T, d)` tensors, in linear time: q = x W^T, k = v = x. Usable in any network.
 
@@ -146,6 +152,8 @@ class DenseAttention(nn.Module):
         same_dtype = hidden_states.dtype == self.query_proj.weight.dtype
         if not isinstance(length, int) or length <= width or not is_plain(self.query_proj) or not same_dtype:
             return None
+        if torch.is_grad_enabled() and _multiplies_in_float16(hidden_states):
+            return None  # the gradient of M sums a whole row without the small W in front, which float16 cannot hold
         hidden_states = self.dropout(hidden_states)
         key = hidden_states.unflatten(-1, (self.num_heads, -1))
         return hidden_states, folded_attention(self.query_proj.weight, key)

@@ -3,7 +3,7 @@
     out = r + y s / (max |y| + eps)         s: a number a row (scale, 0 for padding), r: the residual; both optional
 
 A program does one row. Bytes: forward reads y and r and writes out; backward reads y and the gradient and writes that of y
-(the residual's is the gradient itself). Sums and factors are float32. Equal maxima share the gradient, as `amax` does it.
+(the residual's is the gradient itself). Sums and factors are float32. Equal maxima share the gradient, as in PyTorch's spelling.
 Source: DANet specification, section 2.
 """
 
@@ -48,12 +48,15 @@ def _backward_kernel(
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
     size = tl.max(tl.abs(y), axis=0)
     factor = 1.0 / (size + eps)
-    largest = inside & (tl.abs(y) == size)
-    share = tl.sum(grad * y, axis=0) * factor / tl.sum(largest.to(tl.float32), axis=0)
-    sign = tl.where(y > 0, 1.0, tl.where(y < 0, -1.0, 0.0))
+    # Equal maxima share their part: half to each sign where both occur, and evenly within a sign.
+    highest, lowest = (inside & (y == size)).to(tl.float32), (inside & (-y == size)).to(tl.float32)
+    number_high, number_low = tl.sum(highest, axis=0), tl.sum(lowest, axis=0)
+    share = tl.sum(grad * y, axis=0) * factor
+    share = tl.where((number_high > 0) & (number_low > 0), 0.5 * share, share)
+    taken = highest * (share / tl.maximum(number_high, 1.0)) - lowest * (share / tl.maximum(number_low, 1.0))
     if SCALED:
         factor *= tl.load(scale_ptr + row)
-    dy = factor * (grad - tl.where(largest, sign * share, 0.0))
+    dy = factor * (grad - taken)
     tl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask=inside)
 
 

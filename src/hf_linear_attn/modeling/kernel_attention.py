@@ -67,3 +67,17 @@ def causal_kernel_attention(
     sums = sums.view(batch, heads, num_chunks * chunk, -1)[:, :, :length]
     denominator = sums[..., -1:] + KEY_SUM_EPS * query_features.sum(dim=-1, keepdim=True)
     return sums[..., :-1] / denominator, states[:, :, -1]
+
+
+def running_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum of all rows up to each one, (B, H, T, E) -> (B, H, T, E).
+
+    In chunks, and then over chunks: a sum along a long row alone leaves a GPU with a few hundred serial threads.
+    """
+    length = values.shape[2]
+    if length <= CAUSAL_CHUNK:
+        return values.cumsum(dim=2)
+    padding = -length % CAUSAL_CHUNK
+    chunks = F.pad(values, (0, 0, 0, padding)).unflatten(2, (-1, CAUSAL_CHUNK)).cumsum(dim=3)  # (B, H, N, C, E)
+    before = F.pad(chunks[:, :, :-1, -1].cumsum(dim=2), (0, 0, 1, 0))  # (B, H, N, E)
+    return (chunks + before[:, :, :, None]).flatten(2, 3)[:, :, :length]

@@ -16,7 +16,7 @@ from torch import nn
 
 from .cell_maps import CAUSAL_TOPK_GROUPS, TOPK_GROUPS, select_cells
 from .compat import init
-from .kernel_attention import bidirectional_kernel_attention, causal_kernel_attention
+from .kernel_attention import bidirectional_kernel_attention, causal_kernel_attention, running_sum
 from .random_features import (
     accumulation_dtype,
     default_num_features,
@@ -383,7 +383,7 @@ class SeaAttentionCore(nn.Module):
         v = v.masked_fill(~keep[:, None, :, None], 0.0).to(dtype)
         if self.options.causal:
             start = 0 if state is None else state.value_sum[:, :, None].to(dtype)
-            sums = v.cumsum(dim=2) + start
+            sums = running_sum(v) + start
             return sums / layout.visible(True)[:, None, :, None], sums[:, :, -1]
         rows = probs.masked_fill(~keep[:, None, :, None], 0.0).sum(dim=2)  # (N, H, M)
         weights = rows / probs.shape[2]  # the clean form divides by the sum of the grown weights instead
