@@ -104,7 +104,9 @@ def _rates(runs: dict[str, list[dict]]) -> str:
         first = min(run["seed"] for run in all_runs)
         tried = sorted((run for run in all_runs if run["seed"] == first), key=lambda run: run["rate"])
         lines.append(
-            f"| {NAMES[name]} | " + ", ".join(f"{r['rate']:g}: {r['validation']['loss']:.3f}" for r in tried) + " |"
+            f"| {NAMES.get(name, name)} | "
+            + ", ".join(f"{r['rate']:g}: {r['validation']['loss']:.3f}" for r in tried)
+            + " |"
         )
     return "\n".join(lines)
 
