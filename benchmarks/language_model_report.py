@@ -27,11 +27,16 @@ def tables(results: dict[str, Any]) -> str:
     """For each corpus: the models, the learning rates that were tried, the published claims."""
     parts = []
     for corpus, found in results.items():
+        if "runs" not in found:
+            parts.append(f"### {corpus}: runs that were cut\n\n{_unfinished(found['unfinished'])}")
+            continue
         runs = _by_model(found["runs"])
         measured = (found["speed"] or {}).get("models", {})
         parts += [f"### {corpus}\n\n{_facts(found)}", _models(corpus, runs), _claims(corpus, runs)]
         parts += [_costs(measured)] if measured else []
         parts.append(_rates(runs))
+        if "unfinished" in found:
+            parts.append(f"Runs that were cut:\n\n{_unfinished(found['unfinished'])}")
         if variants := _by_model(found["runs"], tuple(VARIANTS)):
             parts.append(f"What was tried beside them, one change each:\n\n{_rates(variants)}")
     return "\n\n".join(parts)
@@ -77,6 +82,19 @@ def _models(corpus: str, runs: dict[str, list[dict]]) -> str:
         cells += [", ".join(f"{value:.{digits}f}" for value in values), f"{statistics.mean(values):.{digits}f}"]
         cells += [] if bytes_alone else [f"{statistics.mean(run['test']['bits_per_byte'] for run in best):.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _unfinished(runs: list[dict]) -> str:
+    """Validation losses after the last step that every run reached, the rate on its way down in none of them."""
+    step = min(run["curve"][-1]["step"] for run in runs)
+    lines = [
+        f"| model | validation loss (nats) after {step:,} of {runs[0]['steps']:,} steps, at each rate |",
+        "|---|---|",
+    ]
+    for name, kept in _by_model(runs).items():
+        losses = {run["rate"]: p["validation"] for run in kept for p in run["curve"] if p["step"] == step}
+        lines.append(f"| {NAMES[name]} | " + ", ".join(f"{r:g}: {losses[r]:.3f}" for r in sorted(losses)) + " |")
     return "\n".join(lines)
 
 
@@ -141,6 +159,8 @@ def pictures(results: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for corpus, found in results.items():
+        if "runs" not in found:
+            continue
         runs = _by_model(found["runs"])
         measured = (found["speed"] or {}).get("models", {})
         figure, axes = plt.subplots(
@@ -154,8 +174,8 @@ def pictures(results: dict[str, Any], folder: Path) -> list[Path]:
                 rate = statistics.median(measured[name]["training_tokens_per_second"])
                 axes[0, 1].plot([t / rate for t in tokens], losses, **style)
         axes[0, 0].set(xlabel="training tokens (million)", ylabel="validation, bits per byte", title=corpus)
-        low = min(min(_mean_curve(corpus, _best(each))[1]) for each in runs.values())
-        axes[0, 0].set_ylim(low * 0.98, low * 1.5)
+        ends = [_mean_curve(corpus, _best(each))[1][-1] for each in runs.values()]
+        axes[0, 0].set_ylim(min(ends) * 0.97, max(ends) * 1.12)
         if measured:
             axes[0, 1].set(xlabel="seconds, at the speed measured in turn", title=f"{corpus}, against time")
         for each in axes.flat:
@@ -172,5 +192,6 @@ def _mean_curve(corpus: str, runs: list[dict]) -> tuple[list[float], list[float]
     recipe = runs[0]["setting"]["recipe"]
     tokens = [point["step"] * recipe["batch_size"] * recipe["length"] for point in runs[0]["curve"]]
     per_nat = runs[0]["validation"]["bits_per_byte"] / runs[0]["validation"]["loss"]
+    runs = [run for run in runs if len(run["curve"]) == len(tokens)]  # curves of a later session may have other points
     losses = [per_nat * statistics.mean(run["curve"][i]["validation"] for run in runs) for i in range(len(tokens))]
     return tokens, losses

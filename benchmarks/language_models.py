@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import platform
+import re
 import sys
 import time
 from collections import defaultdict
@@ -170,13 +171,32 @@ def collect(options: argparse.Namespace) -> None:
         measured = options.output / f"{corpus}-speed.json"
         if runs:
             found[corpus] = {"runs": runs, "speed": json.loads(measured.read_text()) if measured.exists() else None}
+    for corpus, cut in unfinished(options.output).items():
+        found.setdefault(corpus, {})["unfinished"] = cut
     if not found:
         raise SystemExit(
             f"{options.output} holds no results: run `sweep` first, or the smaller `sweep --tiny --jobs 1`"
         )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, separators=(",", ":")) + "\n")
-    print(f"{options.json}: " + ", ".join(f"{corpus} {len(each['runs'])} runs" for corpus, each in found.items()))
+    print(
+        f"{options.json}: " + ", ".join(f"{name} {len(next(iter(each.values())))} runs" for name, each in found.items())
+    )
+
+
+def unfinished(folder: Path) -> dict[str, list[dict]]:
+    """Curves of runs that were stopped before they wrote a result, from their logs, by corpus."""
+    cut: dict[str, list[dict]] = defaultdict(list)
+    names = "|".join(sorted([*MODELS, *VARIANTS], key=len, reverse=True))
+    for log in sorted(folder.glob("*-seed*.log")):
+        named = re.fullmatch(rf"(.+?)-({names})-rate(.+)-seed(\d+)", log.stem)
+        points = re.findall(r"step (\d+)/(\d+): training (\S+), validation (\S+)", log.read_text())
+        if named is None or not points or log.with_suffix(".json").exists():
+            continue
+        curve = [{"step": int(step), "training": float(a), "validation": float(b)} for step, _, a, b in points]
+        run = {"model": named[2], "rate": float(named[3]), "seed": int(named[4]), "steps": int(points[0][1])}
+        cut[named[1]].append(run | {"curve": curve})
+    return cut
 
 
 def read_folder(folder: Path, corpus: str) -> dict[str, list[dict]]:

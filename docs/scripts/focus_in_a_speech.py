@@ -1,8 +1,8 @@
 """What the LEAP in the package looks at in a speech that it has not seen (Lincoln, 1863), as a picture.
 
-    python docs/scripts/importance_map.py
+    python docs/scripts/focus_in_a_speech.py
 
-writes docs/images/importance_map.png.
+writes docs/images/focus_in_a_speech.png.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from hf_linear_attn.training.text_data import EXCERPT_FOLDER
 
 SPEECH = "1863-Lincoln-1.txt"  # years in 3 are the test split
 CHARACTERS = 900
-IMAGE = Path(__file__).parents[1] / "images" / "importance_map.png"
+IMAGE = Path(__file__).parents[1] / "images" / "focus_in_a_speech.png"
 
 
 def main() -> None:
