@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo models docs test lint format suite unit test-oldest test-slow clean
+.PHONY: help install demo models docs notebooks test lint format suite unit test-oldest test-slow clean
 
 help: ## show what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ docs: $(STAMP) ## build the documentation site, links checked, into build/site
 	@echo "== documentation"
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(BIN)/mkdocs build --strict --quiet
 
+notebooks: $(STAMP) ## execute the notebooks at their small size (a few minutes)
+	@echo "== notebooks"
+	OMP_NUM_THREADS=2 $(BIN)/pytest -p no:cacheprovider --nbmake --nbmake-timeout=300 --timeout=600 notebooks
+
 lint: $(STAMP) ## ruff check, ruff format, mypy
 	@echo "== lint"
 	$(BIN)/ruff check .
@@ -52,7 +56,7 @@ unit: $(STAMP) suite ## the tests alone
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
-test: lint unit ## what CI runs: lint and every test that is not marked slow
+test: lint unit notebooks ## what CI runs: lint, every test that is not marked slow, the notebooks
 
 test-oldest: $(OLDEST)/.installed ## the tests on the oldest versions that pyproject.toml allows
 	$(OLDEST)/bin/python tests/transformers_suite/fetch.py
