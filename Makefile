@@ -56,7 +56,7 @@ unit: $(STAMP) suite ## the tests alone
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
-test: lint unit notebooks ## what CI runs: lint, every test that is not marked slow, the notebooks
+test: lint unit ## lint and every test that is not marked slow
 
 test-oldest: $(OLDEST)/.installed ## the tests on the oldest versions that pyproject.toml allows
 	$(OLDEST)/bin/python tests/transformers_suite/fetch.py
