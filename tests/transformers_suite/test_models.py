@@ -14,7 +14,7 @@ configuration = archive.load("test_configuration_common")
 training = archive.load("test_training_mixin")
 
 # Variants that differ in their modules or parameters; the others differ in arithmetic alone, which these tests do not look at.
-NAMES = ("leap", "fastformer", "fastformer-encoder", "danet", "danet-encoder")
+NAMES = ("leap", "fastformer", "fastformer-encoder", "danet", "danet-encoder", "sea", "sea-encoder")
 
 
 class Sizes:
@@ -63,6 +63,8 @@ class MixinSettings(modeling.ModelTesterMixin, training.TrainingTesterMixin):
         config_class = type(self.model_tester.get_config())
         # `can_init_without_params` demands silence, and tiny heads draw our warning about the head size.
         sizes = {"hidden_size": 64, "num_attention_heads": 1}
+        if self.row.family == "sea":  # sizes are the host's
+            sizes = {"has_text_modality": False, "common_properties": []}
         configuration.ConfigTester(self, config_class=config_class, **sizes).run_common_tests()
 
     def test_retain_grad_hidden_states_attentions(self):

@@ -28,33 +28,26 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
 
     Args:
         host_config (`PreTrainedConfig` or `dict`, *optional*): the host's configuration; `BertConfig()` if not given.
-        k (`int`, defaults to 64): mean number of keys that a query attends to in a head. Quality and cost grow with
-        it; it can
-            be changed after training. The paper's k: 7 to 25 for short texts, 32 to 128 for language models.
-        predictor_length (`int`, defaults to 128): width M of the compressed attention, a multiple of 2
-        (bidirectional) or 4
+        k (`int`, defaults to 64): mean number of keys that a query attends to in a head. Quality and cost grow with it; it
+            can be changed after training. The paper's k: 7 to 25 for short texts, 32 to 128 for language models.
+        predictor_length (`int`, defaults to 128): width M of the compressed attention, a multiple of 2 (bidirectional) or 4
             (causal). Cost per token grows with it; finer than the text is long (M > T) is of no use.
-        topk_group (`str`, defaults to `"causal_batch"`): cells compete within a row over its heads
-        (`"causal_batch"`), within
-            each row of each head (`"query"`), each head (`"head"`) or a whole sample (`"batch"`). Causal hosts: the
-            first only.
-        max_keys_per_cell (`int`, *optional*): most keys that one selected cell hands out, evenly spaced; `k` if not
-        given.
+        topk_group (`str`, defaults to `"causal_batch"`): cells compete within a row over its heads (`"causal_batch"`), within
+            each row of each head (`"query"`), each head (`"head"`) or a whole sample (`"batch"`). Causal hosts: the first only.
+        max_keys_per_cell (`int`, *optional*): most keys that one selected cell hands out, evenly spaced; `k` if not given.
             Bounds the cost of long texts, where a cell covers T / M keys.
         feature_factor (`float`, *optional*): divides the number of random features, floor(D ln D / factor); 1 for
             bidirectional hosts and 8 for causal ones if not given. More features: a better estimate, more cost.
         num_features (`int`, *optional*): the number of random features itself; overrides `feature_factor`.
         feature_redraw_interval (`int`, defaults to 1000): optimizer steps between redraws in training; 0 for never.
-        max_positions (`int`, *optional*): rows of the causal estimator's position table, the longest text in tokens;
-        the
+        max_positions (`int`, *optional*): rows of the causal estimator's position table, the longest text in tokens; the
             host's `max_position_embeddings` if not given.
         softmax_layers (`list` of `int`, *optional*): layers that keep the host's softmax attention (counted from 0).
-        official (`bool`, defaults to `False`): the published layer with its quirks (padding changes results, the
-        average is
-            not normalised, gates start half closed, no limit of keys per cell). For comparisons with published numbers.
-        backend (`str`, defaults to `"auto"`): `"dense"` (reference, T x T), `"chunked"` (linear memory), or `"auto"`:
-        dense
-            up to 1024 keys, chunked beyond. Results are equal.
+        official (`bool`, defaults to `False`): the published layer with its quirks (padding changes results, the average is
+            not normalised, gates start half closed, a random first estimate, no limit of keys per cell). For comparisons
+            with published numbers.
+        backend (`str`, defaults to `"auto"`): `"dense"` (reference, T x T), `"chunked"` (linear memory), or `"auto"`: chunked
+            where it is a GPU kernel, else dense up to 1024 keys and chunked beyond. Results are equal.
         use_cache (`bool`, defaults to `True`): whether a causal model returns its cache.
     """
 

@@ -14,12 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .cell_maps import CAUSAL_TOPK_GROUPS, TOPK_GROUPS, select_cells
+from .cell_maps import select_cells
 from .compat import init
 from .kernel_attention import bidirectional_kernel_attention, causal_kernel_attention, running_sum
 from .random_features import (
     accumulation_dtype,
-    default_num_features,
     orthogonal_gaussian_features,
     relu_features,
     softmax_key_features,
@@ -37,6 +36,7 @@ from .sea_estimator import (
     interpolated_identity,
 )
 from .sea_losses import TeacherTargets, attention_fidelity, attention_losses
+from .sea_options import SeaOptions
 from .sparse_attention import (
     chunked_sparse_attention,
     dense_sparse_attention,
@@ -46,77 +46,9 @@ from .sparse_attention import (
     runs_kernel,
 )
 
-BACKENDS = ("auto", "dense", "chunked")
 DENSE_KEYS = 1024  # "auto" takes the dense form up to this many keys, where it is faster and still small
 CLEAN_GATE_BIAS = 4.0  # sigmoid(4) = 0.98: a converted layer starts close to sparse attention alone
 LOSS_WEIGHTS = {"estimate_kl": 0.1, "estimate_mse": 1.0, "student_kl": 0.1, "student_mse": 1.0, "context_mse": 1.0}
-
-
-@dataclass(frozen=True)
-class SeaOptions:
-    """Everything that defines a layer but its weights. See ``SeaConfig`` for the advice on each field.
-
-    ``None`` takes the default of the direction: ``feature_factor`` 1 or 8 (causal), ``max_keys_per_cell`` k (no limit
-    if official).
-
-    Raises:
-        ValueError: a value outside its range, or a group that causality forbids.
-    """
-
-    num_heads: int
-    head_dim: int
-    causal: bool
-    k: int = 64
-    predictor_length: int = 128
-    feature_factor: float | None = None
-    num_features: int | None = None
-    topk_group: str = "causal_batch"
-    max_keys_per_cell: int | None = None
-    max_positions: int = 2048
-    official: bool = False
-    backend: str = "auto"
-
-    def __post_init__(self):
-        for name in ("num_heads", "head_dim", "k", "predictor_length", "max_positions"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        direction = "causal" if self.causal else "bidirectional"
-        divisor = CAUSAL_REDUCTION if self.causal else BIDIRECTIONAL_REDUCTION
-        if self.predictor_length % divisor:
-            raise ValueError(
-                f"predictor_length must be a multiple of {divisor} for a {direction} host, got {self.predictor_length}"
-                f": its network works on 1/{divisor} of that width"
-            )
-        groups = CAUSAL_TOPK_GROUPS if self.causal else TOPK_GROUPS
-        if self.topk_group not in groups:
-            raise ValueError(
-                f"topk_group must be one of {groups} for a {direction} host, got {self.topk_group!r}"
-                + ("; other groups let a row see how later rows score" if self.topk_group in TOPK_GROUPS else "")
-            )
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
-        if self.feature_factor is not None and not self.feature_factor > 0:
-            raise ValueError(
-                f"feature_factor must be positive (it divides the number of features), got {self.feature_factor}"
-            )
-        for name in ("num_features", "max_keys_per_cell"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
-
-    @property
-    def feature_count(self) -> int:
-        """F."""
-        if self.num_features is not None:
-            return self.num_features
-        factor = self.feature_factor if self.feature_factor is not None else (8 if self.causal else 1)
-        return default_num_features(self.head_dim, factor)
-
-    @property
-    def cell_limit(self) -> int | None:
-        """Keys that one cell may hand out; None is no limit."""
-        if self.max_keys_per_cell is not None:
-            return self.max_keys_per_cell
-        return None if self.official else self.k
 
 
 class SeaState(NamedTuple):

@@ -1,0 +1,248 @@
+"""What all SEA models share: construction over a host, initialisation, and the forward that prepares ranks, masks and caches."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .causal_lm import check_cache, mask_for_generate
+from .compat import can_read_values, init
+from .configuration_sea import SeaConfig
+from .portable_checkpoint import PortableCheckpointMixin
+from .random_features import orthogonal_gaussian_features
+from .real_token_order import TokenLayout
+from .recurrent_cache import RecurrentCache
+from .sea_attention import SeaAttentionCore
+from .sea_cache import SeaCacheLayer
+from .sea_host_attention import ATTENTION_NAME, SeaCall, register_attention
+from .sea_hosts import attention_layers, find_host, head_size
+from .sea_inputs import check_call, join_masks, pooling_real_tokens
+from .sequence_inputs import SequenceInputs, prepare_sequence
+
+
+class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
+    """A host with SEA cores: construction, initialisation, and the forward that prepares ranks, masks and caches."""
+
+    config: SeaConfig
+    base_model_prefix = "host"
+    supports_gradient_checkpointing = True
+    _is_stateful = False
+    _can_compile_fullgraph = False
+    _skip_keys_device_placement = ["past_key_values", "sea_call"]
+    create_masks_for_generate = staticmethod(mask_for_generate)
+
+    def _build(self, config: SeaConfig, auto_class, attribute: str | None = None, **kwargs) -> None:
+        """Make the host with the registered attention and put a core into each of its layers."""
+        register_attention()
+        try:
+            host = auto_class.from_config(config.host_config, attn_implementation=ATTENTION_NAME, **kwargs)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ValueError(
+                f"Transformers has no {auto_class.__name__.removeprefix('AutoModel')} model for the host "
+                f"{config.host_config.model_type!r}, so {type(self).__name__} cannot be built over it"
+            ) from error
+        config.host_config = host.config
+        for index, layer in enumerate(attention_layers(host, config.host_config)):
+            if index not in config.softmax_layers:
+                layer.sea = SeaAttentionCore(config.core_options())
+        setattr(self, attribute or self.base_model_prefix, host)
+        self.host_name = attribute or self.base_model_prefix
+
+    @property
+    def host_model(self) -> PreTrainedModel:
+        """The host: Transformers' own model."""
+        return getattr(self, self.host_name)
+
+    def sea_layers(self) -> dict[int, SeaAttentionCore]:
+        """The SEA cores by layer."""
+        layers = attention_layers(self, self.config.host_config)
+        return {i: layer.sea for i, layer in enumerate(layers) if hasattr(layer, "sea")}
+
+    def set_sparsity(self, k: int) -> None:
+        """Attend to `k` keys a query and head from now on: trained with one k, a model may run with another."""
+        self.config.k = k
+        options = self.config.core_options()
+        for core in self.sea_layers().values():
+            core.options = options
+
+    def redraw_features(self, generator: torch.Generator | None = None) -> None:
+        """Draw new random features in every layer (training only: the estimator must get used to them)."""
+        for core in self.sea_layers().values():
+            core.redraw_features(generator)
+
+    def get_input_embeddings(self):
+        """The host's."""
+        return self.host_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """Set the host's."""
+        self.host_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        """The host's, None for a body."""
+        return self.host_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        """Set the host's."""
+        self.host_model.set_output_embeddings(new_embeddings)
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        """First SEA's parameters, which the host's own initialisation does not know, then everything else."""
+        for core in self.sea_layers().values():
+            _initialize_core(core, self.config)
+        super().initialize_weights()
+
+    def _run_host(
+        self,
+        input_ids=None,
+        inputs_embeds=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        output_sea=False,
+        distillation=None,
+        **kwargs,
+    ) -> tuple[ModelOutput, SequenceInputs]:
+        """Prepare ranks, masks and caches, call the host, collect what the layers left."""
+        check_call(self, input_ids, inputs_embeds, kwargs)
+        kwargs.pop("is_causal", None)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        causal = self.config.is_causal
+        cache = self._cache(past_key_values, causal, use_cache, tokens.shape[0], distillation is not None)
+        past = 0 if cache is None else cache.get_seq_length()
+        call, sequence = self._prepare(tokens, attention_mask, position_ids, cache, past, kwargs)
+        call.collect = output_sea or distillation is not None
+        call.distillation = distillation
+        if causal:
+            kwargs |= {"use_cache": cache is not None, "past_key_values": cache}
+        kwargs |= {"return_dict": True, "position_ids": sequence.position_ids}
+        if past == 0:  # what hosts do with the mask besides attention: warn
+            kwargs["attention_mask"] = attention_mask
+        with pooling_real_tokens(self.host_model, call.mask):
+            output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
+        if causal and cache is None and "past_key_values" in output:
+            output["past_key_values"] = None
+        results = [call.results[i] for i in sorted(call.results)]
+        if output_sea:
+            output["estimated_attentions"] = tuple(result.estimated_probs for result in results)
+            output["kept_cells"] = tuple(result.cells for result in results)
+            if call.output_attentions:
+                output["kept_keys"] = tuple(result.kept for result in results)
+        if distillation is not None:
+            output["attention_losses"] = tuple(result.losses for result in results)
+            if distillation.measure:
+                output["fidelity"] = tuple(result.fidelity for result in results)
+        return output, sequence
+
+    def _prepare(self, tokens, attention_mask, position_ids, cache, past: int, kwargs: dict):
+        """Ranks and masks of a call; takes the keywords out of `kwargs` that only matter here."""
+        documents = {name: kwargs.pop(name, None) for name in ("seq_idx", "cu_seq_lens_q")}
+        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+            kwargs.pop(name, None)
+        types = kwargs.get("token_type_ids")
+        if types is None or not find_host(self.config.host_config).token_types:
+            kwargs.pop("token_type_ids", None)
+            if types is not None and can_read_values() and bool(types.any()):
+                raise ValueError(
+                    f"`token_type_ids` other than 0 mean nothing to a {self.config.host_config.model_type} host"
+                )
+        batch, length, device = *tokens.shape[:2], tokens.device
+        old_mask = None if cache is None else cache.layers[0].key_mask
+        counts = None
+        if past:
+            counts = torch.full((batch,), past, device=device) if old_mask is None else old_mask.sum(1)
+        sequence = prepare_sequence(tokens, attention_mask, position_ids, past, counts, **documents)
+        if sequence.segment_ids is not None:
+            raise ValueError(
+                "packed documents (`seq_idx`, `cu_seq_lens_q` or restarting `position_ids`) cannot be honoured by SEA, "
+                "whose estimator looks over whole rows: put each document into its own row, padded, with an "
+                "`attention_mask`"
+            )
+        key_mask = join_masks(old_mask, sequence.mask, batch, past, length, device)
+        if sequence.mask is not None:
+            sequence.position_ids = sequence.position_ids.masked_fill(~sequence.mask, 0)
+        self._check_length(sequence.position_ids)
+        call = SeaCall(
+            layout=TokenLayout.from_mask(key_mask, batch, length, device, past),
+            mask=None if key_mask is None else key_mask[:, past:],
+            key_mask=key_mask,
+            cache=cache,
+            output_attentions=bool(kwargs.get("output_attentions", self.config.output_attentions)),
+        )
+        return call, sequence
+
+    def _cache(self, past_key_values, causal: bool, use_cache: bool | None, batch: int, distilling: bool):
+        """The cache to go on from, a new one, or None."""
+        checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
+        if past_key_values is None:
+            wanted = self.config.use_cache if use_cache is None else use_cache
+            return (
+                RecurrentCache(config=self.config) if causal and wanted and not (checkpointing or distilling) else None
+            )
+        if checkpointing:
+            raise ValueError("`past_key_values` cannot be updated under checkpointing, which runs layers twice")
+        if not self.config.is_causal:
+            raise ValueError("`past_key_values` needs a causal host; a bidirectional SEA model reads whole texts")
+        check_cache(past_key_values, self.config)
+        layers = past_key_values.layers
+        if len(layers) != self.config.num_hidden_layers or not all(isinstance(x, SeaCacheLayer) for x in layers):
+            raise ValueError(
+                f"`past_key_values` ({type(past_key_values).__name__} with {len(layers)} layers) does not belong to this model: "
+                "build it with `DynamicCache(config=model.config)` or `RecurrentCache(config=model.config)`"
+            )
+        keys = layers[0].keys
+        host = self.config.host_config
+        heads = getattr(host, "num_key_value_heads", None) or host.num_attention_heads
+        if keys is not None and (keys.shape[1], keys.shape[3]) != (heads, head_size(host)):
+            raise ValueError(
+                f"`past_key_values` holds {keys.shape[1]} key heads of size {keys.shape[3]}, this model has {heads} of "
+                f"{head_size(host)}: it comes from another model"
+            )
+        if keys is not None and layers[0].slots and keys.shape[0] != batch:
+            raise ValueError(
+                f"`past_key_values` holds {keys.shape[0]} rows, but the batch has {batch}: use "
+                "`cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
+            )
+        return past_key_values
+
+    def _check_length(self, positions: torch.Tensor) -> None:
+        if not find_host(self.config.host_config).learned_positions or not can_read_values():
+            return
+        limit = self.config.host_config.max_position_embeddings
+        if positions.shape[-1] + 1 > limit or positions.device.type == "cpu":
+            longest = int(positions.max()) + 1
+            if longest > limit:
+                raise ValueError(
+                    f"the text has {longest} tokens, but the host has learned positions for {limit} "
+                    "(`host_config.max_position_embeddings`): shorten it"
+                )
+
+
+def _initialize_core(core: SeaAttentionCore, config: SeaConfig) -> None:
+    """Initial values of one core, leaving alone what a checkpoint has filled."""
+    std = getattr(config.host_config, "initializer_range", None) or getattr(config.host_config, "init_std", 0.02)
+    for linear in (core.encoder.linear, core.row_decoder, core.scaler):
+        init.normal_(linear.weight, mean=0.0, std=std)
+        init.zeros_(linear.bias)
+    for module in core.modules():
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+    core.start_near_host()
+    if hasattr(core, "position_table"):
+        init.normal_(core.position_table)
+    if core.random_features.device.type != "meta":
+        drawn = orthogonal_gaussian_features(*core.random_features.shape)
+        init.copy_(core.random_features, drawn.to(core.random_features))
+    for module in core.modules():
+        module._is_hf_initialized = True
