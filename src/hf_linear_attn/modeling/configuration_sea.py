@@ -167,7 +167,7 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
         """Every field that a configuration is built from; the host's dtype is ours."""
         fields = super().to_dict()  # a copy, the host's included
         if isinstance(fields.get("host_config"), dict):
-            fields["host_config"].pop("dtype", None)
+            fields["host_config"]["dtype"] = None
         return fields
 
     def validate_architecture(self):
