@@ -110,9 +110,9 @@ def unpack(path: Path, auto_class: type, **options) -> PreTrainedModel:
             elif kind == "coded":
                 scale = arrays[f"scale/{name}"].astype(np.float32)
                 columns = arrays[f"columns/{name}"]
-                sorted_columns = np.frombuffer(zlib.decompress(arrays[key].tobytes()), np.int8).reshape(
-                    len(columns), -1
-                )
+                decoded = zlib.decompress(arrays[key].tobytes())
+                small = len(decoded) == len(columns) * len(scale)
+                sorted_columns = np.frombuffer(decoded, np.int8 if small else np.int16).reshape(len(columns), -1)
                 symbols = np.empty_like(sorted_columns)
                 symbols[np.argsort(columns, kind="stable")] = sorted_columns
                 state[name] = torch.from_numpy(symbols.T * scale / columns.astype(np.float32))

@@ -291,10 +291,17 @@ def table(options: argparse.Namespace) -> None:
     for name, report in reports.items():
         if name == "teacher":
             continue
-        found = [f"{report[key]:.2f}" if key in report else "" for key in ("top_k_recall", "attention_mass")]
-        cells = [name, f"{report['perplexity']:.2f}", f"{report['perplexity'] / base:.1%}"]
-        cells += [f"{report['before']['perplexity']:.2f}", *found, report["steps"], f"{report['seconds']:.0f}"]
-        print("| " + " | ".join(map(str, cells)) + " |")
+        before = f"{report['before']['perplexity']:.2f}"
+        print(_row(name, report, before, report["steps"], f"{report['seconds']:.0f}"))
+        for k, other in report.get("with_other_k", {}).items():
+            print(_row(f"{name}, evaluated with k = {k}", other, "", "", ""))
+
+
+def _row(name: str, found: dict, before: str, steps, seconds) -> str:
+    """A row of the table; the teacher's loss is that on the same rows of text."""
+    cells = [name, f"{found['perplexity']:.2f}", f"{found['perplexity'] / math.exp(found['teacher_loss']):.1%}", before]
+    cells += [f"{found[key]:.2f}" if key in found else "" for key in ("top_k_recall", "attention_mass")]
+    return "| " + " | ".join(map(str, [*cells, steps, seconds])) + " |"
 
 
 def main() -> None:
