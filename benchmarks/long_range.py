@@ -30,7 +30,7 @@ MODELS = ("danet", "transformer")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained on a task. beta2, epsilon and clip as the model wants them; the rate falls linearly to 0 after warm-up.
+    """How a model is trained on a task. After the warm-up the rate falls linearly to 0.
 
     seconds: where given, the schedule runs over that time instead of `steps`, whichever ends first.
     """
@@ -286,9 +286,11 @@ def run(options: argparse.Namespace) -> None:
             print(f"{options.task}, {name}, seed {seed}, {facts['parameters']:,} parameters, on {device}", flush=True)
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(".partial.json")
-            result = train(
-                model, splits, recipe, seed, device, lambda so_far: unfinished.write_text(json.dumps(facts | so_far))
-            )
+
+            def keep(so_far, unfinished=unfinished, facts=facts):
+                unfinished.write_text(json.dumps(facts | so_far))
+
+            result = train(model, splits, recipe, seed, device, keep)
             file.write_text(json.dumps(facts | result, indent=1) + "\n")
             unfinished.unlink(missing_ok=True)
             print(f"{name}, seed {seed}: test accuracy {result['test']:.4f} after {result['steps']} steps", flush=True)

@@ -7,11 +7,12 @@ from .parser import Parser
 from .result import show, words_aside
 
 DESCRIPTION = """\
-Train a causal language model on text with Trainer.
+Train a model on text with Trainer: a causal language model, an encoder that guesses masked words (--task mlm), or a
+classifier of texts (--task classification), from new weights or from a checkpoint.
 
-The output folder receives the model and its tokenizer (AutoModelForCausalLM.from_pretrained loads it), checkpoints,
-learning_curve.png and .json, and training_report.json with perplexity, bits per byte, tokens per second and peak
-memory.
+The output folder receives the model and its tokenizer (the Auto class of the task loads it), checkpoints,
+learning_curve.png and .json, and training_report.json with perplexity and bits per byte (mlm: share of words guessed;
+classification: accuracy and macro F1), tokens per second and peak memory.
 Without --data or --dataset the text is the State of the Union speeches."""
 
 EXAMPLES = """\
@@ -22,6 +23,10 @@ examples:
       GPT-2 of the same size on the same batches
   hf-linear-attn train --family danet --causal --num-hidden-layers 5 --steps 300 --output outputs/danet
       a causal DANet of the same size on the same batches
+  hf-linear-attn train --task mlm --family danet --block-length 128 --batch-size 16 --output outputs/danet-mlm
+  hf-linear-attn train --task classification --data r8 --from-checkpoint outputs/danet-mlm --block-length 128 \
+      --batch-size 16 --epochs 3 --output outputs/danet-r8
+      masked words on the speeches, then topics of Reuters messages; --family bert gives BERT's figures
   hf-linear-attn train --data book.txt --hidden-size 256 --num-hidden-layers 6 --num-attention-heads 4 \\
       --windows global,4,8,16,32,global --epochs 3 --precision bfloat16 --output outputs/book
   hf-linear-attn train --resume --output outputs/book
@@ -52,28 +57,53 @@ def run(arguments: list[str]) -> int:
     from ..training.language_modeling import TrainingInterrupted, train_language_model
     from .quiet import quiet_libraries
 
+    if options.task == "classification":
+        from ..training.classification import train_classifier as train
+    else:
+        train = train_language_model
+
     quiet_libraries()
     try:
         with words_aside(as_json):
-            report = train_language_model(options)
+            report = train(options)
     except TrainingInterrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return 128 + stop.signal_number
-    text = (
-        f"\n{summary(report)}\n\nmodel, curve and report: {options.output}\n"
-        f'try it: hf-linear-attn generate {options.output} "The people of the United States"'
-    )
+    text = f"\n{summary(report)}\n\nmodel, curve and report: {options.output}\ntry it: {next_command(options)}"
     show(report | {"output": options.output}, text, as_json)
     return 0
+
+
+def next_command(options: TrainingOptions) -> str:
+    """What a user may do with the model of that run."""
+    if options.task == "causal-lm":
+        return f'hf-linear-attn generate {options.output} "The people of the United States"'
+    if options.task == "mlm":
+        return f"hf-linear-attn train --task classification --data speeches --from-checkpoint {options.output} --output FOLDER"
+    return f"transformers.pipeline('text-classification', {options.output!r})('A text.')"
 
 
 def summary(report: dict) -> str:
     """Result of a run in three lines."""
     test, validation = report["test"], report["validation"]
+    if report.get("task") == "classification":
+        speed = report["texts_per_second"]
+        return (
+            f"test: accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} "
+            f"(validation: {validation['accuracy']:.4f}, {validation['macro_f1']:.4f})\n"
+            f"{report['steps']} steps, {report['training_texts']:,} texts in {report['training_seconds']:.0f} s"
+            + (f", {speed:,.1f} texts per second" if speed else "")
+            + f", peak memory {report['peak_memory_mb']:.0f} MiB\n"
+            f"{report['family']}, {report['parameters']:,} parameters"
+        )
     speed = report["tokens_per_second"]
+    kind = (
+        ("accuracy", "{:.3f} of the masked words") if "accuracy" in test else ("bits_per_byte", "{:.3f} bits per byte")
+    )
+    name, words = kind
     return (
-        f"test: perplexity {test['perplexity']:.1f}, {test['bits_per_byte']:.3f} bits per byte "
-        f"(validation: {validation['perplexity']:.1f}, {validation['bits_per_byte']:.3f})\n"
+        f"test: perplexity {test['perplexity']:.1f}, {words.format(test[name])} "
+        f"(validation: {validation['perplexity']:.1f}, {validation[name]:.3f})\n"
         f"{report['steps']} steps, {report['training_tokens']:,} tokens in {report['training_seconds']:.0f} s"
         + (f", {speed:,.0f} tokens per second" if speed else "")
         + f", peak memory {report['peak_memory_mb']:.0f} MiB\n"

@@ -1,5 +1,5 @@
-"""Train a causal language model on text with Trainer: data, model, curve, evaluation, resuming, and a folder that
-AutoModel loads.
+"""Train a language model, causal or with masked words, with Trainer: data, model, curve, evaluation, resuming, and a folder
+that AutoModel loads.
 
 from hf_linear_attn.training.language_modeling import train_language_model
 from hf_linear_attn.training.options import TrainingOptions
@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from .checkpoints import StopOnSignal, last_complete_checkpoint
 from .learning_curve import curve_of, save_curve
+from .masked_words import BlocksToMask, MaskedOnce, MaskingCollator, best_guess, share_of_right_guesses
 from .measuring import Throughput, peak_memory_mb
 from .model_choice import build_model
 from .options import OPTIONS_FILE, TrainingOptions
@@ -56,37 +57,44 @@ def load_text(options: TrainingOptions) -> TextData:
 def train_language_model(options: TrainingOptions) -> dict[str, Any]:
     """Train, evaluate, save. Returns the report that also lies in the output folder as training_report.json.
 
-    The folder then holds the model and its tokenizer (AutoModelForCausalLM and AutoTokenizer load it),
+    The folder then holds the model and its tokenizer (AutoModelForCausalLM or AutoModelForMaskedLM, and AutoTokenizer),
     learning_curve.png and .json.
     Two runs whose options differ only in the model see the same batches in the same order.
     Raises ValueError for options that do not fit, TrainingInterrupted after Ctrl-C or SIGTERM (a checkpoint has been
     written).
     """
-    folder = _free_folder(options)
+    folder = free_folder(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     data = load_text(options)
     print(f"text: {data.description}")
-    tokenizer, text = prepare_text(data, options.vocab_size, options.tokenizer)
+    masked = options.task == "mlm"
+    tokenizer, text = prepare_text(
+        data, options.vocab_size, options.from_checkpoint or options.tokenizer, for_encoder=masked
+    )
     counts = ", ".join(f"{split} {len(text.ids[split]):,}" for split in SPLITS)
     print(f"tokens: {counts} (vocabulary {len(tokenizer)})")
 
     set_seed(options.seed)
     model = build_model(options, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: {options.family}, {parameters / 1e6:.2f} million parameters")
+    family = model.config.model_type
+    print(f"model: {family}, {parameters / 1e6:.2f} million parameters")
 
     tokens_per_step = options.batch_size * options.accumulate * options.block_length
     throughput, stop = Throughput(tokens_per_step), StopOnSignal()
     trainer = _trainer(options, model, tokenizer, text, folder, [throughput, stop])
     limit = options.final_eval_tokens
     final = {split: TokenBlocks(text.ids[split], options.block_length, limit, name=split) for split in SPLITS[1:]}
-    _start_folder(options, folder)
-    seconds = _run(trainer, stop, folder, options.resume)
+    if masked:
+        final = {split: MaskedOnce(blocks, trainer.data_collator) for split, blocks in final.items()}
+    start_folder(options, folder)
+    seconds = run_trainer(trainer, stop, folder, options.resume)
     peak = peak_memory_mb()  # of training: before the final evaluation
 
     report = {
-        "family": options.family,
+        "task": options.task,
+        "family": family,
         "parameters": parameters,
         "text": data.description,
         "steps": trainer.state.global_step,
@@ -109,20 +117,26 @@ def _trainer(options: TrainingOptions, model, tokenizer, text: TokenizedText, fo
     rows_per_step = options.batch_size * options.accumulate
     train = TokenBlocks(text.ids["train"], options.block_length, name="train").keep_multiple_of(rows_per_step)
     sample = TokenBlocks(text.ids["validation"], options.block_length, options.eval_tokens, name="validation")
+    collator, more = stack_blocks, {}
+    if options.task == "mlm":
+        collator = MaskingCollator(tokenizer, options.mask_share)
+        train, sample = BlocksToMask(train), MaskedOnce(sample, collator)
+        more = {"compute_metrics": share_of_right_guesses, "preprocess_logits_for_metrics": best_guess}
     trainer = Trainer(
         model=model,
         args=training_arguments(options, folder, len(train)),
         train_dataset=train,
         eval_dataset=sample,
         processing_class=tokenizer,
-        data_collator=stack_blocks,
+        data_collator=collator,
         callbacks=callbacks,
+        **more,
     )
     TrainingProgress.replace_default(trainer, show_bar=not options.quiet)
     return trainer
 
 
-def _run(trainer: Trainer, stop: StopOnSignal, folder: Path, resume: bool) -> float:
+def run_trainer(trainer: Trainer, stop: StopOnSignal, folder: Path, resume: bool) -> float:
     """Train from the start or from the last checkpoint; returns the seconds. TrainingInterrupted after a signal."""
     checkpoint = last_complete_checkpoint(folder) if resume else None
     if resume:
@@ -162,7 +176,7 @@ def training_arguments(options: TrainingOptions, folder: Path, rows: int) -> Tra
         logging_first_step=True,
         eval_strategy="steps",
         eval_steps=options.eval_every or tenth,
-        prediction_loss_only=True,
+        prediction_loss_only=options.task == "causal-lm",
         save_steps=options.save_every or tenth,
         save_total_limit=options.keep_checkpoints,
         disable_tqdm=options.quiet,
@@ -185,9 +199,13 @@ def stack_blocks(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 def evaluate_split(trainer: Trainer, blocks: TokenBlocks, text: TokenizedText, split: str) -> dict[str, float]:
-    """Mean loss (nats per token), perplexity and bits per byte over all blocks of a split."""
-    loss = trainer.evaluate(blocks, metric_key_prefix=split)[f"{split}_loss"]
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": text.bits_per_byte(split, loss)}
+    """Mean loss (nats per token) and perplexity over all blocks of a split; bits per byte, or share of masked words guessed."""
+    metrics = trainer.evaluate(blocks, metric_key_prefix=split)
+    loss = metrics[f"{split}_loss"]
+    found = {"loss": loss, "perplexity": math.exp(loss)}
+    if f"{split}_accuracy" in metrics:
+        return found | {"accuracy": metrics[f"{split}_accuracy"]}
+    return found | {"bits_per_byte": text.bits_per_byte(split, loss)}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -202,7 +220,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _free_folder(options: TrainingOptions) -> Path:
+def free_folder(options: TrainingOptions) -> Path:
     """The output folder, after refusing to mix two runs in it. Nothing is written yet: a later error leaves no trace."""
     folder = Path(options.output).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -215,7 +233,7 @@ def _free_folder(options: TrainingOptions) -> Path:
     return folder
 
 
-def _start_folder(options: TrainingOptions, folder: Path) -> None:
+def start_folder(options: TrainingOptions, folder: Path) -> None:
     """Make the folder and note the options in it; of an earlier run that is replaced, remove what could be taken for the new."""
     folder.mkdir(parents=True, exist_ok=True)
     if options.resume:
@@ -229,7 +247,8 @@ def _start_folder(options: TrainingOptions, folder: Path) -> None:
 
 
 def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> None:
-    trainer.model.config.use_cache = True  # Trainer switches it off for training, and would save it so
+    if report["task"] == "causal-lm":
+        trainer.model.config.use_cache = True  # Trainer switches it off for training, and would save it so
     trainer.save_model(str(folder))
     tokenizer.save_pretrained(str(folder))
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")

@@ -18,10 +18,12 @@ def curve_of(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, floa
     return {name: [{"step": s, "loss": loss} for s, loss in sorted(run.items())] for name, run in points.items()}
 
 
-def save_curve(curves: Mapping[str, dict], folder: Path, tokens_per_step: Mapping[str, int], title: str) -> list[Path]:
+def save_curve(
+    curves: Mapping[str, dict], folder: Path, tokens_per_step: Mapping[str, int] | None, title: str
+) -> list[Path]:
     """Write learning_curve.json and, where matplotlib is installed, learning_curve.png. Returns the files.
 
-    curves: label -> what `curve_of` returns; several labels share the axes.
+    curves: label -> what `curve_of` returns; several labels share the axes. tokens_per_step: None puts steps on the axis.
     """
     data = folder / "learning_curve.json"
     data.write_text(json.dumps(dict(curves), indent=1) + "\n")
@@ -40,12 +42,18 @@ def save_curve(curves: Mapping[str, dict], folder: Path, tokens_per_step: Mappin
             ("training", {"alpha": 0.35, "linewidth": 1}),
             ("validation", {"marker": "o", "markersize": 4}),
         ):
-            tokens = [point["step"] * tokens_per_step[label] / 1e6 for point in curve[kind]]
+            unit = tokens_per_step[label] / 1e6 if tokens_per_step else 1
+            tokens = [point["step"] * unit for point in curve[kind]]
             if tokens:
                 axes.plot(
                     tokens, [point["loss"] for point in curve[kind]], color=colour, label=f"{label}, {kind}", **style
                 )
-    axes.set(xlabel="training tokens (million)", ylabel="loss (nats per token)", title=title)
+    words = (
+        ("training tokens (million)", "loss (nats per token)")
+        if tokens_per_step
+        else ("optimizer steps", "loss (nats)")
+    )
+    axes.set(xlabel=words[0], ylabel=words[1], title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = folder / "learning_curve.png"

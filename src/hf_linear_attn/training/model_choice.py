@@ -1,20 +1,77 @@
 """From training options to a fresh model: the one place that knows how each family spells its config."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
-from .options import TrainingOptions
+from .options import ENCODERS, TrainingOptions
 
 # Families whose layers can look through windows.
 WINDOWED_FAMILIES = ("leap", "fastformer")
+ENCODER_WINDOW = 32  # of the published encoders at 128 tokens
 DANET_WINDOW = 8  # of 8 and 32, the better one on the speeches in blocks of 512
 
 
-def build_model(options: TrainingOptions, tokenizer) -> Any:
-    """A model with new weights (drawn from PyTorch's global seed) that fits the tokenizer and the block length."""
-    from transformers import AutoModelForCausalLM
+# Task -> Auto class of its models.
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "mlm": "AutoModelForMaskedLM",
+    "classification": "AutoModelForSequenceClassification",
+}
 
-    return AutoModelForCausalLM.from_config(build_config(options, tokenizer))
+
+def build_model(options: TrainingOptions, tokenizer, labels: Sequence[str] = ()) -> Any:
+    """The model for the options' task: with new weights (drawn from PyTorch's global seed) that fit the tokenizer and the block
+    length, or with those of a checkpoint. labels: names of the classes, for classification.
+    """
+    import transformers
+
+    head = getattr(transformers, AUTO_CLASSES[options.task])
+    classes = (
+        {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}} if labels else {}
+    )
+    if options.from_checkpoint is None:
+        config = build_config(options, tokenizer)
+        for name, value in classes.items():
+            setattr(config, name, value)
+        return head.from_config(config)
+    return head.from_pretrained(options.from_checkpoint, **_checkpoint_fields(options), **classes)
+
+
+def _checkpoint_fields(options: TrainingOptions) -> dict[str, Any]:
+    """Changes to a checkpoint's config that the options ask for, after a look at whether it fits them."""
+    from transformers import AutoConfig
+
+    import hf_linear_attn  # noqa: F401  (registers our families)
+
+    config = AutoConfig.from_pretrained(options.from_checkpoint)
+    if options.family not in (None, config.model_type):
+        raise ValueError(
+            f"family is {options.family!r}, and {options.from_checkpoint} holds a {config.model_type!r} model"
+        )
+    if options.task == "mlm" and (getattr(config, "is_causal", False) or config.model_type not in ENCODERS):
+        raise ValueError(
+            f"{options.from_checkpoint} holds no encoder ({config.model_type}): it cannot learn masked words"
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    absolute = getattr(config, "position_embedding_type", "absolute") in ("absolute", "learned")
+    if absolute and limit is not None and options.block_length > limit:
+        raise ValueError(
+            f"block_length={options.block_length} is more than the {limit} positions of {options.from_checkpoint}"
+        )
+    for key in options.config_fields():
+        _check_field(config, key, config.model_type)
+    return _dropout_fields(config.model_type, options.dropout) | options.config_fields()
+
+
+def _dropout_fields(family: str, dropout: float) -> dict[str, float]:
+    if family == "gpt2":
+        return dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), dropout)
+    if family == "bert":
+        return dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
+    if family == "danet":
+        return dict.fromkeys(("hidden_dropout_prob", "attention_dropout"), dropout)
+    return {"hidden_dropout_prob": dropout}  # and, by default, the attention_dropout
 
 
 def build_config(options: TrainingOptions, tokenizer) -> Any:
@@ -33,12 +90,12 @@ def build_config(options: TrainingOptions, tokenizer) -> Any:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    values |= _dropout_fields(options.family, options.dropout)
     if options.family == "gpt2":
-        values |= dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), options.dropout)
         # The same tanh GELU as GPT-2's own, in PyTorch's fused spelling: the baseline gets its best speed.
         values["activation_function"] = "gelu_pytorch_tanh"
-    else:
-        values["hidden_dropout_prob"] = options.dropout  # and, by default, the attention_dropout
+    if options.family == "bert":
+        values["intermediate_size"] = 4 * options.hidden_size
     if options.family == "danet":
         values |= _danet_fields(options)
     values |= _window_fields(options)
@@ -53,7 +110,9 @@ def build_config(options: TrainingOptions, tokenizer) -> Any:
 
 
 def _danet_fields(options: TrainingOptions) -> dict[str, Any]:
-    """The published decoder's design, with windows for short blocks and global layers scaled for the length trained at."""
+    """The published designs. Of the decoder: windows for short blocks, and global layers scaled for the length trained at."""
+    if options.task != "causal-lm" and not options.causal:
+        return {"layer_pattern": "l_sl_g", "window_size": ENCODER_WINDOW}
     if not options.causal:
         raise ValueError("danet has an encoder and a decoder, and language models that write are decoders: give causal")
     return {
@@ -62,7 +121,6 @@ def _danet_fields(options: TrainingOptions) -> dict[str, Any]:
         "window_size": DANET_WINDOW,
         "ffn_type": "swiglu",
         "scale_length": options.block_length,
-        "attention_dropout": options.dropout,
     }
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 OPTIONS_FILE = "training_options.json"
-FAMILIES = ("leap", "fastformer", "danet", "gpt2")
+FAMILIES = ("leap", "fastformer", "danet", "gpt2", "bert")
+TASKS = ("causal-lm", "mlm", "classification")
+# Families that see both sides of a word, and so can guess a masked one.
+ENCODERS = ("danet", "bert")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 # What a resumed run may change: none of these alters the loss curve.
@@ -57,7 +60,18 @@ class TrainingOptions:
     """
 
     # The model.
-    family: str = option("leap", "model", "model family", choices=FAMILIES)
+    task: str = option(
+        "causal-lm",
+        "model",
+        "what is learnt: the next word, masked words (mlm), or the class of a text",
+        choices=TASKS,
+    )
+    family: str | None = option(
+        None, "model", "model family (default: leap; danet for mlm and classification)", choices=FAMILIES
+    )
+    from_checkpoint: str | None = option(
+        None, "model", "start from the weights, tokenizer and sizes of this trained model", metavar="FOLDER"
+    )
     causal: bool = option(
         False,
         "model",
@@ -80,7 +94,13 @@ class TrainingOptions:
     )
 
     # The text.
-    data: list[str] = option([], "text", "training files or folders: .txt, .jsonl, .csv, .parquet", metavar="FILE")
+    data: list[str] = option(
+        [],
+        "text",
+        "training files or folders: .txt, .jsonl, .csv, .parquet; for classification also a set: speeches, "
+        "spam-assassin, r8, bbc",
+        metavar="FILE",
+    )
     validation_data: list[str] = option(
         [], "text", "validation files (default: 5%% of the training text)", metavar="FILE"
     )
@@ -90,6 +110,7 @@ class TrainingOptions:
     )
     dataset_config: str | None = option(None, "text", "its configuration, as in wikitext-2-raw-v1", metavar="NAME")
     text_column: str = option("text", "text", "column that holds the text")
+    label_column: str = option("label", "text", "column that holds the class of a text, for classification")
     join_rows: bool = option(False, "text", "rows are lines of one text, not documents", bool)
     tokenizer: str | None = option(
         None, "text", "existing tokenizer, folder or Hub name (default: train a BPE)", metavar="NAME"
@@ -97,14 +118,17 @@ class TrainingOptions:
     vocab_size: int = option(
         4096, "text", "size of the byte-level BPE that is trained on the training text, at least 259", int
     )
-    block_length: int = option(512, "text", "tokens in one training row", int)
+    block_length: int = option(512, "text", "tokens in one training row; of a longer classified text, the first", int)
+    mask_share: float = option(0.15, "text", "share of the tokens that mlm hides, 0 < p < 1", float)
 
     # The optimisation.
     steps: int | None = option(None, "optimisation", "optimizer steps (default: one epoch)", int)
     epochs: float | None = option(None, "optimisation", "passes over the training text, instead of --steps", float)
     batch_size: int = option(2, "optimisation", "rows in one step on a device", int)
     accumulate: int = option(1, "optimisation", "batches added up before an optimizer step", int)
-    learning_rate: float = option(3e-3, "optimisation", "peak learning rate of AdamW", float)
+    learning_rate: float | None = option(
+        None, "optimisation", "peak learning rate of AdamW (default: 3e-3; 5e-4 for classification)", float
+    )
     schedule: str = option("linear", "optimisation", "decay of the learning rate", choices=SCHEDULES)
     warmup: float = option(0.05, "optimisation", "share of the steps in which the rate rises, 0 <= w < 1", float)
     weight_decay: float = option(0.01, "optimisation", "weight decay of AdamW", float)
@@ -137,6 +161,8 @@ class TrainingOptions:
             value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{each.name} must be one of {', '.join(choices)}, got {value!r}")
+        if self.learning_rate is None:
+            self.learning_rate = 5e-4 if self.task == "classification" else 3e-3
         positive = (
             "hidden_size",
             "num_hidden_layers",
@@ -182,8 +208,41 @@ class TrainingOptions:
             raise ValueError("resume continues the run that overwrite would replace: give one of the two")
         if self.windows is not None and self.all_global:
             raise ValueError("windows and all_global contradict each other: give one of the two")
+        self._check_task()
         self.layer_windows()
         self.config_fields()
+
+    def _check_task(self) -> None:
+        """Family, checkpoint and text that fit the task; fills in the family where none is named."""
+        if self.from_checkpoint is not None:
+            default = {each.name: each.default for each in fields(self)}
+            of_a_new_model = [
+                "causal",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "windows",
+                "all_global",
+            ]
+            of_a_new_model += ["position_embedding", "tokenizer", "vocab_size"]
+            for name in of_a_new_model:
+                if getattr(self, name) != default[name]:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} belongs to a new model, and from_checkpoint has its own"
+                    )
+        elif self.family is None:
+            self.family = "leap" if self.task == "causal-lm" else "danet"
+        if self.task == "mlm" and (self.causal or self.family not in (*ENCODERS, None)):
+            got = "causal" if self.causal else f"family {self.family!r}"
+            raise ValueError(
+                f"task mlm needs a model that sees both sides of a word: {' or '.join(ENCODERS)}, not {got}"
+            )
+        if self.task == "causal-lm" and self.family == "bert":
+            raise ValueError("bert is an encoder: give task mlm or classification, or another family")
+        if not 0 < self.mask_share < 1:
+            raise ValueError(f"mask_share must be greater than 0 and less than 1, got {self.mask_share}")
+        if self.task == "classification" and (self.dataset or self.join_rows):
+            raise ValueError("classification reads data (files or a named set), neither dataset nor join_rows")
 
     def layer_windows(self) -> list[int | None] | None:
         """The windows as a config wants them, None for a global layer: "global,4" -> [None, 4]."""

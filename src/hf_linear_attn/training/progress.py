@@ -45,6 +45,9 @@ class TrainingProgress(TrainerCallback):
         step = f"step {state.global_step:>5}/{state.max_steps}"
         if "loss" in logs:
             self._write(f"{step}  training loss {logs['loss']:.3f}")
+        elif "eval_macro_f1" in logs:
+            accuracy, f1 = logs["eval_accuracy"], logs["eval_macro_f1"]
+            self._write(f"{step}  validation accuracy {accuracy:.3f}, macro F1 {f1:.3f}, loss {logs['eval_loss']:.3f}")
         elif "eval_loss" in logs:
             perplexity = math.exp(min(logs["eval_loss"], 50))
             self._write(f"{step}  validation loss {logs['eval_loss']:.3f}, perplexity {perplexity:.1f}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .text_data import TextData
 
-PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+PAD, BOS, EOS, MASK = "<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>"
 SMALLEST_VOCABULARY = 256 + 3
 
 
@@ -31,14 +31,15 @@ def cache_folder() -> Path:
     return Path(named).expanduser() if named else base / "hf-linear-attn"
 
 
-def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, for_encoder: bool = False) -> "PreTrainedTokenizerFast":
     """Byte-level BPE of `vocab_size` pieces (special ones included), which can spell any text.
     Pads on the left, as generation wants.
 
+    for_encoder: has <|mask|>, too, frames every text by <|bos|> and <|eos|> of itself, and pads on the right.
     Every text of the training split, and no other, should be given:
     the held-out text is then new to the tokenizer, too.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < SMALLEST_VOCABULARY:
@@ -50,19 +51,26 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTok
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, BOS, EOS],
+        special_tokens=[PAD, BOS, EOS, *([MASK] if for_encoder else [])],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    roles = {}
+    if for_encoder:
+        roles = {"mask_token": MASK, "cls_token": BOS, "sep_token": EOS}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A {EOS}", pair=f"{BOS} $A {EOS} $B {EOS}", special_tokens=[(BOS, 1), (EOS, 2)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
-        padding_side="left",
+        padding_side="right" if for_encoder else "left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
+        **roles,
     )
 
 
@@ -121,16 +129,17 @@ def tokenize_documents(data: "TextData", tokenizer: "PreTrainedTokenizerFast") -
 
 
 def prepare_text(
-    data: "TextData", vocab_size: int, tokenizer_name: str | None = None
+    data: "TextData", vocab_size: int, tokenizer_name: str | None = None, for_encoder: bool = False
 ) -> tuple["PreTrainedTokenizerFast", TokenizedText]:
     """Tokenizer and token ids of `data`; both come from the cache when the same text was prepared before.
 
     tokenizer_name: folder or Hub name of an existing tokenizer;
-    without it a BPE of `vocab_size` is trained on the training split.
+    without it a BPE of `vocab_size` is trained on the training split (for_encoder: with a mask token).
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    digest = hashlib.sha256(json.dumps([1, vocab_size, tokenizer_name]).encode())
+    kind = [1, vocab_size, tokenizer_name, *(["encoder"] if for_encoder else [])]
+    digest = hashlib.sha256(json.dumps(kind).encode())
     for split, documents in data.documents.items():
         digest.update(split.encode())
         for text in documents["text"]:
@@ -143,7 +152,7 @@ def prepare_text(
         return tokenizer, tokenize_documents(data, tokenizer)
     if ids_file.exists():
         return PreTrainedTokenizerFast.from_pretrained(folder), TokenizedText.load(ids_file)
-    tokenizer = train_bpe_tokenizer(data.documents["train"]["text"], vocab_size)
+    tokenizer = train_bpe_tokenizer(data.documents["train"]["text"], vocab_size, for_encoder)
     text = tokenize_documents(data, tokenizer)
     tokenizer.save_pretrained(folder)
     text.save(ids_file)  # last: its presence says that the folder is complete

@@ -1,0 +1,166 @@
+"""Train a text classifier with Trainer, from a pretrained checkpoint or from new weights: accuracy, macro F1, curve, resuming.
+
+from hf_linear_attn.training.classification import train_classifier
+from hf_linear_attn.training.options import TrainingOptions
+
+report = train_classifier(TrainingOptions(task="classification", data=["r8"], from_checkpoint="outputs/mlm", epochs=3))
+print(report["test"]["accuracy"], report["test"]["macro_f1"])
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, set_seed
+
+from .checkpoints import StopOnSignal
+from .classification_data import describe_rows, load_classification
+from .language_modeling import REPORT_FILE, describe_machine, free_folder, run_trainer, start_folder, training_arguments
+from .learning_curve import curve_of, save_curve
+from .measuring import Throughput, peak_memory_mb
+from .model_choice import build_model
+from .options import TrainingOptions
+from .progress import TrainingProgress
+from .text_data import SPLITS
+from .tokenized_text import train_bpe_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+DEFAULT_SET = "speeches"
+
+
+def train_classifier(options: TrainingOptions) -> dict[str, Any]:
+    """Train, evaluate, save. Returns the report that also lies in the output folder as training_report.json.
+
+    The folder then holds the model with the names of its classes, and the tokenizer: `pipeline("text-classification", folder)`
+    works. Raises ValueError for options that do not fit, FileNotFoundError for a set that is not installed, TrainingInterrupted
+    after Ctrl-C or SIGTERM (a checkpoint has been written).
+    """
+    folder = free_folder(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    metrics = require_scikit_learn()
+    rows = load_classification(
+        options.data or DEFAULT_SET,
+        options.validation_data,
+        options.test_data,
+        options.text_column,
+        options.label_column,
+    )
+    print(f"texts: {describe_rows(rows)}")
+    labels = rows["train"].features["label"].names
+    tokenizer = _tokenizer(options, rows)
+    encoded = {split: EncodedTexts(rows[split], tokenizer, options.block_length) for split in SPLITS}
+
+    set_seed(options.seed)
+    model = build_model(options, tokenizer, labels)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    family = model.config.model_type
+    parameters = sum(p.numel() for p in model.parameters())
+    start = f"from {options.from_checkpoint}" if options.from_checkpoint else "with new weights"
+    print(f"model: {family} {start}, {parameters / 1e6:.2f} million parameters")
+
+    rows_per_step = options.batch_size * options.accumulate
+    if len(encoded["train"]) < rows_per_step:
+        raise ValueError(
+            f"the training split has {len(encoded['train'])} texts, fewer than the {rows_per_step} of one step (batch_size times "
+            "accumulate): give smaller ones or more texts"
+        )
+    throughput, stop = Throughput(rows_per_step), StopOnSignal()
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(options, folder, len(encoded["train"])),
+        train_dataset=encoded["train"],
+        eval_dataset=encoded["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda prediction: classification_metrics(prediction, metrics),
+        callbacks=[throughput, stop],
+    )
+    TrainingProgress.replace_default(trainer, show_bar=not options.quiet)
+    start_folder(options, folder)
+    seconds = run_trainer(trainer, stop, folder, options.resume)
+    report = {
+        "task": options.task,
+        "family": family,
+        "parameters": parameters,
+        "text": f"{' '.join(options.data) or DEFAULT_SET}: {describe_rows(rows)}",
+        "labels": labels,
+        "steps": trainer.state.global_step,
+        "training_texts": trainer.state.global_step * rows_per_step,
+        "training_seconds": round(seconds, 1),
+        "texts_per_second": throughput.tokens_per_second,
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        **{split: _evaluate(trainer, encoded[split], split) for split in SPLITS[1:]},
+        "curve": curve_of(trainer.state.log_history),
+        "options": asdict(options),
+        "machine": describe_machine(),
+    }
+    _save(trainer, tokenizer, report, folder)
+    return report
+
+
+class EncodedTexts(torch.utils.data.Dataset):
+    """Token ids of the texts, cut to `length`, and their labels."""
+
+    def __init__(self, rows, tokenizer, length: int):
+        self.ids = tokenizer(list(rows["text"]), truncation=True, max_length=length, verbose=False)["input_ids"]
+        self.labels = list(rows["label"])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+def require_scikit_learn():
+    """Return `sklearn.metrics`, or say which command installs it."""
+    try:
+        from sklearn import metrics
+    except ImportError as error:
+        raise ImportError("macro F1 needs scikit-learn: pip install 'hf-linear-attn[train]'") from error
+    return metrics
+
+
+def classification_metrics(prediction: Any, metrics) -> dict[str, float]:
+    """Accuracy, and F1 as the plain mean over the classes."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    guessed = np.argmax(logits, axis=-1)
+    classes = np.arange(logits.shape[-1])
+    return {
+        "accuracy": float(metrics.accuracy_score(prediction.label_ids, guessed)),
+        "macro_f1": float(
+            metrics.f1_score(prediction.label_ids, guessed, average="macro", labels=classes, zero_division=0)
+        ),
+    }
+
+
+def _evaluate(trainer: Trainer, texts: EncodedTexts, split: str) -> dict[str, float]:
+    found = trainer.evaluate(texts, metric_key_prefix=split)
+    return {name: found[f"{split}_{name}"] for name in ("loss", "accuracy", "macro_f1")}
+
+
+def _tokenizer(options: TrainingOptions, rows: "DatasetDict"):
+    """That of the checkpoint, the one named, or a BPE trained on the training texts."""
+    named = options.from_checkpoint or options.tokenizer
+    tokenizer = (
+        AutoTokenizer.from_pretrained(named)
+        if named is not None
+        else train_bpe_tokenizer(rows["train"]["text"], options.vocab_size, for_encoder=True)
+    )
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {named} has no padding token, and texts of a batch differ in length")
+    return tokenizer
+
+
+def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> None:
+    trainer.save_model(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    save_curve({report["family"]: report["curve"]}, folder, None, report["text"].split(":")[0])

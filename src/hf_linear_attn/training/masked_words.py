@@ -1,0 +1,76 @@
+"""Masked words: Transformers' dynamic masking for training, masks drawn once for evaluation, and how many words are guessed."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DataCollatorForLanguageModeling
+
+from .tokenized_text import TokenBlocks
+
+EVALUATION_SEED = 0
+
+
+class BlocksToMask(torch.utils.data.Dataset):
+    """Blocks as the masking collator wants them: ids without labels."""
+
+    def __init__(self, blocks: TokenBlocks):
+        self.blocks = blocks.blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.from_numpy(self.blocks[index].astype(np.int64))}
+
+
+class MaskingCollator:
+    """Rows of `BlocksToMask` -> a batch with new masks each time; rows that carry labels are stacked as they are.
+
+    Of the share of tokens drawn, 80 % become the mask token, 10 % another token, 10 % stay; labels are -100 elsewhere. Special
+    tokens are never drawn. Masks are drawn from PyTorch's global generator, so a resumed run draws the same.
+    """
+
+    def __init__(self, tokenizer, share: float):
+        if tokenizer.mask_token is None:
+            raise ValueError(
+                "the tokenizer has no mask token: train without tokenizer (a BPE with one is made), or name another tokenizer"
+            )
+        self.special = torch.tensor(sorted(tokenizer.all_special_ids))
+        self.mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share)
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        if "labels" in stacked:
+            return stacked
+        ids = stacked["input_ids"]
+        ids, labels = self.mask.torch_mask_tokens(ids, torch.isin(ids, self.special))
+        return {"input_ids": ids, "labels": labels}
+
+
+class MaskedOnce(torch.utils.data.Dataset):
+    """Blocks whose masks are drawn once from a seed of their own: every evaluation and every model guesses the same words."""
+
+    def __init__(self, blocks: TokenBlocks, collator: MaskingCollator):
+        plain = BlocksToMask(blocks)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(EVALUATION_SEED)
+            batch = collator([plain[i] for i in range(len(plain))])
+        self.ids, self.labels = batch["input_ids"], batch["labels"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+def best_guess(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """(B, T, vocabulary) -> (B, T): the likeliest word, so that Trainer need not keep the logits."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def share_of_right_guesses(prediction: Any) -> dict[str, float]:
+    """Share of the masked words whose likeliest guess is right."""
+    masked = prediction.label_ids != -100
+    return {"accuracy": float((prediction.predictions == prediction.label_ids)[masked].mean())}
