@@ -1,0 +1,254 @@
+"""DANet beside BERT of the same size: masked words on the speeches, then classification, all through `hf-linear-attn train`.
+
+    python -m benchmarks.encoder_tasks run --output outputs/encoders --jobs 4
+    python -m benchmarks.encoder_tasks table --output outputs/encoders
+
+Both families get the same text, tokenizer, batches, steps and rates to choose from. Pre-training: each rate once, the better one
+by validation loss goes on. Fine-tuning on each set: from that checkpoint with each seed and rate, and from new weights with the
+first seed; the rate is chosen by validation accuracy. Every run is a folder with training_report.json, and is not repeated while
+that file is there. `--preset tiny` tries everything out in minutes on two cores.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("danet", "bert")
+REPORT = "training_report.json"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes and budgets. layers, heads: of each family, for the same number of parameters."""
+
+    hidden_size: int
+    layers: dict[str, int]
+    heads: dict[str, int]
+    vocab_size: int
+    block_length: int
+    pretraining: dict[str, Any]
+    pretraining_rates: tuple[float, ...]
+    finetuning: dict[str, Any]
+    finetuning_rates: tuple[float, ...]
+
+
+PRESETS = {
+    # DANet has 9 d^2 parameters a layer, BERT 12 d^2: 12 layers against 9. One head is what the DANet paper found best.
+    "small": Preset(
+        256,
+        {"danet": 12, "bert": 9},
+        {"danet": 1, "bert": 4},
+        8192,
+        256,
+        {"batch-size": 64, "steps": 3000, "weight-decay": 0.05, "eval-every": 500, "save-every": 3000},
+        (5e-4, 1.5e-3),
+        {"batch-size": 32, "epochs": 5, "weight-decay": 0.01, "dropout": 0.05, "save-every": 100_000},
+        (1e-4, 4e-4),
+    ),
+    "tiny": Preset(
+        32,
+        {"danet": 4, "bert": 3},
+        {"danet": 1, "bert": 2},
+        600,
+        64,
+        {"batch-size": 8, "steps": 20, "eval-every": 10, "eval-tokens": 2000, "final-eval-tokens": 4000},
+        (1e-3, 3e-3),
+        {"batch-size": 8, "steps": 10},
+        (1e-3,),
+    ),
+}
+
+
+def pretraining_command(
+    preset: Preset, family: str, rate: float, folder: Path, options: argparse.Namespace
+) -> list[str]:
+    """`hf-linear-attn train --task mlm` with new weights."""
+    words = ["--task", "mlm", "--family", family, "--hidden-size", preset.hidden_size]
+    words += ["--num-hidden-layers", preset.layers[family], "--num-attention-heads", preset.heads[family]]
+    words += ["--vocab-size", preset.vocab_size, "--block-length", preset.block_length, "--learning-rate", rate]
+    words += ["--data", *options.text] if options.text else []
+    return [*words, *_flags(preset.pretraining), *_common(options, folder)]
+
+
+def finetuning_command(
+    preset: Preset, data: str, rate: float, seed: int, start: list[Any], folder: Path, options: argparse.Namespace
+) -> list[str]:
+    """`hf-linear-attn train --task classification`; start: the words that name a checkpoint or new weights."""
+    words = ["--task", "classification", "--data", data, "--block-length", preset.block_length, "--learning-rate", rate]
+    return [*words, "--seed", seed, *start, *_flags(preset.finetuning), *_common(options, folder)]
+
+
+def _flags(values: dict[str, Any]) -> list[Any]:
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def _common(options: argparse.Namespace, folder: Path) -> list[Any]:
+    words = ["--output", folder, "--overwrite", "--quiet", "--keep-checkpoints", 1, "--log-every", 50]
+    words += ["--threads", options.threads] if options.threads else []
+    return [*words, *(["--cpu"] if options.cpu else ["--precision", "bfloat16"])]
+
+
+def run_together(commands: dict[Path, list[Any]], jobs: int) -> None:
+    """Run `hf-linear-attn train` with those words, `jobs` at once; what is done already is left alone."""
+    waiting = [(folder, words) for folder, words in commands.items() if not (folder / REPORT).exists()]
+    running: list[tuple[Path, Any, subprocess.Popen]] = []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            folder, words = waiting.pop(0)
+            words = list(map(str, words))
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            print(f"$ hf-linear-attn train {shlex.join(words)}", flush=True)
+            log = folder.with_suffix(".log").open("w")
+            command = [sys.executable, "-m", "hf_linear_attn", "train", *words]
+            running.append((folder, log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
+        time.sleep(0.2)
+        for item in [item for item in running if item[2].poll() is not None]:
+            running.remove(item)
+            folder, log, process = item
+            log.close()
+            print(f"{folder.name}: {'done' if process.returncode == 0 else f'failed, see {log.name}'}", flush=True)
+
+
+def reports(pattern: str, output: Path) -> list[dict[str, Any]]:
+    """Reports of the finished runs whose folder matches."""
+    return [
+        json.loads((folder / REPORT).read_text())
+        for folder in sorted(output.glob(pattern))
+        if (folder / REPORT).exists()
+    ]
+
+
+def best_pretraining(output: Path, family: str) -> Path | None:
+    """Folder of the finished pre-training with the lowest validation loss."""
+    done = [
+        (folder, json.loads((folder / REPORT).read_text()))
+        for folder in output.glob(f"mlm-{family}-*")
+        if (folder / REPORT).exists()
+    ]
+    return min(done, key=lambda pair: pair[1]["validation"]["loss"])[0] if done else None
+
+
+def run(options: argparse.Namespace) -> None:
+    """Pre-train, choose, fine-tune."""
+    preset = PRESETS[options.preset]
+    run_together(
+        {
+            (folder := options.output / f"mlm-{family}-{rate:g}"): pretraining_command(
+                preset, family, rate, folder, options
+            )
+            for rate in preset.pretraining_rates
+            for family in FAMILIES
+        },
+        options.jobs,
+    )
+    commands = {}
+    for seed in options.seeds:
+        for data in options.sets:
+            for rate in preset.finetuning_rates:
+                for family in FAMILIES:
+                    checkpoint = best_pretraining(options.output, family)
+                    starts = {"pretrained": ["--from-checkpoint", checkpoint]} if checkpoint else {}
+                    if seed == options.seeds[0] and checkpoint:
+                        starts["new"] = [
+                            "--family",
+                            family,
+                            "--tokenizer",
+                            checkpoint,
+                            "--hidden-size",
+                            preset.hidden_size,
+                        ]
+                        starts["new"] += ["--num-hidden-layers", preset.layers[family]]
+                        starts["new"] += ["--num-attention-heads", preset.heads[family]]
+                    for start, words in starts.items():
+                        name = f"{data.partition(':')[0]}-{family}-{start}-{rate:g}-seed{seed}"
+                        folder = options.output / name
+                        commands[folder] = finetuning_command(preset, data, rate, seed, words, folder, options)
+    run_together(commands, options.jobs)
+    table(options)
+
+
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    """What the tables need, from the runs' reports into a small file to keep; from that file where there are no reports."""
+    file = options.output / "encoder-tasks.json"
+    pretraining = [
+        {
+            key: each[key]
+            for key in ("family", "parameters", "steps", "training_tokens", "training_seconds", "validation", "test")
+        }
+        | {"learning_rate": each["options"]["learning_rate"]}
+        for each in reports("mlm-*", options.output)
+    ]
+    if not pretraining:
+        return json.loads(file.read_text())
+    finetuning = [
+        {key: each[key] for key in ("family", "parameters", "steps", "training_seconds", "validation", "test")}
+        | {key: each["options"][key] for key in ("learning_rate", "seed")}
+        | {"set": each["options"]["data"][0].partition(":")[0]}
+        | {"start": "pretrained" if each["options"]["from_checkpoint"] else "new"}
+        for each in reports("*-seed*", options.output)
+    ]
+    machine = reports("mlm-*", options.output)[0]["machine"]
+    found = {"preset": options.preset, "machine": machine, "pretraining": pretraining, "finetuning": finetuning}
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def table(options: argparse.Namespace) -> None:
+    """Both tables in Markdown."""
+    found = collect(options)
+    print("| masked words | parameters | rate | steps | tokens | validation loss | test loss | test: words guessed |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for each in found["pretraining"]:
+        print(
+            f"| {each['family']} | {each['parameters']:,} | {each['learning_rate']:g} | {each['steps']:,} "
+            f"| {each['training_tokens'] / 1e6:.1f}M | {each['validation']['loss']:.3f} | {each['test']['loss']:.3f} "
+            f"| {100 * each['test']['accuracy']:.1f}% |"
+        )
+    print("\n| set | family | start | rate | seeds | test accuracy | macro F1 |")
+    print("|---|---|---|---:|---:|---|---|")
+    groups: dict[tuple[str, str, str], dict[float, list[dict]]] = {}
+    for each in found["finetuning"]:
+        rates = groups.setdefault((each["set"], each["family"], each["start"]), {})
+        rates.setdefault(each["learning_rate"], []).append(each)
+    for (data, family, start), rates in groups.items():
+        rate, runs = max(rates.items(), key=lambda pair: statistics.mean(r["validation"]["accuracy"] for r in pair[1]))
+        cells = []
+        for metric in ("accuracy", "macro_f1"):
+            values = [100 * each["test"][metric] for each in runs]
+            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        print(f"| {data} | {family} | {start} | {rate:g} | {len(runs)} | {cells[0]} | {cells[1]} |")
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the sub-command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, action in (("run", run), ("table", table)):
+        command = commands.add_parser(name)
+        command.set_defaults(action=action)
+        command.add_argument("--output", type=Path, default=Path("outputs/encoders"))
+        command.add_argument("--preset", choices=PRESETS, default="small")
+        if name == "run":
+            command.add_argument(
+                "--sets", nargs="+", default=["r8", "spam-assassin"], help="as `train --data` names them"
+            )
+            command.add_argument("--text", nargs="+", default=[], help="files for pre-training instead of the speeches")
+            command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+            command.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="runs at once")
+            command.add_argument("--threads", type=int, help="CPU threads of a run")
+            command.add_argument("--cpu", action="store_true", help="stay on the CPU, in float32")
+    options = parser.parse_args(words)
+    options.action(options)
+
+
+if __name__ == "__main__":
+    main()
