@@ -48,9 +48,9 @@ PRESETS = {
         {"danet": 1, "bert": 4},
         8192,
         256,
-        {"batch-size": 64, "steps": 3000, "weight-decay": 0.05, "eval-every": 500, "save-every": 3000},
+        {"batch-size": 64, "steps": 1500, "weight-decay": 0.05, "eval-every": 300, "save-every": 1500},
         (5e-4, 1.5e-3),
-        {"batch-size": 32, "epochs": 5, "weight-decay": 0.01, "dropout": 0.05, "save-every": 100_000},
+        {"batch-size": 32, "epochs": 3, "weight-decay": 0.01, "dropout": 0.05, "save-every": 100_000},
         (1e-4, 4e-4),
     ),
     "tiny": Preset(
@@ -82,8 +82,29 @@ def finetuning_command(
     preset: Preset, data: str, rate: float, seed: int, start: list[Any], folder: Path, options: argparse.Namespace
 ) -> list[str]:
     """`hf-linear-attn train --task classification`; start: the words that name a checkpoint or new weights."""
-    words = ["--task", "classification", "--data", data, "--block-length", preset.block_length, "--learning-rate", rate]
+    words = [
+        "--task",
+        "classification",
+        *_data_words(data),
+        "--block-length",
+        preset.block_length,
+        "--learning-rate",
+        rate,
+    ]
     return [*words, "--seed", seed, *start, *_flags(preset.finetuning), *_common(options, folder)]
+
+
+def _data_words(data: str) -> list[Any]:
+    """Words for a named set, or for a folder with train.jsonl, validation.jsonl and test.jsonl."""
+    folder = Path(data)
+    if not folder.is_dir():
+        return ["--data", data]
+    names = {"--data": "train", "--validation-data": "validation", "--test-data": "test"}
+    return [word for flag, split in names.items() for word in (flag, folder / f"{split}.jsonl")]
+
+
+def _name_of(data: str) -> str:
+    return Path(data).name if Path(data).is_dir() else data.partition(":")[0]
 
 
 def _flags(values: dict[str, Any]) -> list[Any]:
@@ -168,7 +189,7 @@ def run(options: argparse.Namespace) -> None:
                         starts["new"] += ["--num-hidden-layers", preset.layers[family]]
                         starts["new"] += ["--num-attention-heads", preset.heads[family]]
                     for start, words in starts.items():
-                        name = f"{data.partition(':')[0]}-{family}-{start}-{rate:g}-seed{seed}"
+                        name = f"{_name_of(data)}-{family}-{start}-{rate:g}-seed{seed}"
                         folder = options.output / name
                         commands[folder] = finetuning_command(preset, data, rate, seed, words, folder, options)
     run_together(commands, options.jobs)
@@ -191,7 +212,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     finetuning = [
         {key: each[key] for key in ("family", "parameters", "steps", "training_seconds", "validation", "test")}
         | {key: each["options"][key] for key in ("learning_rate", "seed")}
-        | {"set": each["options"]["data"][0].partition(":")[0]}
+        | {"set": Path(each["options"]["output"]).name.partition(f"-{each['family']}-")[0]}
         | {"start": "pretrained" if each["options"]["from_checkpoint"] else "new"}
         for each in reports("*-seed*", options.output)
     ]
@@ -239,7 +260,10 @@ def main(words: list[str] | None = None) -> None:
         command.add_argument("--preset", choices=PRESETS, default="small")
         if name == "run":
             command.add_argument(
-                "--sets", nargs="+", default=["r8", "spam-assassin"], help="as `train --data` names them"
+                "--sets",
+                nargs="+",
+                default=["r8", "spam-assassin"],
+                help="as `train --data` names them, or folders with train, validation and test.jsonl",
             )
             command.add_argument("--text", nargs="+", default=[], help="files for pre-training instead of the speeches")
             command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
