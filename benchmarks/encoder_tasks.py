@@ -48,10 +48,22 @@ PRESETS = {
         {"danet": 1, "bert": 4},
         8192,
         256,
-        {"batch-size": 64, "steps": 1500, "weight-decay": 0.05, "eval-every": 300, "save-every": 1500},
-        (5e-4, 1.5e-3),
-        {"batch-size": 32, "epochs": 3, "weight-decay": 0.01, "dropout": 0.05, "save-every": 100_000},
+        {"batch-size": 32, "steps": 1200, "weight-decay": 0.05, "eval-every": 300, "save-every": 1200},
+        (2e-4, 1e-3),
+        {"batch-size": 32, "epochs": 2, "weight-decay": 0.01, "dropout": 0.05, "save-every": 100_000},
         (1e-4, 4e-4),
+    ),
+    # Two cores, ten minutes: one rate, not tuned for either.
+    "cpu": Preset(
+        128,
+        {"danet": 4, "bert": 3},
+        {"danet": 1, "bert": 2},
+        4096,
+        128,
+        {"batch-size": 16, "steps": 400, "eval-every": 100, "eval-tokens": 20_000, "final-eval-tokens": 100_000},
+        (1e-3,),
+        {"batch-size": 16, "steps": 200, "dropout": 0.05, "eval-every": 100},
+        (5e-4,),
     ),
     "tiny": Preset(
         32,
@@ -127,7 +139,7 @@ def run_together(commands: dict[Path, list[Any]], jobs: int) -> None:
             words = list(map(str, words))
             folder.parent.mkdir(parents=True, exist_ok=True)
             print(f"$ hf-linear-attn train {shlex.join(words)}", flush=True)
-            log = folder.with_suffix(".log").open("w")
+            log = folder.with_name(f"{folder.name}.log").open("w")
             command = [sys.executable, "-m", "hf_linear_attn", "train", *words]
             running.append((folder, log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
         time.sleep(0.2)

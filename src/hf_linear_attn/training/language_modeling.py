@@ -23,7 +23,14 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from .checkpoints import StopOnSignal, last_complete_checkpoint
 from .learning_curve import curve_of, save_curve
-from .masked_words import BlocksToMask, MaskedOnce, MaskingCollator, best_guess, share_of_right_guesses
+from .masked_words import (
+    BlocksToMask,
+    MaskedOnce,
+    MaskingCollator,
+    NewMasksEachEpoch,
+    best_guess,
+    share_of_right_guesses,
+)
 from .measuring import Throughput, peak_memory_mb
 from .model_choice import build_model
 from .options import OPTIONS_FILE, TrainingOptions
@@ -119,8 +126,9 @@ def _trainer(options: TrainingOptions, model, tokenizer, text: TokenizedText, fo
     sample = TokenBlocks(text.ids["validation"], options.block_length, options.eval_tokens, name="validation")
     collator, more = stack_blocks, {}
     if options.task == "mlm":
-        collator = MaskingCollator(tokenizer, options.mask_share)
+        collator = MaskingCollator(tokenizer, options.mask_share, options.seed)
         train, sample = BlocksToMask(train), MaskedOnce(sample, collator)
+        callbacks = [*callbacks, NewMasksEachEpoch(collator)]
         more = {"compute_metrics": share_of_right_guesses, "preprocess_logits_for_metrics": best_guess}
     trainer = Trainer(
         model=model,

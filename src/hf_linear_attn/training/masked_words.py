@@ -1,10 +1,11 @@
 """Masked words: Transformers' dynamic masking for training, masks drawn once for evaluation, and how many words are guessed."""
 
+import zlib
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorForLanguageModeling
+from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 from .tokenized_text import TokenBlocks
 
@@ -28,15 +29,17 @@ class MaskingCollator:
     """Rows of `BlocksToMask` -> a batch with new masks each time; rows that carry labels are stacked as they are.
 
     Of the share of tokens drawn, 80 % become the mask token, 10 % another token, 10 % stay; labels are -100 elsewhere. Special
-    tokens are never drawn. Masks are drawn from PyTorch's global generator, so a resumed run draws the same.
+    tokens are never drawn. The draw depends on the batch, the epoch and the seed alone, so a resumed run draws the same: data
+    loaders fetch batches ahead, and a generator that counted draws would go on from the wrong place.
     """
 
-    def __init__(self, tokenizer, share: float):
+    def __init__(self, tokenizer, share: float, seed: int = 0):
         if tokenizer.mask_token is None:
             raise ValueError(
                 "the tokenizer has no mask token: train without tokenizer (a BPE with one is made), or name another tokenizer"
             )
         self.special = torch.tensor(sorted(tokenizer.all_special_ids))
+        self.seed, self.epoch = seed, 0
         self.mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share)
 
     def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -44,8 +47,21 @@ class MaskingCollator:
         if "labels" in stacked:
             return stacked
         ids = stacked["input_ids"]
+        digest = zlib.crc32(ids.numpy().tobytes(), self.epoch + 1)
+        self.mask.generator = torch.Generator().manual_seed(digest + (self.seed << 32))
         ids, labels = self.mask.torch_mask_tokens(ids, torch.isin(ids, self.special))
         return {"input_ids": ids, "labels": labels}
+
+
+class NewMasksEachEpoch(TrainerCallback):
+    """Tells the collator which epoch begins or is resumed."""
+
+    def __init__(self, collator: MaskingCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Epochs are counted in fractions, which rounding may leave just below a whole number."""
+        self.collator.epoch = int((state.epoch or 0.0) + 1e-6)
 
 
 class MaskedOnce(torch.utils.data.Dataset):
@@ -53,9 +69,9 @@ class MaskedOnce(torch.utils.data.Dataset):
 
     def __init__(self, blocks: TokenBlocks, collator: MaskingCollator):
         plain = BlocksToMask(blocks)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(EVALUATION_SEED)
-            batch = collator([plain[i] for i in range(len(plain))])
+        seed, epoch, collator.seed, collator.epoch = collator.seed, collator.epoch, EVALUATION_SEED, 0
+        batch = collator([plain[i] for i in range(len(plain))])
+        collator.seed, collator.epoch = seed, epoch
         self.ids, self.labels = batch["input_ids"], batch["labels"]
 
     def __len__(self) -> int:
