@@ -54,7 +54,7 @@ def test_command_line_gives_every_field_and_only_what_was_given():
         (["train", "--steps", "many"], "invalid int value: 'many'"),
         (["train", "--dropout", "2"], "dropout must be at least 0"),
         (["train", "extra"], "unexpected argument 'extra'"),
-        (["generate"], "checkpoint"),
+        (["generate"], "required: prompt"),
         (["generate", "x/y/z", "prompt"], "there is no folder 'x/y/z'"),
     ],
 )
