@@ -62,7 +62,7 @@ PRESETS = {
         128,
         {"batch-size": 16, "steps": 400, "eval-every": 100, "eval-tokens": 20_000, "final-eval-tokens": 100_000},
         (1e-3,),
-        {"batch-size": 16, "steps": 200, "dropout": 0.05, "eval-every": 100},
+        {"batch-size": 16, "steps": 150, "dropout": 0.05, "eval-every": 75},
         (5e-4,),
     ),
     "tiny": Preset(
@@ -204,7 +204,8 @@ def run(options: argparse.Namespace) -> None:
                         name = f"{_name_of(data)}-{family}-{start}-{rate:g}-seed{seed}"
                         folder = options.output / name
                         commands[folder] = finetuning_command(preset, data, rate, seed, words, folder, options)
-    run_together(commands, options.jobs)
+    # What was pre-trained first: if time runs out, the comparison is there.
+    run_together(dict(sorted(commands.items(), key=lambda item: "-new-" in item[0].name)), options.jobs)
     table(options)
 
 

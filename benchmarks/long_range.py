@@ -251,7 +251,8 @@ def splits_of(options: argparse.Namespace) -> dict[str, tasks.Split]:
     if options.task == "digits":
         return tasks.digits()
     if options.task == "fashion":
-        return tasks.fashion_mnist(options.fashion_folder)
+        rows = {"train": options.train_rows or 55_000, "validation": 5_000, "test": 10_000}
+        return tasks.fashion_mnist(options.fashion_folder, rows)
     grammar = tasks.SHORT_GRAMMAR if options.task == "listops-short" else tasks.Grammar()
     sizes = SIZES[options.task] | ({"train": options.train_rows} if options.train_rows else {})
     return tasks.listops(sizes, grammar, processes=options.processes)
@@ -356,7 +357,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--fashion-folder", type=Path, default=tasks.FASHION_FOLDER, help="folder with the .gz files"
         )
-        command.add_argument("--train-rows", type=int, help="fewer expressions than Long Range Arena's 96,000")
+        command.add_argument(
+            "--train-rows", type=int, help="fewer training rows than 96,000 expressions or 55,000 pictures"
+        )
         command.add_argument("--processes", type=int, default=2, help="processes that make expressions")
         command.add_argument("--data", type=Path, help="file that `prepare` wrote")
         if name == "run":
