@@ -44,11 +44,11 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
-def launch(command, folder, **options):
+def launch(command, folder, settings=None, **options):
     """Run a command to its end."""
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],
-        env=environment(),
+        env=environment(**(settings or {})),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -71,7 +71,7 @@ def runs(tmp_path_factory):
         ):
             work = [arguments(row.family, folder / kind / row.family, text, *more) for row in CAUSAL_ROWS]
             (folder / f"{kind}.json").write_text(json.dumps(work))
-            launch([*starter, RUNNER, folder / f"{kind}.json"], folder, timeout=500)
+            launch([*starter, RUNNER, folder / f"{kind}.json"], folder, {"CUDA_VISIBLE_DEVICES": ""}, timeout=500)
         for row in CAUSAL_ROWS:
             alone(patch, arguments(row.family, folder / "alone" / row.family, text))
     return folder
