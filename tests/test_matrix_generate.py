@@ -16,7 +16,7 @@ from common.generation import (
     generate,
     texts,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from hf_linear_attn import RecurrentCache
 
@@ -149,3 +149,15 @@ def test_state_does_not_grow(row):
         for length in (10, 10_000):
             sizes.append(model.model(tokens(1, length), use_cache=True).past_key_values.state_size())
     assert sizes[0] == sizes[1] > 0
+
+
+@causal_rows
+def test_only_static_caches_are_compiled_unasked(row):
+    """On a GPU generate() compiles for static caches; with its own cache it starts at once, as Transformers' models do."""
+    model = row.causal_lm()
+    options = GenerationConfig(compile_config=CompileConfig())
+    options.compile_config._compile_all_devices = True  # the CPU, too, so that the choice shows here
+    static = StaticCache(config=model.config, max_cache_len=16)
+    if static.is_compileable:
+        assert model._valid_auto_compile_criteria({"past_key_values": static}, options)
+    assert not model._valid_auto_compile_criteria({"past_key_values": RecurrentCache(config=model.config)}, options)

@@ -65,7 +65,8 @@ def right_padded_prefill(subject: Subject) -> None:
         close(subject, found[i, -1], logits_of(model, torch.cat([row, new[i]])[None])[0, -1])
 
 
-def _generate(subject: Subject, model, ids, **options) -> torch.Tensor:
+def greedy_text(subject: Subject, model, ids, **options) -> torch.Tensor:
+    """Ids that `generate()` returns, greedily unless told otherwise."""
     transformers.set_seed(1)
     fixed = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     mask = {"attention_mask": options.pop("attention_mask", torch.ones_like(ids))}
@@ -76,9 +77,9 @@ def ragged_generation(subject: Subject) -> None:
     """A ragged left-padded batch generates what each row alone generates"""
     model, rows = subject.build(), rows_of(subject)
     ids, more = padded(subject, model, rows, "left")
-    together = _generate(subject, model, ids, attention_mask=more["attention_mask"])[:, ids.shape[1] :]
+    together = greedy_text(subject, model, ids, attention_mask=more["attention_mask"])[:, ids.shape[1] :]
     for row, found in zip(rows, together, strict=True):
-        assert found.tolist() == _generate(subject, model, row[None])[0, len(row) :].tolist(), "other tokens"
+        assert found.tolist() == greedy_text(subject, model, row[None])[0, len(row) :].tolist(), "other tokens"
 
 
 def one_token_a_step(subject: Subject) -> None:
@@ -112,7 +113,7 @@ def fixed_state(subject: Subject) -> None:
 
 def _cache_or_not(subject: Subject, **options) -> None:
     model, ids = subject.build(), tokens(subject, 2, 11)
-    with_cache, without = (_generate(subject, model, ids, use_cache=use, **options) for use in (True, False))
+    with_cache, without = (greedy_text(subject, model, ids, use_cache=use, **options) for use in (True, False))
     assert torch.equal(with_cache, without), "other tokens with the cache than without"
 
 
@@ -134,23 +135,23 @@ def several_returns(subject: Subject) -> None:
 def prefill_chunks(subject: Subject) -> None:
     """generate(): `prefill_chunk_size` changes nothing"""
     model, ids = subject.build(), tokens(subject, 2, 11)
-    expected = _generate(subject, model, ids)
-    assert torch.equal(_generate(subject, model, ids, prefill_chunk_size=4), expected), "other tokens"
+    expected = greedy_text(subject, model, ids)
+    assert torch.equal(greedy_text(subject, model, ids, prefill_chunk_size=4), expected), "other tokens"
 
 
 def static_cache(subject: Subject) -> None:
     """generate(): static cache"""
     model, ids = subject.build(), tokens(subject, 2, 11)
-    expected = _generate(subject, model, ids)
-    assert torch.equal(_generate(subject, model, ids, cache_implementation="static"), expected), "other tokens"
+    expected = greedy_text(subject, model, ids)
+    assert torch.equal(greedy_text(subject, model, ids, cache_implementation="static"), expected), "other tokens"
 
 
 def assisted(subject: Subject) -> None:
     """generate(): assisted decoding equals greedy"""
     model, ids = subject.build(), tokens(subject, 1, 11)
-    expected = _generate(subject, model, ids)
+    expected = greedy_text(subject, model, ids)
     for seed in (0, 1):
-        assert torch.equal(_generate(subject, model, ids, assistant_model=subject.build(seed)), expected), (
+        assert torch.equal(greedy_text(subject, model, ids, assistant_model=subject.build(seed)), expected), (
             "other tokens"
         )
 

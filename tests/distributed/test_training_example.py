@@ -126,7 +126,6 @@ def test_activation_checkpointing(runs, family, tmp_path, monkeypatch):
     assert result(tmp_path)["losses"] == pytest.approx(result(runs / "alone" / family)["losses"], abs=1e-4)
 
 
-@pytest.mark.slow
 def test_a_killed_process_ends_the_run(runs, tmp_path):
     """The other one is stopped, and the launcher says which died of what."""
     words = arguments(CAUSAL_ROWS[0].family, tmp_path / "out", runs / "text.txt")

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from common.families import first_rows
-from common.tiny import FAMILY_ROWS, one_row_a_family, word_tokenizer
+from common.families import ROWS, first_rows
+from common.tiny import one_row_a_family, word_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
-from transformers.pipelines import get_supported_tasks
 
 TEXTS = ["w5 w9 w12", "w7", "w30 w31 w32 w33 w34 w35 w36 w37"]
 with_masked_lm = pytest.mark.parametrize(
-    "row",
-    [row for row in FAMILY_ROWS if "AutoModelForMaskedLM" in row.heads()],
-    ids=lambda row: row.family,
+    "row", [row for row in ROWS if "AutoModelForMaskedLM" in row.heads()], ids=lambda row: row.name
 )
 
 
@@ -95,14 +92,3 @@ def test_feature_extraction(row):
         expected = extractor.model(ids).last_hidden_state
     torch.testing.assert_close(torch.tensor(extractor(TEXTS[2])), expected)
     assert isinstance(extractor.model, AutoModel._model_mapping[type(extractor.model.config)])
-
-
-@pytest.mark.skipif(
-    "question-answering" not in get_supported_tasks(),
-    reason="this release of transformers has no such pipeline any more",
-)
-@one_row_a_family
-def test_question_answering(row):
-    """The answer is a part of the context."""
-    answerer = build("question-answering", row, "AutoModelForQuestionAnswering")
-    assert answerer(question="w5 w6", context="w30 w31 w32")["answer"] in "w30 w31 w32"

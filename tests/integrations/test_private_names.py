@@ -23,6 +23,7 @@ DOCUMENTED = {
 BASES = (
     PreTrainedModel, GenerationMixin, PreTrainedConfig, Cache, DynamicCache, Trainer, TrainingArguments,
     compat.CacheLayerMixin, compat.LinearAttentionLayer, transformers.PreTrainedTokenizerFast,
+    transformers.Pipeline,
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ PRIVATE_HOOKS = {
     "_can_compile_fullgraph": "generate() may compile the decoding step",
     "_can_record_outputs": "hidden states and attention maps are collected by hooks",
     "_compiled_call_impl": "a block that was compiled by itself is called, not taken apart (PyTorch's)",
+    "_forward": "the model's part of a pipeline",
     "_hf_peft_config_loaded": "a model with adapters of its own saves these alone, and no code",
     "_init_weights": "first values of a module's parameters",
     "_is_stateful": "whether generate() must leave out what undoes tokens",
@@ -29,11 +30,13 @@ PRIVATE_HOOKS = {
     "_no_split_modules": "blocks that device_map, FSDP and DeepSpeed keep whole",
     "_prepare_cache_for_generation": "generate() makes caches that can be saved and forked",
     "_prepare_inputs": "Trainer puts a batch on the device",
+    "_sanitize_parameters": "arguments of a pipeline, sorted by its three steps",
     "_skip_keys_device_placement": "caches stay where their layers are",
     "_supports_attention_backend": "softmax layers of a hybrid choose their attention function",
     "_supports_flex_attn": "likewise",
     "_supports_sdpa": "likewise",
     "_tied_weights_keys": "the output layer shares the embedding's weights",
+    "_valid_auto_compile_criteria": "generate() compiles by itself for static caches only",
 }
 
 

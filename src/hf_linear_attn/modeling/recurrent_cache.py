@@ -323,3 +323,9 @@ class RecurrentGenerationMixin:
             # Transformers refuses a cache together with the name of one; this configuration is generate()'s own copy.
             generation_config.cache_implementation = None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
+        """As with Transformers' dynamic caches, generate() compiles by itself on a GPU only for a static cache."""
+        if isinstance(model_kwargs.get("past_key_values"), RecurrentCache):
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)

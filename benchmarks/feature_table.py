@@ -1,0 +1,243 @@
+"""The feature table of README.md and docs/features.md, from docs/data/features.json and the tests that there are.
+
+    python -m benchmarks.feature_checks     measures
+    python -m benchmarks.feature_table      writes both tables; `--check` only says whether they are up to date
+
+A "yes" of ours needs a passed check, where one measures the feature, and a test that covers the family; it links to that test.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from .feature_checks import CHECKS, MORE, RESULTS, title
+from .features.rows import GROUPS, Row
+
+ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "features.md"
+BEGIN, END = "<!-- feature table: python -m benchmarks.feature_table -->", "<!-- end of the feature table -->"
+# column -> how the tests' parameters name it. Beside the matrix' own rows there are the families' folders.
+OURS = {
+    "LEAP": r"leap(?!-other)",
+    "Fastformer": r"fastformer(?!-encoder)",
+    "DANet": r"danet(?!-encoder)",
+    "DANet encoder": r"danet-encoder",
+    "SEA": r"sea",
+}
+FOLDERS = {"SEA": "tests/sea/", "DANet": "tests/danet/"}
+OTHERS = ("GPT-2", "Mamba2", "Qwen3-Next")
+FLA, FLA_MODELS = "fla", ("flash-linear-attention GLA", "flash-linear-attention GatedDeltaNet")
+COLUMNS = (*OURS, *OTHERS, FLA)
+
+
+@cache
+def collected() -> dict[str, list[str]]:
+    """`file::test` -> the parameters of each of its cases ("" for a test without), as pytest collects them."""
+    files = sorted({test.partition("::")[0] for rows in GROUPS.values() for row in rows for test in row.tests})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if "::" in line and line.startswith("tests/"):
+            name, _, parameters = line.partition("[")
+            found.setdefault(name, []).append(parameters.rstrip("]"))
+    if not found:
+        raise RuntimeError(f"pytest collected nothing:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return found
+
+
+def proof(row: Row, column: str) -> str | None:
+    """The first test of the row that covers the column; the check's own test counts only for this check."""
+    name = OURS[column]
+    for test in row.tests:
+        cases = collected().get(test)
+        if cases is None:
+            raise ValueError(f"the row {row_title(row)!r} names {test}, which pytest does not collect")
+        if test.endswith("test_check"):
+            wanted = f"{column.lower().replace(' ', '-')}-{row.check}"
+            if wanted in cases:
+                return test
+            continue
+        folder = any(test.startswith(place) for place in FOLDERS.values())
+        if folder and not test.startswith(FOLDERS.get(column, "-")):
+            continue
+        # A family's Hub code is the same whether it is built as an encoder or not.
+        pattern = "danet" if column == "DANet encoder" and test.startswith("tests/hub/") else name
+        if folder or cases == [""] or not _names_a_family(cases):
+            return test
+        if any(re.search(rf"(?:^|-){pattern}(?:-|$)", case) for case in cases):
+            return test
+    return None
+
+
+def _names_a_family(cases: list[str]) -> bool:
+    """Whether the parameters distinguish families; otherwise the test holds for all."""
+    return any(re.search(r"(?:^|-)(?:leap|fastformer|danet|sea)(?:-|$)", case) for case in cases)
+
+
+def row_title(row: Row) -> str:
+    """The row's own title, or its check's."""
+    return row.title or title(row.check)
+
+
+def verdict(row: Row, column: str, results: dict) -> tuple[str, str]:
+    """("yes", test), ("no", reason), ("-", "") for not measured, or other words."""
+    if column not in OURS:
+        return _verdict_of_others(row, column, results)
+    measured = results[column]["checks"].get(row.check) if row.check else None
+    if column in row.by_tests_alone:
+        measured = None
+    if measured is not None and measured["passed"] is None:
+        return "no", measured["reason"]
+    if measured is not None and not measured["passed"]:
+        return "no", row.no.get(column) or reason(measured["reason"])
+    test = proof(row, column)
+    if test is not None:
+        return "yes", test
+    if column in row.no:
+        return "no", row.no[column]
+    raise ValueError(f"{row_title(row)!r}: {column} has neither a test nor a reason why not")
+
+
+def _verdict_of_others(row: Row, column: str, results: dict) -> tuple[str, str]:
+    if not row.check:
+        return (row.others or "-", "") if column in OTHERS else ("-", "")
+    models = FLA_MODELS if column == FLA else (column,)
+    checks = [results[model]["checks"].get(row.check) for model in models if model in results]
+    if not checks or any(check is None for check in checks):
+        return "-", ""
+    passed = [check["passed"] for check in checks]
+    if len(set(passed)) > 1:
+        return "one of two", ""
+    return ("yes", "") if passed[0] else ("no", reason(checks[0]["reason"]))
+
+
+def reason(message: str) -> str:
+    """An error's message as words for a reader: without the class, in one line, not too long."""
+    kind, _, text = message.partition(": ")
+    text = re.sub(r"\s+", " ", text if kind.endswith(("Error", "Exception")) else message).strip()
+    text = re.sub(r"<class '[\w.]*\.(\w+)'>", r"\1", text).split(". ")[0].rstrip(".:")
+    return (text[:157] + "...") if len(text) > 160 else text
+
+
+def table(results: dict, link: bool) -> str:
+    """The groups as tables in Markdown, and the numbered reasons; with links to the tests (seen from the root) or without."""
+    reasons: dict[str, int] = {}
+    parts = []
+    for group, rows in GROUPS.items():
+        parts += [
+            f"**{group}**",
+            "",
+            "| |" + "|".join(f" {c} " for c in COLUMNS) + "|",
+            "|---|" + ":-:|" * len(COLUMNS),
+        ]
+        for row in rows:
+            cells = []
+            for column in COLUMNS:
+                word, why = verdict(row, column, results)
+                if word == "yes" and column in OURS and link:
+                    file, _, test = why.partition("::")
+                    word = f"[yes]({file}#{test})"
+                elif word == "no" and why and column in OURS:
+                    word = f"no ({reasons.setdefault(why, len(reasons) + 1)})"
+                cells.append(word)
+            parts.append(f"| {row_title(row)} | " + " | ".join(cells) + " |")
+        parts.append("")
+    parts += [f"{number}. {why}" for why, number in reasons.items()]
+    return "\n".join(parts)
+
+
+def counts(results: dict) -> str:
+    """How many of the 31 checks each model passes."""
+    words = []
+    for name in (*OURS, *OTHERS, *FLA_MODELS):
+        if name in results:
+            checks = [results[name]["checks"][check]["passed"] for check in CHECKS]
+            asked = sum(each is not None for each in checks)
+            words.append(
+                f"{name} {sum(each is True for each in checks)}" + ("" if asked == len(checks) else f" of {asked}")
+            )
+    return f"Of the {len(CHECKS)} checks pass: {', '.join(words)}."
+
+
+def machines(results: dict) -> str:
+    """Where the columns were measured."""
+    places: dict[str, list[str]] = {}
+    for name in (*OURS, *OTHERS, *FLA_MODELS):
+        if name in results:
+            places.setdefault(results[name]["measured on"], []).append(name)
+    return "\n".join(f"* {', '.join(names)}: {place}" for place, names in places.items())
+
+
+EXPLANATION = """\
+Every cell of the first three groups' checks, and of other rows with a check, is measured: the same code runs on a tiny random
+model of each kind, and says yes only where the numbers agree (`python -m benchmarks.feature_checks`, within 1e-4 in float32).
+Rows about the Hub, faults and training on several processes have no check that runs on other models: a dash means not
+measured, and a plain word there is what Transformers has for all its models. SEA is measured over a small Llama. fla is
+flash-linear-attention (GLA and GatedDeltaNet), whose kernels run on GPUs only; its column holds within 2e-2, because they
+multiply in TF32."""
+
+
+def readme_section(results: dict) -> str:
+    """What stands between the marks in README.md."""
+    return (
+        f"{BEGIN}\n{counts(results)}\n\n<details><summary>All features, each yes of ours with its test</summary>\n\n"
+        + (f"{EXPLANATION}\n\n{table(results, link=True)}\n\n</details>\n{END}")
+    )
+
+
+def page(results: dict) -> str:
+    """docs/features.md: the table, where it was measured, which test proves what, and what the others said."""
+    lines = [
+        "# Features", "", counts(results), "", EXPLANATION, "", machines(results), "", "## Table", "",
+        table(results, link=False), "", "## Which test proves what", "",
+    ]  # fmt: skip
+    for group, rows in GROUPS.items():
+        lines += [f"### {group}", ""]
+        for row in rows:
+            tests = {test for column in OURS for word, test in [verdict(row, column, results)] if word == "yes"}
+            lines.append(
+                f"* {row_title(row)}: {', '.join(f'`{test}`' for test in row.tests if test in tests) or 'none'}"
+            )
+        lines.append("")
+    lines += ["## Why the others do not pass", ""]
+    for name in (*OTHERS, *FLA_MODELS):
+        if name in results:
+            checks = results[name]["checks"]
+            lines += [f"### {name}", ""]
+            failed = [
+                (c, checks[c]["reason"]) for c in (*CHECKS, *MORE) if c in checks and checks[c]["passed"] is False
+            ]
+            lines += [f"* {title(check)}: {reason(why) or 'the numbers differ'}" for check, why in failed] + [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def with_section(text: str, section: str) -> str:
+    """README.md with the part between the marks replaced."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README.md lacks the marks {BEGIN!r} and {END!r}")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    return before + section + after
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write both files, or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a file is out of date")
+    options = parser.parse_args(arguments)
+    results = json.loads(RESULTS.read_text())
+    wanted = {README: with_section(README.read_text(), readme_section(results)), PAGE: page(results)}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'out of date' if options.check else 'written'}")
+        if not options.check:
+            path.write_text(wanted[path])
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
