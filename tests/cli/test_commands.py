@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_linear_attn.cli.main import COMMANDS, main
+from hf_linear_attn.explain import importance
 
 every_command = pytest.mark.parametrize("name", COMMANDS)
 ROWS = {row.family: row for row in FAMILY_ROWS}
@@ -103,6 +104,8 @@ class TestAll:
             (["evaluate", "a", "--batch-size", "0"], "--batch-size must be at least 1"),
             (["evaluate", "a", "--data", "x.txt", "--dataset", "y"], "not both"),
             (["evaluate", "a", "--split", "tset"], "did you mean 'test'"),
+            (["explain", "a", "b", "--method", "rolout"], "did you mean 'rollout'"),
+            (["explain", "a", "b", "--top", "0"], "--top must be at least 1"),
             (["bench", "--rounds", "0"], "--rounds must be at least 1"),
             (["bench", "--lengths", "1"], "--lengths must be at least 2"),
             (["bench", "--families", "gtp2"], "did you mean 'gpt2'"),
@@ -123,6 +126,7 @@ class TestAll:
             ["convert", "./absent", "out", "--to", "sea"],
             ["evaluate", "./absent"],
             ["bench", "./absent"],
+            ["explain", "./absent", "text"],
         ],
         ids=lambda words: words[0],
     )
@@ -284,3 +288,25 @@ class TestBench:
         code, _, err = call(["bench", leap, "--lengths", "300"], capsys)
         assert code == 1
         assert "256 positions" in err
+
+
+class TestExplain:
+    """`explain`."""
+
+    @pytest.mark.parametrize("method", ["auto", "rollout"])
+    def test_numbers_and_page(self, leap, method, tmp_path, capsys):
+        """The scores are those of `importance`; the page holds the text."""
+        found = result(["explain", leap, "w5 w9 w7", "--method", method, "--html", tmp_path / "page.html"], capsys)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(leap), AutoTokenizer.from_pretrained(leap)
+        expected = importance(model, tokenizer, "w5 w9 w7", method=method)
+        assert found["tokens"] == ["w5", "w9", "w7"]
+        assert found["scores"] == pytest.approx(expected.scores.tolist(), abs=1e-5)
+        assert [each["position"] for each in found["top"]] == expected.scores.argsort(descending=True).tolist()
+        assert "w9" in (tmp_path / "page.html").read_text()
+
+    def test_words_for_people(self, leap, capsys):
+        """The text and the list, without JSON."""
+        code, out, _ = call(["explain", leap, "w5 w9 w7", "--top", "1"], capsys)
+        assert code == 0
+        assert "w5" in out
+        assert re.search(r"^ +\d+\.\d\d  w[579]$", out, flags=re.M)

@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": ("convert", "pretrained models and published checkpoints into our families; ours into ONNX"),
     "generate": ("generate", "continue a prompt with a trained model"),
     "evaluate": ("evaluate", "perplexity, bits per byte, masked words or accuracy of a checkpoint"),
+    "explain": ("explain", "which tokens of a text a model looks at, in colours and as a page"),
     "bench": ("bench", "speed and state of models on this machine, side by side"),
     "card": ("card", "write the model card of a checkpoint"),
 }
