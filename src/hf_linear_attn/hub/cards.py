@@ -122,7 +122,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     if (folder / DISTILLATION_FILE).is_file():
         report = json.loads((folder / DISTILLATION_FILE).read_text())
         scores = {metric: value for metric, value in report["after"].items() if metric in METRICS}
-        return {"distillation": report, "validation": scores, "text": report.get("text", "unnamed data")}
+        options = report["options"]
+        files = ", ".join(Path(name).name for name in options.get("data") or [])
+        text = report.get("text") or files or "State of the Union speeches"
+        return {"distillation": report, "validation": scores, "text": text, "log_history": report["log"]}
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for place in (folder, *checkpoints):
         if (place / STATE_FILE).is_file():
@@ -198,7 +201,9 @@ def _training_text(report) -> str:
 
 def _distillation_text(report) -> str:
     options, after = report["options"], report["after"]
-    teacher = "a small GPT-2 trained on the same text" if options["example"] else options["teacher"]
+    teacher = "a small teacher that was trained for it first" if options["example"] else options["teacher"]
+    if Path(teacher).is_dir():  # a folder of this machine means nothing elsewhere
+        teacher = Path(teacher).resolve().name
     scores = [f"{name.removeprefix('teacher_')} {after[name]:.4g}" for name in after if name.startswith("teacher_")]
     where = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     used = [
@@ -211,11 +216,13 @@ def _distillation_text(report) -> str:
         "precision",
         "seed",
     ]
+    losses = "Training losses below are the sums that distillation minimises, not nats per token."
     return "\n\n".join(
         [
             f"Distilled from {teacher} (on the validation rows: {', '.join(scores)}).",
             f"{report['steps']} steps in {report['seconds']:.0f} s, peak memory {report['peak_memory_mb']:.0f} MiB ({where}).",
             f"Settings: {', '.join(f'{key} {options[key]}' for key in used if key in options)}.",
+            losses,
         ]
     )
 
@@ -251,7 +258,9 @@ def _limits_text(model, task) -> str:
         f"Texts of at most {limit} tokens: positions are learned; a longer one is refused."
         if limit
         else "No limit of length in the positions; quality beyond the lengths seen in training is not measured here.",
-        "A state of fixed size cannot hold everything: exact recall of far tokens is weaker than with softmax attention.",
+        "Keys and values of every token are kept, so the cache grows with the text; few of them are read for a query."
+        if model.config.model_type == "sea"
+        else "A state of fixed size cannot hold everything: exact recall of far tokens is weaker than with softmax attention.",
     ]
     if task == "text-generation":
         lines.append(
