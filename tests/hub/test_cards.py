@@ -169,8 +169,8 @@ class TestCommand:
         assert "config.json" in capsys.readouterr().err
 
 
-def test_a_distilled_model_names_its_teacher_and_promises_no_code(tmp_path):
-    """SEA's checkpoints carry no code; the report of a distillation becomes training text and scores."""
+def test_a_distilled_model_names_its_teacher(tmp_path):
+    """The report of a distillation becomes training text and scores; SEA's checkpoints carry their code, too."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from hf_linear_attn.conversion import linearize
@@ -186,4 +186,4 @@ def test_a_distilled_model_names_its_teacher_and_promises_no_code(tmp_path):
     card = build_card(tmp_path, speed=False)
     assert "Distilled from me/teacher (on the validation rows: perplexity 11.5)." in str(card)
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("perplexity", 12.5)]
-    assert "trust_remote_code" not in str(card)
+    assert "trust_remote_code=True" in str(card)

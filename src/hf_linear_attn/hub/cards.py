@@ -125,7 +125,7 @@ def read_report(folder: Path) -> dict[str, Any]:
         options = report["options"]
         files = ", ".join(Path(name).name for name in options.get("data") or [])
         text = report.get("text") or files or "State of the Union speeches"
-        return {"distillation": report, "validation": scores, "text": text, "log_history": report["log"]}
+        return {"distillation": report, "validation": scores, "text": text, "log_history": report.get("log", [])}
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for place in (folder, *checkpoints):
         if (place / STATE_FILE).is_file():
