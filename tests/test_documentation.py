@@ -40,3 +40,26 @@ def test_every_public_name_is_in_the_reference():
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     missing = [name for name in hf_linear_attn.__all__ if name[0] != "_" and not re.search(rf"\b{name}\b", pages)]
     assert not missing
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "model_cards").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_exist(page):
+    """Modules, scripts, make targets and commands that a page tells the reader to run."""
+    from hf_linear_attn.cli.main import COMMANDS
+
+    text = page.read_text()
+    for module in re.findall(r"python -m ((?:benchmarks|model_cards)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for script in re.findall(
+        r"(?:python|torchrun [-\w ]*?) ((?:docs|examples|notebooks|benchmarks)/[\w./]+\.py)", text
+    ):
+        assert (ROOT / script).exists(), script
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE):
+        assert target in targets, target
+    for command in re.findall(r"(?:`|^ *|\$ )hf-linear-attn ([a-z]+)", text, flags=re.MULTILINE):
+        assert command in COMMANDS, command
