@@ -181,6 +181,15 @@ def test_resume_before_the_first_checkpoint_starts_at_the_beginning(tiny, capsys
     assert "starting from the first step" in capsys.readouterr().out
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a shell that starts a test run in the background makes it ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_second_signal_stops_at_once():
     with StopOnSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
