@@ -110,3 +110,8 @@ def test_a_model_trains_the_same_without_logits(family):
     model.get_output_embeddings().register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
         model(input_ids=ids, labels=ids)
+
+
+def test_can_be_differentiated_twice():
+    logits, labels = draw(rows=4)
+    assert torch.autograd.gradgradcheck(lambda x: cross_entropy(x, labels), (logits,))

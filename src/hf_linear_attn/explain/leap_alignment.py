@@ -44,7 +44,7 @@ def _alignment(layer: LeapAttention, hidden_states: torch.Tensor, position_ids: 
     if layer.rope_theta is not None:
         rotated = tuple(rotate(projected[:, :, i], position_ids, layer.rope_theta) for i in (0, 2))
     weights = focus_weights(projected[:, :, 1], projected[:, :, 2], layer.exponential)
-    key = averaged(projected, None if rotated is None else rotated[1]).to(compute_dtype(projected.dtype))
+    key = averaged(projected, rotated).to(compute_dtype(projected.dtype))
     means, _ = windowed_mean(key, weights, layer.window, log_weights=layer.exponential)
     query = projected[:, :, 0] if rotated is None else rotated[0]
     gate = torch.sigmoid((query.to(key.dtype) * means[:, :, 0]).sum(-1) * layer.head_dim**-0.5)  # (1, n, H)

@@ -232,9 +232,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         return next_token_labels(labels, sequence)
 
     def _loss(self, logits, labels, shift_labels, count):
-        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-        check_labels(name, given, logits.shape[:2], "one label a token")
-        check_classes(name, given, logits.shape[-1])
+        _check_given(labels, shift_labels, logits.shape[:2], logits.shape[-1])
         if self.loss_function is not ForCausalLMLoss:  # somebody set their own
             arguments = {} if shift_labels is None else {"shift_labels": shift_labels}
             vocab_size = self.config.vocab_size
@@ -253,9 +251,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
                 f"or with output embeddings that are more than a matrix ({type(final).__name__}, adapted, quantized or "
                 "hooked); set `model.config.fused_linear_cross_entropy = False`"
             )
-        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-        check_labels(name, given, hidden_states.shape[:2], "one label a token")
-        check_classes(name, given, final.out_features)
+        _check_given(labels, shift_labels, hidden_states.shape[:2], final.out_features)
         shift_labels = _one_place_on(labels) if shift_labels is None else shift_labels
         if self.lm_head is not final:
             hidden_states = self.lm_head.features(hidden_states)
@@ -266,6 +262,13 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             shift_labels.flatten().to(hidden_states.device),
             count,
         )
+
+
+def _check_given(labels, shift_labels, places, classes) -> None:
+    """Refuse labels, or shifted ones in their stead, of another shape than `places` or beyond `classes`."""
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    check_labels(name, given, places, "one label a token")
+    check_classes(name, given, classes)
 
 
 def _one_place_on(labels: torch.Tensor) -> torch.Tensor:

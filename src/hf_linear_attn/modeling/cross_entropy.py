@@ -33,6 +33,10 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, count: int | torch
         total = F.cross_entropy(logits.to(compute_dtype(logits.dtype)), labels, ignore_index=IGNORED, reduction="sum")
     else:
         total = _BlockwiseCrossEntropy.apply(logits, labels)
+    return _mean(total, labels, count)
+
+
+def _mean(total, labels, count):
     if count is None:
         count = (labels != IGNORED).sum()
     elif isinstance(count, torch.Tensor):
@@ -48,18 +52,22 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
         dtype = compute_dtype(logits.dtype)
         real = labels != IGNORED
         chosen = labels.where(real, 0)[:, None]
-        log_partition = torch.cat([rows.to(dtype).logsumexp(-1) for rows in logits.split(_rows(logits))])
+        log_partition = torch.cat(
+            [rows.to(dtype).logsumexp(-1) for rows in logits.split(_rows(logits.shape[1], logits.is_cuda))]
+        )
         ctx.save_for_backward(logits, chosen, real, log_partition)
         return (log_partition - logits.gather(1, chosen)[:, 0].to(dtype)).where(real, 0.0).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         logits, chosen, real, log_partition = ctx.saved_tensors
         dtype = compute_dtype(logits.dtype)
         scale = (grad * real)[:, None]
+        if torch.is_grad_enabled():  # create_graph=True: the gradient must have one itself
+            one = torch.ones_like(chosen, dtype=dtype)
+            return (logits.to(dtype).softmax(-1).scatter_add(1, chosen, -one) * scale).to(logits.dtype), None
         result = torch.empty_like(logits)
-        size = _rows(logits)
+        size = _rows(logits.shape[1], logits.is_cuda)
         for out, *parts in zip(*(x.split(size) for x in (result, logits, chosen, log_partition[:, None], scale))):
             rows, label, partition, weight = parts
             if rows.dtype == dtype:  # in place
@@ -72,12 +80,8 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
         return result, None
 
 
-def _rows(logits) -> int:
+def _rows(vocabulary: int, is_cuda: bool) -> int:
     """Rows of a block."""
-    return _rows_of(logits.shape[1], logits.is_cuda)
-
-
-def _rows_of(vocabulary: int, is_cuda: bool) -> int:
     return max(1, (BLOCK_ON_GPU if is_cuda else BLOCK_ON_CPU) // vocabulary)
 
 
@@ -99,11 +103,7 @@ def linear_cross_entropy(
         labels (`torch.LongTensor` of shape `(N,)`), count: as for `cross_entropy`.
     """
     total = _LinearCrossEntropy.apply(hidden_states, weight, bias, labels)
-    if count is None:
-        count = (labels != IGNORED).sum()
-    elif isinstance(count, torch.Tensor):
-        count = count.to(total.device)
-    return total / count
+    return _mean(total, labels, count)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None
         total = hidden_states.new_zeros((), dtype=dtype)
-        size = _rows_of(weight.shape[0], hidden_states.is_cuda)
+        size = _rows(weight.shape[0], hidden_states.is_cuda)
         for start in range(0, hidden_states.shape[0], size):
             rows, targets = hidden_states[start : start + size], labels[start : start + size]
             real = targets != IGNORED

@@ -96,7 +96,7 @@ def _window_state(projected, rotated, window, counts, documents, last_document, 
     projected = take_rows(projected, place)
     rotated = None if rotated is None else tuple(take_rows(x, place) for x in rotated)
     weights = focus_weights(projected[:, :, 1], projected[:, :, 2])
-    key_value = averaged(projected, None if rotated is None else rotated[1]).to(weights.dtype)
+    key_value = averaged(projected, rotated).to(weights.dtype)
     return windowed_mean(key_value, weights, window, mask=here, initial_state=initial_state, return_state=True)[1]
 
 

@@ -57,15 +57,15 @@ def focus_weights(
     return logits if exponential else F.elu(logits) + 1
 
 
-def averaged(projected: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
-    """Keys and values as they are averaged, (B, T, 2, H, E); a view unless there is a rotated `key`."""
-    return projected[:, :, 2:] if key is None else torch.stack([key, projected[:, :, 3]], dim=2)
+def averaged(projected: torch.Tensor, rotated: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Keys and values as they are averaged, (B, T, 2, H, E); a view unless keys are rotated."""
+    return projected[:, :, 2:] if rotated is None else torch.stack([rotated[1], projected[:, :, 3]], dim=2)
 
 
 def _formula(projected, query, key, window, kept, exponential=False, **arguments):
     query = projected[:, :, 0] if query is None else query
     weights = focus_weights(projected[:, :, 1], projected[:, :, 2], exponential, kept)
-    key_value = averaged(projected, key).to(weights.dtype)
+    key_value = averaged(projected, None if key is None else (query, key)).to(weights.dtype)
     means, state = windowed_mean(key_value, weights, window, log_weights=exponential, **arguments)
     focused_key, focused_value = means.unbind(2)  # (B, T, H, E) each
     alignment = torch.sigmoid((query.to(means.dtype) * focused_key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5)

@@ -118,7 +118,7 @@ class LeapAttention(nn.Module):
             weights = focus_weights(projected[:, :, 1], projected[:, :, 2], self.exponential)  # (B, T, H)
         if layer_cache is not None:
             inputs = (
-                averaged(projected, None if rotated is None else rotated[1]),
+                averaged(projected, rotated),
                 weights,
                 attention_mask,
                 segment_ids,
