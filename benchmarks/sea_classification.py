@@ -18,20 +18,23 @@ split is looked at once, after the last step.
 import argparse
 import importlib.util
 import json
-import platform
-import time
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from hf_linear_attn.conversion import linearize
 from hf_linear_attn.training.sea_distillation import SeaDistillationArguments, SeaDistillationTrainer
 
 from .compact_weights import pack, renumber, unpack, used_tokens
+from .registry import machine
+from .timed_runs import train_timed, training_arguments
 
 SETS = ("spam-assassin", "r8", "bbc")
 SPLITS = ("train", "validation", "test")
@@ -126,18 +129,14 @@ def run(options: argparse.Namespace) -> None:
 def one_set(options: argparse.Namespace, name: str, seed: int, file: Path) -> None:
     """Fine-tune a teacher, distil its students, write what they reach."""
     recipe = Recipe(**{key: value for key, value in vars(options).items() if key in Recipe.__dataclass_fields__})
-    with np.load(options.data / "texts.npz") as arrays:
-        names = arrays[f"{name}/names"].tolist()
-        texts = {
-            split: Texts(*(arrays[f"{name}/{split}/{part}"] for part in ("ids", "lengths", "labels")), options.limit)
-            for split in SPLITS
-        }
+    texts, names = load(options, name)
     set_seed(seed)
     teacher = unpack(options.data / "minilm.npz", AutoModelForSequenceClassification, num_labels=len(names))
+    folder = options.output / f"{name}-seed{seed}-teacher"
     trainer = Trainer(
         model=teacher,
         args=TrainingArguments(
-            str(options.output / f"{name}-teacher"),
+            str(folder),
             max_steps=recipe.teacher_steps,
             learning_rate=recipe.teacher_learning_rate,
             **_common(recipe, seed),
@@ -145,7 +144,8 @@ def one_set(options: argparse.Namespace, name: str, seed: int, file: Path) -> No
         train_dataset=texts["train"],
         data_collator=collate,
     )
-    seconds = _timed(trainer)
+    seconds = train_timed(trainer)
+    teacher.save_pretrained(folder)
     report = {
         "set": name,
         "seed": seed,
@@ -158,16 +158,38 @@ def one_set(options: argparse.Namespace, name: str, seed: int, file: Path) -> No
         "students": {},
     }
     print(json.dumps({"set": name, **report["teacher"]}), flush=True)
-    for k in options.k:
-        report["students"][str(k)] = student(options, recipe, teacher, texts, k, seed)
+    for k, found in students(options, recipe, folder, name, seed):
+        report["students"] = dict(sorted({**report["students"], str(k): found}.items(), key=lambda item: int(item[0])))
+        report["complete"] = len(report["students"]) == len(options.k)
         file.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps({"set": name, "k": k, **report["students"][str(k)]}), flush=True)
-    report["complete"] = True
-    file.write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps({"set": name, "k": k, **found}), flush=True)
 
 
-def student(options, recipe: Recipe, teacher, texts: dict[str, Texts], k: int, seed: int) -> dict[str, float]:
-    """One student: accuracy as converted and as distilled, and how well its estimate finds the teacher's attention."""
+def students(options: argparse.Namespace, recipe: Recipe, teacher: Path, name: str, seed: int) -> Iterator[tuple]:
+    """(k, result) of every student, as they come: one after the other here, or one process for each of --devices."""
+    if not options.devices:
+        yield from ((k, student(options, recipe, teacher, name, k, seed)) for k in options.k)
+        return
+    with ProcessPoolExecutor(len(options.devices), get_context("spawn"), max_tasks_per_child=1) as pool:
+        running = {}
+        for i, k in enumerate(options.k):
+            device = options.devices[i % len(options.devices)]
+            running[pool.submit(student, options, recipe, teacher, name, k, seed, device)] = k
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+def student(
+    options, recipe: Recipe, teacher_folder: Path, name: str, k: int, seed: int, device: str | None = None
+) -> dict[str, float]:
+    """One student: accuracy as converted and as distilled, and how well its estimate finds the teacher's attention.
+
+    device: the GPU to take, where this runs in a process of its own.
+    """
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    texts, _ = load(options, name)
+    teacher = AutoModelForSequenceClassification.from_pretrained(teacher_folder)
     set_seed(seed)
     model = linearize(teacher, "sea", k=k, predictor_length=recipe.predictor_length)
     trainer = SeaDistillationTrainer(
@@ -186,7 +208,7 @@ def student(options, recipe: Recipe, teacher, texts: dict[str, Texts], k: int, s
         data_collator=collate,
     )
     converted = accuracy(trainer, texts["test"])
-    seconds = _timed(trainer)
+    seconds = train_timed(trainer)
     output = trainer.predict(texts["test"])
     right = float((output.predictions.argmax(-1) == output.label_ids).mean())
     fidelity = ("top_k_recall", "attention_mass", "keys_per_query", "estimate_kl", "uniform_kl")
@@ -198,41 +220,25 @@ def student(options, recipe: Recipe, teacher, texts: dict[str, Texts], k: int, s
     }
 
 
+def load(options: argparse.Namespace, name: str) -> tuple[dict[str, Texts], list[str]]:
+    """The splits of a set and the names of its classes."""
+    with np.load(options.data / "texts.npz") as arrays:
+        splits = {
+            split: Texts(*(arrays[f"{name}/{split}/{part}"] for part in ("ids", "lengths", "labels")), options.limit)
+            for split in SPLITS
+        }
+        return splits, arrays[f"{name}/names"].tolist()
+
+
 def accuracy(trainer: Trainer, rows: Texts) -> float:
     """Share of right answers."""
     output = trainer.predict(rows)
     return float((output.predictions.argmax(-1) == output.label_ids).mean())
 
 
-def machine() -> dict[str, str]:
-    """What ran this."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def _common(recipe: Recipe, seed: int) -> dict:
-    cuda = torch.cuda.is_available()
-    return {
-        "per_device_train_batch_size": recipe.batch_size,
-        "per_device_eval_batch_size": 2 * recipe.batch_size,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 20,
-        "bf16": cuda,
-        "seed": seed,
-        "data_seed": seed,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": cuda,
-        "remove_unused_columns": False,
-    }
-
-
-def _timed(trainer: Trainer) -> float:
-    started = time.perf_counter()
-    trainer.train()
-    return round(time.perf_counter() - started, 1)
+    unlogged = {"logging_strategy": "no", "remove_unused_columns": False}
+    return training_arguments(recipe.batch_size, 2 * recipe.batch_size, 20, seed, **unlogged)
 
 
 def table(options: argparse.Namespace) -> None:
@@ -273,6 +279,9 @@ def main() -> None:
     ran.add_argument("--data", type=Path, default=Path("outputs/sea-classification"))
     ran.add_argument("--seeds", type=int, nargs="+", default=[0])
     ran.add_argument("--k", type=int, nargs="+", default=[7, 13, 25])
+    ran.add_argument(
+        "--devices", nargs="*", default=[], help="GPUs: a process for each student, as many at once as are named here"
+    )
     ran.add_argument("--limit", type=int, help="rows of each split, to try things out")
     for field in Recipe.__dataclass_fields__.values():
         ran.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default)

@@ -37,7 +37,8 @@ from hf_linear_attn.training.tokenized_text import TokenizedText
 
 from .compact_weights import pack, renumber, unpack, used_tokens
 from .kernel_attention_student import keep_kernel_attention_alone
-from .sea_classification import machine
+from .registry import machine
+from .timed_runs import train_timed, training_arguments
 
 
 class Rows(torch.utils.data.Dataset):
@@ -84,7 +85,7 @@ def teacher(options: argparse.Namespace) -> None:
     model = unpack(options.data / "smollm2.npz", AutoModelForCausalLM)
     trainer = Trainer(model=model, args=TrainingArguments(**_common(options)), **_rows(text, options))
     before = perplexity(trainer, text, options)
-    seconds = _timed(trainer)
+    seconds = train_timed(trainer)
     model.save_pretrained(options.output / "teacher")
     _write(options, "teacher", {"before": before, **perplexity(trainer, text, options), "seconds": seconds})
 
@@ -119,7 +120,7 @@ def student(options: argparse.Namespace) -> None:
         if options.profile:
             profile(trainer, options.output / f"{name}-profile.txt")
         before = perplexity(trainer, text, options, rows=16)
-        seconds = _timed(trainer)
+        seconds = train_timed(trainer)
         result = {"kind": options.kind, "form": form, "forms": forms, "before": before}
         result |= {**perplexity(trainer, text, options), "seconds": seconds, "steps": trainer.state.global_step}
         _write(options, name, result)
@@ -242,31 +243,18 @@ def _rows(text: TokenizedText, options) -> dict:
 
 
 def _common(options) -> dict:
-    cuda = torch.cuda.is_available()
-    return {
-        "output_dir": str(options.output / "run"),
-        "max_steps": options.steps,
-        "learning_rate": options.learning_rate,
-        "per_device_train_batch_size": options.micro_batch,
-        "per_device_eval_batch_size": options.micro_batch,
-        "gradient_accumulation_steps": options.batch_size // options.micro_batch,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": min(20, options.steps // 10),
-        "bf16": cuda,
-        "seed": options.seed,
-        "data_seed": options.seed,
-        "save_strategy": "no",
-        "logging_steps": 10,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": cuda,
-    }
-
-
-def _timed(trainer: Trainer) -> float:
-    started = time.perf_counter()
-    trainer.train()
-    return round(time.perf_counter() - started, 1)
+    warmup = min(20, options.steps // 10)
+    return training_arguments(
+        options.micro_batch,
+        options.micro_batch,
+        warmup,
+        options.seed,
+        output_dir=str(options.output / "run"),
+        max_steps=options.steps,
+        learning_rate=options.learning_rate,
+        gradient_accumulation_steps=options.batch_size // options.micro_batch,
+        logging_steps=10,
+    )
 
 
 def _write(options, name: str, result: dict) -> None:
