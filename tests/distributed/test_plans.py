@@ -1,10 +1,12 @@
 """What sharding and device maps read of a model: the blocks that stay whole, and the layers of the FSDP plan."""
 
 import fnmatch
+import re
 
 import pytest
 from common.families import ROWS
-from sea.hosts import HOSTS, make_student
+from sea.hosts import HOSTS, host_config, make_student
+from transformers import PreTrainedModel
 
 
 def blocks_that_stay_whole(model) -> list[str]:
@@ -12,32 +14,51 @@ def blocks_that_stay_whole(model) -> list[str]:
     return [name for name, module in model.named_modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
-# SEA's layers are its host's, under the host's names: see the last test.
-own_layers = pytest.mark.parametrize("row", [row for row in ROWS if row.family != "sea"], ids=lambda row: row.name)
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
-@own_layers
+@every_row
 def test_every_layer_is_a_block(row):
     """One block a layer, and no parameter of a layer outside of them."""
     model = row.build("AutoModel")
     blocks = blocks_that_stay_whole(model)
-    assert len(blocks) == model.config.num_hidden_layers
+    layers = [block for block in blocks if block[-1].isdigit()]  # BERT keeps its embeddings whole, too
+    assert len(layers) == model.config.num_hidden_layers
     inside = [name for name, _ in model.named_parameters() if any(name.startswith(f"{b}.") for b in blocks)]
     outside = [name for name, _ in model.named_parameters() if name not in inside]
-    assert not [name for name in outside if "layers." in name]
+    assert not [name for name in outside if re.search(r"\.\d+\.", name)]
 
 
-@own_layers
+@every_row
 def test_the_plan_names_what_there_is(row):
     """Transformers' own FSDP2 shards by the configuration's plan: every layer, and only modules that exist."""
     model = row.build("AutoModel")
+    check_plan(model, [pattern for pattern in model.config.base_model_fsdp_plan if isinstance(pattern, str)])
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "_fsdp_plan"), reason="this transformers gathers no plan on models")
+@pytest.mark.parametrize("task", [None, "AutoModel"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_sea_models_gather_the_plan_of_their_host(host, task):
+    """Where the layers lie depends on the host and on whether it has a head: what a model gathers fits all of them."""
+    model = make_student(host, task)
+    check_plan(model, model._fsdp_plan)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_sea_changes_no_other_models_plan(host):
+    """The host's plan is corrected in the copy that SEA holds, not for its class."""
+    before = dict(type(host_config(host)).base_model_fsdp_plan)
+    config = make_student(host).config
+    assert type(config.host_config).base_model_fsdp_plan == before
+    assert "base_model_fsdp_plan" not in str(config.to_dict())
+
+
+def check_plan(model, patterns) -> None:
+    """Every pattern names a module, and every block is named by one."""
     names = [name for name, _ in model.named_modules()]
-    for pattern in model.config.base_model_fsdp_plan:
-        if isinstance(pattern, str):
-            assert fnmatch.filter(names, pattern), pattern
-    layers = [f"layers.{i}" for i in range(model.config.num_hidden_layers)]
-    patterns = [pattern for pattern in model.config.base_model_fsdp_plan if isinstance(pattern, str)]
-    assert all(any(fnmatch.fnmatch(layer, pattern) for pattern in patterns) for layer in layers)
+    assert not [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    assert all(any(fnmatch.fnmatch(block, pattern) for pattern in patterns) for block in blocks_that_stay_whole(model))
 
 
 @pytest.mark.parametrize("host", HOSTS)

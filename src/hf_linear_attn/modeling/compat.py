@@ -23,6 +23,7 @@ PRIVATE_HOOKS = {
     "_can_record_outputs": "hidden states and attention maps are collected by hooks",
     "_compiled_call_impl": "a block that was compiled by itself is called, not taken apart (PyTorch's)",
     "_forward": "the model's part of a pipeline",
+    "_fsdp_plan": "modules that FSDP2 shards each for itself, gathered from the parts of a model",
     "_hf_peft_config_loaded": "a model with adapters of its own saves these alone, and no code",
     "_init_weights": "first values of a module's parameters",
     "_is_stateful": "whether generate() must leave out what undoes tokens",

@@ -95,7 +95,7 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
         else:
             host = copy.deepcopy(host)  # the teacher's configuration must not change with ours
         self.host_config = host
-        find_host(host)
+        host.base_model_fsdp_plan = find_host(host).fsdp_plan  # of this object alone, and not saved
         if kwargs.get("num_labels") is not None and self.id2label is None:
             host.num_labels = kwargs["num_labels"]
         for name in SHARED_WITH_HOST:
@@ -140,6 +140,12 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
         """The longest text in tokens: the host's limit, or that of the estimator's position table."""
         host = self.host_config.max_position_embeddings
         return min(host, self.max_positions) if find_host(self.host_config).causal else host
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """What FSDP2 shards of a SEA body: the host's embeddings, layers and last norm, which lie one name deeper."""
+        host = find_host(self.host_config)
+        return {f"{host.base_name}.{name}": style for name, style in host.fsdp_plan.items()}
 
     @property
     def is_causal(self) -> bool:

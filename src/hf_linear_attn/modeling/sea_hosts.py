@@ -16,6 +16,7 @@ class Host:
         causal: whether a token sees only earlier ones.
         learned_positions: whether its position table bounds the length.
         token_types: whether its forward takes `token_type_ids`.
+        sharded: the body's modules that FSDP2 shards each for itself: embeddings, layers, last norm.
     """
 
     attention_class: str
@@ -23,13 +24,41 @@ class Host:
     causal: bool
     learned_positions: bool
     token_types: bool = False
+    sharded: tuple[str, str, str | None] = ("embed_tokens", "layers.*", "norm")
+
+    @property
+    def fsdp_plan(self) -> dict[str, str]:
+        """The body's `base_model_fsdp_plan`, which Transformers itself states for Llama's names only."""
+        embeddings, layers, norm = self.sharded
+        plan = {embeddings: "free_full_weight", layers: "free_full_weight"}
+        return plan if norm is None else plan | {norm: "keep_full_weight"}
 
 
 HOSTS = {
-    "bert": Host("BertSelfAttention", "bert", causal=False, learned_positions=True, token_types=True),
+    "bert": Host(
+        "BertSelfAttention",
+        "bert",
+        causal=False,
+        learned_positions=True,
+        token_types=True,
+        sharded=("embeddings", "encoder.layer.*", None),
+    ),
     "llama": Host("LlamaAttention", "model", causal=True, learned_positions=False),
-    "opt": Host("OPTAttention", "model", causal=True, learned_positions=True),
-    "gpt2": Host("GPT2Attention", "transformer", causal=True, learned_positions=True, token_types=True),
+    "opt": Host(
+        "OPTAttention",
+        "model",
+        causal=True,
+        learned_positions=True,
+        sharded=("decoder.embed_tokens", "decoder.layers.*", "decoder.final_layer_norm"),
+    ),
+    "gpt2": Host(
+        "GPT2Attention",
+        "transformer",
+        causal=True,
+        learned_positions=True,
+        token_types=True,
+        sharded=("wte", "h.*", "ln_f"),
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """What all SEA models share: construction over a host, initialisation, and the forward that prepares ranks, masks and caches."""
 
+import fnmatch
 import math
 
 import torch
@@ -46,6 +47,9 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
                 f"{config.host_config.model_type!r}, so {type(self).__name__} cannot be built over it"
             ) from error
         config.host_config = host.config
+        names = [name for name, _ in host.named_modules()]  # OPT's decoder repeats its body's plan one name too deep
+        plan = getattr(host, "_fsdp_plan", None) or {}
+        host._fsdp_plan = {rule: style for rule, style in plan.items() if fnmatch.filter(names, rule)}
         for index, layer in enumerate(attention_layers(host, config.host_config)):
             if index not in config.softmax_layers:
                 layer.sea = SeaAttentionCore(config.core_options())
