@@ -3,10 +3,11 @@
     python -m benchmarks.encoder_tasks run --output outputs/encoders --jobs 4
     python -m benchmarks.encoder_tasks table --output outputs/encoders
 
-Both families get the same text, tokenizer, batches, steps and rates to choose from. Pre-training: each rate once, the better one
-by validation loss goes on. Fine-tuning on each set: from that checkpoint with each seed and rate, and from new weights with the
-first seed; the rate is chosen by validation accuracy. Every run is a folder with training_report.json, and is not repeated while
-that file is there. `--preset tiny` tries everything out in minutes on two cores.
+Both families get the same text, tokenizer, batches and steps, and as many learning rates to choose from, each around those that
+suit it. Pre-training: each rate once, the best one by validation loss goes on. Fine-tuning on each set: each rate with the first
+seed, from that checkpoint and from new weights; the rate that is best by validation accuracy then with the other seeds, too. The
+test part chooses nothing. Every run is a folder with training_report.json, and is not repeated while that file is there.
+`--preset tiny` tries everything out in minutes on two cores.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,9 @@ class Preset:
     vocab_size: int
     block_length: int
     pretraining: dict[str, Any]
-    pretraining_rates: tuple[float, ...]
+    pretraining_rates: dict[str, tuple[float, ...]]
     finetuning: dict[str, Any]
-    finetuning_rates: tuple[float, ...]
+    finetuning_rates: dict[str, tuple[float, ...]]
 
 
 PRESETS = {
@@ -48,10 +50,17 @@ PRESETS = {
         {"danet": 1, "bert": 4},
         8192,
         256,
-        {"batch-size": 32, "steps": 1200, "weight-decay": 0.05, "eval-every": 300, "save-every": 1200},
-        (2e-4, 1e-3),
-        {"batch-size": 32, "epochs": 2, "weight-decay": 0.01, "dropout": 0.05, "save-every": 100_000},
-        (1e-4, 4e-4),
+        {
+            "batch-size": 32,
+            "steps": 2000,
+            "weight-decay": 0.05,
+            "warmup": 0.1,
+            "eval-every": 500,
+            "save-every": 100_000,
+        },
+        {"danet": (5e-4, 1.5e-3, 4.5e-3), "bert": (1e-4, 2.5e-4, 6e-4)},
+        {"batch-size": 32, "steps": 400, "warmup": 0.1, "dropout": 0.05, "eval-every": 200, "save-every": 100_000},
+        {"danet": (1e-4, 3e-4, 1e-3, 3e-3), "bert": (5e-5, 1.5e-4, 5e-4, 1.5e-3)},
     ),
     # Two cores, a quarter of an hour: one rate for the masked words, two to choose from for the labels.
     "cpu": Preset(
@@ -61,9 +70,9 @@ PRESETS = {
         4096,
         128,
         {"batch-size": 16, "steps": 400, "eval-every": 100, "eval-tokens": 20_000, "final-eval-tokens": 100_000},
-        (1e-3,),
+        {"danet": (1e-3,), "bert": (1e-3,)},
         {"batch-size": 16, "steps": 150, "dropout": 0.05, "eval-every": 75},
-        (5e-4, 2e-3),
+        {"danet": (5e-4, 2e-3), "bert": (5e-4, 2e-3)},
     ),
     "tiny": Preset(
         32,
@@ -72,9 +81,9 @@ PRESETS = {
         600,
         64,
         {"batch-size": 8, "steps": 20, "eval-every": 10, "eval-tokens": 2000, "final-eval-tokens": 4000},
-        (1e-3, 3e-3),
+        {"danet": (1e-3, 3e-3), "bert": (3e-4, 1e-3)},
         {"batch-size": 8, "steps": 10},
-        (1e-3,),
+        {"danet": (1e-3, 3e-3), "bert": (1e-3,)},
     ),
 }
 
@@ -129,10 +138,13 @@ def _common(options: argparse.Namespace, folder: Path) -> list[Any]:
     return [*words, *(["--cpu"] if options.cpu else ["--precision", "bfloat16"])]
 
 
-def run_together(commands: dict[Path, list[Any]], jobs: int) -> None:
-    """Run `hf-linear-attn train` with those words, `jobs` at once; what is done already is left alone."""
+def run_together(commands: dict[Path, list[Any]], jobs: int, gpus: Sequence[str] = ()) -> None:
+    """Run `hf-linear-attn train` with those words, `jobs` at once; what is done already is left alone.
+
+    gpus: devices, as CUDA_VISIBLE_DEVICES names them; a run gets the one with the fewest runs on it.
+    """
     waiting = [(folder, words) for folder, words in commands.items() if not (folder / REPORT).exists()]
-    running: list[tuple[Path, Any, subprocess.Popen]] = []
+    running: list[tuple[Path, Any, subprocess.Popen, str | None]] = []
     while waiting or running:
         while waiting and len(running) < jobs:
             folder, words = waiting.pop(0)
@@ -140,12 +152,18 @@ def run_together(commands: dict[Path, list[Any]], jobs: int) -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             print(f"$ hf-linear-attn train {shlex.join(words)}", flush=True)
             log = folder.with_name(f"{folder.name}.log").open("w")
-            command = [sys.executable, "-m", "hf_linear_attn", "train", *words]
-            running.append((folder, log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
+            gpu = min(gpus, key=[each[3] for each in running].count) if gpus else None
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hf_linear_attn", "train", *words],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}),
+            )
+            running.append((folder, log, process, gpu))
         time.sleep(0.2)
         for item in [item for item in running if item[2].poll() is not None]:
             running.remove(item)
-            folder, log, process = item
+            folder, log, process, _ = item
             log.close()
             print(f"{folder.name}: {'done' if process.returncode == 0 else f'failed, see {log.name}'}", flush=True)
 
@@ -169,44 +187,60 @@ def best_pretraining(output: Path, family: str) -> Path | None:
     return min(done, key=lambda pair: pair[1]["validation"]["loss"])[0] if done else None
 
 
+def best_rate(output: Path, data: str, family: str, start: str, seed: int) -> float | None:
+    """Learning rate of the finished fine-tuning with that seed that has the highest validation accuracy."""
+    done = reports(f"{_name_of(data)}-{family}-{start}-*-seed{seed}", output)
+    best = max(done, key=lambda each: each["validation"]["accuracy"], default=None)
+    return None if best is None else best["options"]["learning_rate"]
+
+
+def _start_words(preset: Preset, family: str, checkpoint: Path) -> dict[str, list[Any]]:
+    """The words of `train` for the two starts: that checkpoint, or new weights with its tokenizer."""
+    new = ["--family", family, "--tokenizer", checkpoint, "--hidden-size", preset.hidden_size]
+    new += ["--num-hidden-layers", preset.layers[family], "--num-attention-heads", preset.heads[family]]
+    return {"pretrained": ["--from-checkpoint", checkpoint], "new": new}
+
+
 def run(options: argparse.Namespace) -> None:
     """Pre-train, choose, fine-tune."""
-    preset = PRESETS[options.preset]
-    run_together(
-        {
-            (folder := options.output / f"mlm-{family}-{rate:g}"): pretraining_command(
-                preset, family, rate, folder, options
-            )
-            for rate in preset.pretraining_rates
-            for family in FAMILIES
-        },
-        options.jobs,
-    )
+    preset = with_steps(PRESETS[options.preset], options)
     commands = {}
-    for seed in options.seeds:
+    for family in FAMILIES:
+        for rate in preset.pretraining_rates[family]:
+            folder = options.output / f"mlm-{family}-{rate:g}"
+            commands[folder] = pretraining_command(preset, family, rate, folder, options)
+    run_together(commands, options.jobs, options.gpus)
+
+    first, *others = options.seeds
+    checkpoints = {family: found for family in FAMILIES if (found := best_pretraining(options.output, family))}
+
+    def fine_tuning(start: str, seed: int) -> dict[Path, list[Any]]:
+        """The runs of one start and seed: at every rate with the first seed, at the best one with another."""
+        found = {}
         for data in options.sets:
-            for rate in preset.finetuning_rates:
-                for family in FAMILIES:
-                    checkpoint = best_pretraining(options.output, family)
-                    starts = {"pretrained": ["--from-checkpoint", checkpoint]} if checkpoint else {}
-                    if seed == options.seeds[0] and checkpoint:
-                        starts["new"] = [
-                            "--family",
-                            family,
-                            "--tokenizer",
-                            checkpoint,
-                            "--hidden-size",
-                            preset.hidden_size,
-                        ]
-                        starts["new"] += ["--num-hidden-layers", preset.layers[family]]
-                        starts["new"] += ["--num-attention-heads", preset.heads[family]]
-                    for start, words in starts.items():
-                        name = f"{_name_of(data)}-{family}-{start}-{rate:g}-seed{seed}"
-                        folder = options.output / name
-                        commands[folder] = finetuning_command(preset, data, rate, seed, words, folder, options)
+            for family, checkpoint in checkpoints.items():
+                best = best_rate(options.output, data, family, start, first)
+                rates = preset.finetuning_rates[family] if seed == first else (() if best is None else (best,))
+                for rate in rates:
+                    folder = options.output / f"{_name_of(data)}-{family}-{start}-{rate:g}-seed{seed}"
+                    words = _start_words(preset, family, checkpoint)[start]
+                    found[folder] = finetuning_command(preset, data, rate, seed, words, folder, options)
+        return found
+
+    run_together(fine_tuning("pretrained", first), options.jobs, options.gpus)
+    more = {folder: words for seed in others for folder, words in fine_tuning("pretrained", seed).items()}
     # What was pre-trained first: if time runs out, the comparison is there.
-    run_together(dict(sorted(commands.items(), key=lambda item: "-new-" in item[0].name)), options.jobs)
+    run_together(more | fine_tuning("new", first), options.jobs, options.gpus)
+    more = {folder: words for seed in others for folder, words in fine_tuning("new", seed).items()}
+    run_together(more, options.jobs, options.gpus)
     table(options)
+
+
+def with_steps(preset: Preset, options: argparse.Namespace) -> Preset:
+    """The preset with the steps that the command line names."""
+    given = {"pretraining": options.pretraining_steps, "finetuning": options.finetuning_steps}
+    changes = {stage: getattr(preset, stage) | {"steps": steps} for stage, steps in given.items() if steps}
+    return replace(preset, **changes)
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -253,7 +287,12 @@ def table(options: argparse.Namespace) -> None:
         rates = groups.setdefault((each["set"], each["family"], each["start"]), {})
         rates.setdefault(each["learning_rate"], []).append(each)
     for (data, family, start), rates in groups.items():
-        rate, runs = max(rates.items(), key=lambda pair: statistics.mean(r["validation"]["accuracy"] for r in pair[1]))
+        first = min(run["seed"] for runs in rates.values() for run in runs)
+        best = {
+            rate: run["validation"]["accuracy"] for rate, runs in rates.items() for run in runs if run["seed"] == first
+        }
+        rate = max(best, key=best.__getitem__)
+        runs = rates[rate]
         cells = []
         for metric in ("accuracy", "macro_f1"):
             values = [100 * each["test"][metric] for each in runs]
@@ -274,13 +313,16 @@ def main(words: list[str] | None = None) -> None:
         if name == "run":
             command.add_argument(
                 "--sets",
-                nargs="+",
+                nargs="*",
                 default=["r8", "spam-assassin"],
-                help="as `train --data` names them, or folders with train, validation and test.jsonl",
+                help="as `train --data` names them, or folders with train, validation and test.jsonl; none: masked words alone",
             )
             command.add_argument("--text", nargs="+", default=[], help="files for pre-training instead of the speeches")
             command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
             command.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="runs at once")
+            command.add_argument("--gpus", nargs="+", default=[], help="devices to spread the runs over, as in 0 1")
+            command.add_argument("--pretraining-steps", type=int, help="instead of the preset's")
+            command.add_argument("--finetuning-steps", type=int, help="instead of the preset's")
             command.add_argument("--threads", type=int, help="CPU threads of a run")
             command.add_argument("--cpu", action="store_true", help="stay on the CPU, in float32")
     options = parser.parse_args(words)

@@ -182,6 +182,7 @@ def training_arguments(options: TrainingOptions, folder: Path, rows: int) -> Tra
         data_seed=options.seed,
         logging_steps=options.log_every,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # shows a NaN as it is, and does not wait for the device at every step
         eval_strategy="steps",
         eval_steps=options.eval_every or tenth,
         prediction_loss_only=options.task == "causal-lm",
