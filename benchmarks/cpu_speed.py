@@ -33,13 +33,13 @@ def main() -> None:
 def measure_suites(size: str | None, options: argparse.Namespace) -> None:
     """All suites that were asked for, at one size (a name, or None for the one made of the options)."""
     own = Settings(options.hidden_size, options.num_layers, options.num_heads, options.vocab_size)
-    settings = replace(SIZES[size] if size else own, lengths=tuple(options.lengths))
+    settings = replace(SIZES[size] if size else own, lengths=tuple(options.lengths), dtype=options.dtype)
     if options.memory_of:
         suite, job, contender = options.memory_of
         print(memory_of(SUITES[suite](settings)[int(job)].contenders[contender]))
         return
     about = machine(options.threads) | {
-        "dtype": "float32",
+        "dtype": options.dtype,
         "load_before": os.getloadavg()[0],
         "settings": vars(settings),
     }
@@ -53,12 +53,13 @@ def measure_suites(size: str | None, options: argparse.Namespace) -> None:
             rows += summarize(job, times, memory)
             print(f"\n{markdown(rows[-len(times) :])}", flush=True)
             # After every job, so that a run that is cut leaves what it measured.
-            write(f"cpu-{name}-{size}" if size else f"cpu-{name}", rows, rounds, about, Path(options.output))
+            kind = [] if options.dtype == "float32" else [options.dtype]
+            write("-".join(["cpu", name, *([size] if size else []), *kind]), rows, rounds, about, Path(options.output))
 
 
 def _memory(suite: str, job: int, contenders: list[str], options: argparse.Namespace, size: str | None) -> dict:
     """Peak memory of each contender of a job: name -> MiB or None."""
-    sizes = ["--sizes", size] if size else []
+    sizes = ["--dtype", options.dtype, *(["--sizes", size] if size else [])]
     for key in ("hidden_size", "num_layers", "num_heads", "vocab_size", "threads"):
         sizes += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
     lengths = ["--lengths", *map(str, options.lengths)] if options.lengths else []
@@ -90,6 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=6)
     parser.add_argument("--num-heads", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the suites of DANet")
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     parser.add_argument(
         "--output", default="outputs/benchmarks", help="folder for tables (default: outputs/benchmarks)"

@@ -16,6 +16,7 @@ class Settings:
     vocab_size: int = 4096
     lengths: tuple[int, ...] = ()  # empty: the suite's own
     slices: int = 1  # models are built with this part of the depth, and a run of it counts as many tokens less
+    dtype: str = "float32"  # of weights and activations, for the suites of DANet
 
 
 # The encoders of the DANet suites. A row of 16,384 tokens takes the large BERT three minutes: an eighth of its equal layers

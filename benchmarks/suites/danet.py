@@ -3,7 +3,7 @@ r"""DANet encoders against BERT (Transformers, SDPA) and a plain linear-attentio
     python -m benchmarks.cpu_speed danet-forward danet-train --sizes 30m 330m
 
 The sizes are BERT's. A DANet block has 9 d^2 weights and a BERT block 12 d^2, so DANet is 4/3 as deep. All have learned
-positions, compute in float32 without dropout and return hidden states. The linear-attention encoder is BERT with softmax
+positions, compute without dropout and return hidden states. The linear-attention encoder is BERT with softmax
 replaced by the 1 + elu feature map. "By operations" is what the operations of the blocks' matrix products alone would give.
 """
 
@@ -117,7 +117,7 @@ class Forward(Contender):
 
     def __init__(self, make, settings: Settings, rows: int, length: int):
         torch.manual_seed(0)
-        self.model = make(settings, length).eval()
+        self.model = make(settings, length).eval().to(getattr(torch, settings.dtype))
         self.ids = torch.randint(0, settings.vocab_size, (rows, length))
         self.tokens = rows * length // settings.slices
 

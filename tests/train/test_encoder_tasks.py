@@ -1,0 +1,80 @@
+"""benchmarks/encoder_tasks: who is trained with which rate and seed, without training anybody."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import encoder_tasks
+from benchmarks.encoder_tasks import PRESETS, REPORT
+
+
+def value_of(words, flag):
+    return str(words[[str(word) for word in words].index(flag) + 1])
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Names of the runs in the order in which they would start; each leaves a report whose quality is its rate."""
+    names = []
+
+    def pretend(commands, jobs, gpus=()):
+        for folder, words in commands.items():
+            words = [str(word) for word in words]
+            rate, masked = float(value_of(words, "--learning-rate")), "mlm" in words
+            start = value_of(words, "--from-checkpoint") if "--from-checkpoint" in words else None
+            family = Path(start).name.split("-")[1] if start else value_of(words, "--family")
+            good = min(rate, 2e-3)  # the best rate is the one just above 2e-3 or the largest
+            scores = {"loss": -good, "accuracy": good, "macro_f1": good / 2}
+            options = {"learning_rate": rate, "seed": 0 if masked else int(value_of(words, "--seed"))}
+            options |= {"output": str(folder), "from_checkpoint": start}
+            report = {"family": family, "parameters": 1, "steps": 2, "training_tokens": 3, "training_seconds": 4.0}
+            report |= {"validation": scores, "test": scores, "options": options, "machine": {}}
+            folder.mkdir(parents=True)
+            (folder / REPORT).write_text(json.dumps(report))
+            names.append(folder.name)
+
+    monkeypatch.setattr(encoder_tasks, "run_together", pretend)
+    return names
+
+
+def test_other_seeds_take_the_best_rate(started, tmp_path, capsys):
+    encoder_tasks.main(
+        ["run", "--preset", "small", "--output", str(tmp_path), "--sets", "r8", "bbc", "--seeds", "3", "4"]
+    )
+    rates = PRESETS["small"].finetuning_rates
+    for family in ("danet", "bert"):
+        for start in ("pretrained", "new"):
+            for data in ("r8", "bbc"):
+                runs = [name for name in started if name.startswith(f"{data}-{family}-{start}-")]
+                first = [f"{data}-{family}-{start}-{rate:g}-seed3" for rate in rates[family]]
+                best = next((rate for rate in rates[family] if rate >= 2e-3), rates[family][-1])
+                assert runs == [*first, f"{data}-{family}-{start}-{best:g}-seed4"]
+    assert len(rates["danet"]) == len(rates["bert"]), "as many rates for each family"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| r8 | danet | pretrained")]
+    assert lines == ["| r8 | danet | pretrained | 0.003 | 2 | 0.20 (0.20 to 0.20) | 0.10 (0.10 to 0.10) |"]
+
+
+def test_the_comparison_comes_before_new_weights(started, tmp_path):
+    encoder_tasks.main(["run", "--preset", "small", "--output", str(tmp_path), "--sets", "r8", "--seeds", "0", "1"])
+    kinds = ["new" if "-new-" in name else "pretrained" for name in started if "seed" in name]
+    assert kinds == sorted(kinds, reverse=True)
+
+
+def test_runs_are_spread_over_the_devices(monkeypatch, tmp_path):
+    """Each run is a real process here: one that writes down its device and waits for the others."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        f"pathlib.Path(r'{tmp_path}', sys.argv[-1] + '.gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        f"while len(list(pathlib.Path(r'{tmp_path}').glob('*.gpu'))) < 4: time.sleep(0.01)\n"
+    )
+    real = encoder_tasks.subprocess.Popen
+
+    def popen(command, **options):
+        return real([sys.executable, str(script), command[-1]], **options)
+
+    monkeypatch.setattr(encoder_tasks.subprocess, "Popen", popen)
+    encoder_tasks.run_together({tmp_path / name: [name] for name in "abcd"}, 4, ["5", "7"])
+    assert sorted(file.read_text() for file in tmp_path.glob("*.gpu")) == ["5", "5", "7", "7"]
