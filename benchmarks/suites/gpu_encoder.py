@@ -1,9 +1,11 @@
-"""Encoders of about 335M parameters: forward, or forward and backward, of bodies in bfloat16 without a head.
+"""Encoders of about 335M or 30M parameters: forward, or forward and backward, of bodies in bfloat16 without a head.
 
-131,072 tokens a batch (65,536 in training). Peers: the published DANet's block, and BERT-large with FlashAttention through
-PyTorch's SDPA. Every block is compiled by itself, one graph shared by all blocks of a model; ours runs uncompiled, too.
+131,072 tokens a batch (65,536 in training, or one row if it is longer). Peers: the published DANet's block, BERT with
+FlashAttention through PyTorch's SDPA, and BERT with softmax replaced by plain linear attention (1 + elu). Every block is compiled
+by itself, one graph shared by all blocks of a model; ours runs uncompiled, too.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,51 +17,77 @@ from hf_linear_attn.modeling.backend import use_backend
 
 from ..published_danet import PublishedDanet
 from ..registry import Case, Work, device, relative_error
+from .danet import linear_attention  # noqa: F401  (registers the attention "elu_linear_attention")
 
 LENGTHS = (128, 1024, 16384, 131072)
-TOKENS = {"encoder": 131072, "encoder-train": 65536}
-WIDTH, LAYERS, VOCABULARY = 1024, 32, 30528
+TOKENS, TRAINING_TOKENS = 131072, 65536
+VOCABULARY = 30528
 TFLOPS = 790  # a large bfloat16 product on an H200
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, and layers of DANet and BERT for the same number of parameters (9 d^2 and 12 d^2 a layer); heads of BERT."""
+
+    width: int
+    layers: int
+    bert_layers: int
+    bert_heads: int
+
+
+LARGE, SMALL = Size(1024, 32, 24, 16), Size(384, 13, 10, 6)
+
+
+def size_of(suite: str) -> Size:
+    """The size that a suite's name tells."""
+    return SMALL if suite.endswith("-30m") else LARGE
+
+
+def trains(suite: str) -> bool:
+    """Whether a suite measures forward and backward."""
+    return "-train" in suite
 
 
 def about(suite: str) -> dict:
     """Facts for the head of the JSON."""
-    return {"unit": "ktokens_per_s", "tokens_a_batch": TOKENS[suite], "dtype": "bfloat16"}
+    tokens = TRAINING_TOKENS if trains(suite) else TOKENS
+    return {"unit": "ktokens_per_s", "tokens_a_batch": tokens, "dtype": "bfloat16"}
 
 
-def operations(length: int, folded: bool) -> float:
+def operations(size: Size, length: int, folded: bool) -> float:
     """Multiplications and additions a token and forward of all blocks: of the published order, or of the order that we choose."""
-    d = WIDTH
+    d = size.width
     published = 18 * d**2 + 4 * d * min(d, length)
     if not folded or length <= d:
-        return LAYERS * published
+        return size.layers * published
     once = 2 * d**3 / length  # W^T (K^T V) of a row
     if length <= 4 * d:
-        return LAYERS * (20 * d**2 + once)
-    return LAYERS * (18 * d**2 + once + 8 * d**3 / length)
+        return size.layers * (20 * d**2 + once)
+    return size.layers * (18 * d**2 + once + 8 * d**3 / length)
 
 
-def danet(length: int, layers: int = LAYERS, mode: str = "auto"):
+def danet(size: Size, length: int, mode: str = "auto", layers: int | None = None):
     """Our encoder."""
     config = DanetConfig.preset(
-        "bert-large-128", max_position_embeddings=length, attention_mode=mode, num_hidden_layers=layers,
-        vocab_size=VOCABULARY, hidden_size=WIDTH,
+        "bert-large-128", max_position_embeddings=length, attention_mode=mode, num_hidden_layers=layers or size.layers,
+        vocab_size=VOCABULARY, hidden_size=size.width,
     )  # fmt: skip
     return DanetModel(config)
 
 
-def published(length: int):
+def published(size: Size, length: int):
     """The peer with the same sizes."""
-    return PublishedDanet(VOCABULARY, WIDTH, LAYERS, length)
+    return PublishedDanet(VOCABULARY, size.width, size.layers, length)
 
 
-def bert(length: int):
-    """BERT-large."""
-    size = {"hidden_size": WIDTH, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4 * WIDTH}
+def bert(size: Size, length: int, attention: str = "sdpa"):
+    """BERT with one of Transformers' attention functions."""
+    sizes = {"hidden_size": size.width, "num_hidden_layers": size.bert_layers, "intermediate_size": 4 * size.width}
     drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=length, attn_implementation="sdpa", **size, **drop
-    )
+        vocab_size=VOCABULARY, num_attention_heads=size.bert_heads, max_position_embeddings=length,
+        attn_implementation=attention, **sizes, **drop,
+    )  # fmt: skip
     return BertModel(config, add_pooling_layer=False)
 
 
@@ -92,11 +120,12 @@ def make(build, length: int, compiled: bool, training: bool, tokens: int) -> Wor
     return Work(both if training else forward, ids.numel(), {"parameters": sum(p.numel() for p in model.parameters())})
 
 
-def check(length: int, compiled: bool, training: bool) -> tuple[float, float]:
+def check(size: Size, length: int, compiled: bool, training: bool) -> tuple[float, float]:
     """Two of our layers against float32, beside the same layers in plain PyTorch: output, and a gradient in training."""
     torch.manual_seed(0)
     with torch.device(device()):
-        model, plain = danet(length, 2), danet(length, 2, "linear" if length > WIDTH else "auto")
+        mode = "linear" if length > size.width else "auto"
+        model, plain = danet(size, length, layers=2), danet(size, length, mode, layers=2)
     plain.load_state_dict(model.state_dict())
     ids = torch.randint(0, VOCABULARY, (1, length), device=device())
 
@@ -120,17 +149,22 @@ def check(length: int, compiled: bool, training: bool) -> tuple[float, float]:
 
 def cases(suite: str, lengths: list[int]) -> list[Case]:
     """All contenders at all lengths."""
-    training, tokens = suite == "encoder-train", TOKENS[suite]
+    size, training = size_of(suite), trains(suite)
+    tokens = TRAINING_TOKENS if training else TOKENS
     passes = 3 if training else 1
+    peers = {
+        "DANet, published block, compiled": published,
+        "BERT, FlashAttention, compiled": bert,
+        "linear attention (1 + elu), compiled": partial(bert, attention="elu_linear_attention"),
+    }
     made = []
     for length in lengths or LENGTHS:
         limit = TFLOPS * 1e9 / passes
-        ours, theirs = limit / operations(length, True), limit / operations(length, False)
+        ours, theirs = limit / operations(size, length, True), limit / operations(size, length, False)
         for name, compiled in (("DANet, ours", False), ("DANet, ours, compiled blocks", True)):
-            work = partial(make, danet, length, compiled, training, tokens)
-            made.append(Case(name, length, work, partial(check, length, compiled, training), ours))
-        work = partial(make, published, length, True, training, tokens)
-        made.append(Case("DANet, published block, compiled", length, work, limit=theirs))
-        work = partial(make, bert, length, True, training, tokens)
-        made.append(Case("BERT, FlashAttention, compiled", length, work))
+            work = partial(make, partial(danet, size), length, compiled, training, tokens)
+            made.append(Case(name, length, work, partial(check, size, length, compiled, training), ours))
+        for name, build in peers.items():
+            work = partial(make, partial(build, size), length, True, training, tokens)
+            made.append(Case(name, length, work, limit=theirs if build is published else None))
     return made

@@ -49,7 +49,10 @@ def make(build, vocabulary: int, float8: bool, length: int) -> Work:
 
 def cases(suite: str, lengths: list[int]) -> list[Case]:
     """Both families, both precisions."""
-    families = {"DANet, 335M": (gpu_encoder.danet, gpu_encoder.VOCABULARY), "LEAP, 12 x 768": (gpu_train.leap, 64)}
+    families = {
+        "DANet, 335M": (partial(gpu_encoder.danet, gpu_encoder.LARGE), gpu_encoder.VOCABULARY),
+        "LEAP, 12 x 768": (gpu_train.leap, 64),
+    }
     made = []
     for length in lengths or LENGTHS:
         for name, family in families.items():

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import compact_weights, cpu_speed, measure, paper_wikitext, report, suites
+from benchmarks import compact_weights, cpu_speed, measure, paper_wikitext, registry, report, suites
 from benchmarks.kernel_attention_student import keep_kernel_attention_alone
 from benchmarks.light_training import Recipe, mean_loss, train
 from benchmarks.published_leap import PublishedLeap
-from benchmarks.suites import danet
+from benchmarks.suites import danet, gpu_encoder
 from hf_linear_attn.conversion import from_published, linearize
 from hf_linear_attn.training.tokenized_text import TokenizedText
 
@@ -59,6 +59,25 @@ def test_contenders_of_a_suite_run_alternately_and_fill_a_table(suite):
     assert rows[0]["speed_ratio"] == 1
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert len(measure.markdown(rows).splitlines()) == 2 + len(times)
+
+
+@pytest.mark.parametrize("suite", ["encoder-30m", "encoder-train-30m"])
+def test_encoders_of_an_accelerator_are_of_one_size_and_run(suite, monkeypatch, tmp_path):
+    """The real sizes on no device; the whole suite with two narrow layers, its own check of our layers included."""
+    for size in (gpu_encoder.LARGE, gpu_encoder.SMALL):
+        with torch.device("meta"):
+            models = [gpu_encoder.danet(size, 16), gpu_encoder.bert(size, 16), gpu_encoder.published(size, 16)]
+        counts = [sum(p.numel() for p in model.parameters()) for model in models]
+        assert max(counts) < 1.03 * min(counts)
+    monkeypatch.setattr(gpu_encoder, "SMALL", gpu_encoder.Size(16, 2, 2, 2))
+    monkeypatch.setattr(gpu_encoder, "VOCABULARY", 50)
+    for name in ("TOKENS", "TRAINING_TOKENS"):
+        monkeypatch.setattr(gpu_encoder, name, 24)
+    # Compiling on a CPU takes minutes: the blocks run as they are.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    result = registry.run_suite(suite, [12], 1, lambda name: True, tmp_path)
+    assert [case.get("error") for case in result["cases"]] == [None] * 5
+    assert len(report.table(tmp_path / f"{suite}.json").splitlines()) == 2 + 5
 
 
 def test_ratio_is_our_speed_over_theirs():

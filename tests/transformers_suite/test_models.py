@@ -13,7 +13,7 @@ modeling = archive.load("test_modeling_common")
 configuration = archive.load("test_configuration_common")
 training = archive.load("test_training_mixin")
 
-# Between them every module and parameter of every family: SwiGLU in the DANet decoder, ReLU and scaled norms in the encoder. Other
+# Between them every module and parameter of every family (SwiGLU in DANet's decoder, ReLU and scaled norms in its encoder). Other
 # variants differ in arithmetic alone, which these tests do not look at.
 NAMES = ("leap", "fastformer", "fastformer-encoder", "danet-swiglu", "danet-encoder", "sea", "sea-encoder")
 
