@@ -46,15 +46,19 @@ def measure_suites(size: str | None, options: argparse.Namespace) -> None:
     print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
     for name in options.suites or SUITES:
         rows, rounds = [], {}
+        kind = [] if options.dtype == "float32" else [options.dtype]
+        stem = "-".join(["cpu", name, *([size] if size else []), *kind])
+        known = known_memory(Path(options.output) / f"{stem}.json") if options.keep_memory else {}
         for number, job in enumerate(SUITES[name](settings)):
-            memory = {} if options.no_memory else _memory(name, number, list(job.contenders), options, size)
+            memory = known.get(job.name, {})
+            if not memory and not options.no_memory:
+                memory = _memory(name, number, list(job.contenders), options, size)
             times = time_alternately(job, options.rounds, options.threads)
             rounds[job.name] = times
             rows += summarize(job, times, memory)
             print(f"\n{markdown(rows[-len(times) :])}", flush=True)
             # After every job, so that a run that is cut leaves what it measured.
-            kind = [] if options.dtype == "float32" else [options.dtype]
-            write("-".join(["cpu", name, *([size] if size else []), *kind]), rows, rounds, about, Path(options.output))
+            write(stem, rows, rounds, about, Path(options.output))
 
 
 def _memory(suite: str, job: int, contenders: list[str], options: argparse.Namespace, size: str | None) -> dict:
@@ -69,6 +73,14 @@ def _memory(suite: str, job: int, contenders: list[str], options: argparse.Names
             ["-m", "benchmarks.cpu_speed", *sizes, *lengths, "--memory-of", suite, str(job), name]
         )
     return found
+
+
+def known_memory(file: Path) -> dict[str, dict[str, float]]:
+    """Job -> contender -> peak memory as an earlier run wrote it; jobs of which every contender's is known."""
+    jobs: dict[str, dict[str, float]] = {}
+    for row in json.loads(file.read_text())["rows"] if file.exists() else []:
+        jobs.setdefault(row["job"], {})[row["contender"]] = row["peak_memory_mb"]
+    return {job: found for job, found in jobs.items() if None not in found.values()}
 
 
 def write(name: str, rows: list[dict], rounds: dict, about: dict, folder: Path) -> None:
@@ -93,6 +105,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the suites of DANet")
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="take the peak memory that the output folder's JSON has"
+    )
     parser.add_argument(
         "--output", default="outputs/benchmarks", help="folder for tables (default: outputs/benchmarks)"
     )

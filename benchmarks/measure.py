@@ -1,5 +1,6 @@
 """Comparable measurements: contenders run alternately in one process, so that a busy machine slows all of them alike."""
 
+import math
 import platform
 import statistics
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+LONG_ROUND, LONGEST_ROUND = 15.0, 90.0  # seconds
 
 
 class Contender(Protocol):
@@ -35,15 +38,23 @@ class Job:
 
 
 def time_alternately(job: Job, rounds: int, threads: int, min_seconds: float = 0.5) -> dict[str, list[float]]:
-    """Seconds per token of each contender in each round: a, b, c, a, b, c, ... Short runs are repeated up to `min_seconds`."""
+    """Seconds per token of each contender in each round: a, b, c, a, b, c, ... Short runs are repeated up to `min_seconds`.
+
+    Where one run of all of them takes longer than LONG_ROUND seconds, that first run counts and one more is made: what happens
+    once, as filling caches, is nothing beside it. Where it takes longer than LONGEST_ROUND, it is all.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     built = {name: make() for name, make in job.contenders.items()}
+    first = {name: _time(contender, 1) for name, contender in built.items()}
+    times: dict[str, list[float]] = {name: [] for name in built}
+    if sum(first.values()) > LONG_ROUND:
+        times = {name: [seconds / built[name].tokens] for name, seconds in first.items()}
+        rounds = 1 if sum(first.values()) < LONGEST_ROUND and rounds > 1 else 0
     repeats = {}
     for name, contender in built.items():
-        first = _time(contender, 1)
-        repeats[name] = 1 if first > min_seconds else max(1, min(50, round(min_seconds / _time(contender, 1))))
-    times: dict[str, list[float]] = {name: [] for name in built}
+        short = first[name] <= min_seconds
+        repeats[name] = max(1, min(50, round(min_seconds / _time(contender, 1)))) if short else 1
     for _ in range(rounds):
         for name, contender in built.items():
             if repeats[name] > 1:
@@ -102,24 +113,28 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def peak_memory(command: list[str]) -> float | None:
-    """Run a child process that prints the MiB by which a job raised its peak memory; None where that fails."""
+    """Run a child process that prints the MiB by which a job raised its peak memory; None where that fails or is unknown."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
         return None
-    return float(done.stdout.split()[-1])
+    found = float(done.stdout.split()[-1])
+    return None if math.isnan(found) else found
 
 
 def memory_of(make: Callable[[], Contender]) -> float:
-    """MiB by which building and running a contender raises this process's peak resident memory. Call it in a fresh process."""
+    """MiB by which building and running a contender raises this process's peak resident memory. Call it in a fresh process.
+
+    A contender may say how many runs it takes to the peak (`runs_to_peak`), and what it would hold besides (`absent_mb`).
+    """
     import resource
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     contender = make()
-    for _ in range(2):
+    for _ in range(getattr(contender, "runs_to_peak", 2)):
         contender.run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit + getattr(contender, "absent_mb", 0.0)
 
 
 def machine(threads: int) -> dict[str, Any]:

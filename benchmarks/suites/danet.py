@@ -113,13 +113,22 @@ def jobs(settings: Settings, training: bool) -> list[Job]:
 
 
 class Forward(Contender):
-    """One forward pass over random tokens, without gradients."""
+    """One forward pass over random tokens, without gradients.
+
+    Where a part of the equal layers is built, their activations are those of the whole model, and `absent_mb` is the rest of the
+    weights.
+    """
+
+    runs_to_peak = 1
 
     def __init__(self, make, settings: Settings, rows: int, length: int):
         torch.manual_seed(0)
         self.model = make(settings, length).eval().to(getattr(torch, settings.dtype))
         self.ids = torch.randint(0, settings.vocab_size, (rows, length))
         self.tokens = rows * length // settings.slices
+        layers = [module for module in self.model.modules() if isinstance(module, torch.nn.ModuleList)]
+        built = sum(p.numel() * p.element_size() for each in layers for p in each.parameters())
+        self.absent_mb = built * (settings.slices - 1) / 2**20
 
     def run(self) -> None:
         """Hidden states."""
@@ -130,8 +139,12 @@ class Forward(Contender):
 class TrainingStep(Forward):
     """Forward, backward and AdamW over random tokens, with a loss on the hidden states."""
 
+    runs_to_peak = 2  # AdamW's moments are made at the end of the first step
+
     def __init__(self, make, settings: Settings, rows: int, length: int):
         super().__init__(make, settings, rows, length)
+        if settings.slices != 1:
+            self.absent_mb = float("nan")  # activations of all layers are kept: a part does not tell
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 

@@ -114,6 +114,43 @@ def test_speed_command_writes_a_table(tmp_path, monkeypatch, capsys):
     assert "| LEAP (ours) |" in table
 
 
+def test_memory_that_is_known_is_not_measured_again(tmp_path, monkeypatch):
+    """The speeds are new, the memory is that of the file: for a run on a machine that is quiet for some minutes only."""
+    words = "danet-forward --lengths 12 16 --rounds 1 --hidden-size 32 --num-layers 3 --num-heads 1 --vocab-size 50"
+    monkeypatch.setattr(sys, "argv", ["cpu_speed", *words.split(), "--threads", "1", "--output", str(tmp_path)])
+    monkeypatch.setattr(cpu_speed, "_memory", lambda suite, job, names, *rest: dict.fromkeys(names, 7.0 + job))
+    cpu_speed.main()
+    monkeypatch.setattr(cpu_speed, "_memory", None)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--keep-memory"])
+    cpu_speed.main()
+    rows = json.loads((tmp_path / "cpu-danet-forward.json").read_text())["rows"]
+    assert [row["peak_memory_mb"] for row in rows] == [7.0] * 4 + [8.0] * 4
+
+
+def test_a_part_of_the_layers_stands_for_the_memory_of_all():
+    whole = danet.Forward(danet.MODELS["BERT, SDPA"], replace(TINY, num_layers=4), 1, 12)
+    part = danet.Forward(danet.MODELS["BERT, SDPA"], replace(TINY, num_layers=4, slices=2), 1, 12)
+    weights = [4 * sum(p.numel() for p in each.model.parameters()) / 2**20 for each in (whole, part)]
+    assert part.absent_mb == pytest.approx(weights[0] - weights[1])
+    assert whole.absent_mb == 0
+
+
+def test_long_runs_are_few(monkeypatch):
+    """Of runs that take minutes the first is one of the rounds."""
+    monkeypatch.setattr(measure, "LONG_ROUND", 0.0)
+
+    class Counting:
+        tokens, runs = 1, 0
+
+        def run(self):
+            Counting.runs += 1
+
+    times = measure.time_alternately(measure.Job("job", {"ours": Counting}), rounds=5, threads=1, min_seconds=0)
+    assert len(times["ours"]) == Counting.runs == 2
+    monkeypatch.setattr(measure, "LONGEST_ROUND", 0.0)
+    assert len(measure.time_alternately(measure.Job("job", {"ours": Counting}), 5, 1, min_seconds=0)["ours"]) == 1
+
+
 @pytest.mark.parametrize("size", suites.SIZES)
 def test_danet_encoders_have_their_contenders_parameters(size):
     """To 3 percent, at the depth that is built; positions left out, of which DANet has as many."""
