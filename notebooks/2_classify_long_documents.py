@@ -18,7 +18,7 @@
 # comes, the 1790s, the 1860s or the 1940s; which ages it takes for which; how its accuracy depends on how much of a message it
 # may read; and what long documents cost, beside a BERT of the same size.
 #
-# **It takes** about a minute and a half on two CPU cores. `NOTEBOOK_STEPS=400` trains longer.
+# **It takes** about two minutes on two CPU cores. `NOTEBOOK_STEPS=400` trains longer.
 
 # %%
 import os
