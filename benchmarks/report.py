@@ -24,6 +24,40 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
+# Size, tokens -> how many times as fast as BERT with SDPA our encoder should be on a CPU, forward, float32.
+DANET_AIMS = {("30m", 128): 1.2, ("30m", 4096): 2.5, ("30m", 16384): 6.0} | {
+    ("330m", 128): 1.2, ("330m", 4096): 1.4, ("330m", 16384): 2.8,
+}  # fmt: skip
+
+
+def danet_aims(folder: Path) -> str:
+    """DANet's aims on a CPU beside what was measured and what the operation counts give, from the JSON in `folder`."""
+    lines = ["| parameters | tokens a row | aim | reached (quartiles) | by operations | reached of it |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for (size, length), aim in DANET_AIMS.items():
+        rows = json.loads((folder / f"cpu-danet-forward-{size}.json").read_text())["rows"]
+        found = [r for r in rows if r["job"].endswith(f" x {length:,} tokens") and r["contender"].startswith("BERT")]
+        reached = ["not measured", "", ""]
+        for row in found:
+            low, high = row["speed_ratio_quartiles"]
+            ratio, bound = row["speed_ratio"], row["operations_ratio"]
+            reached = [f"{ratio:.2f} ({low:.2f}-{high:.2f})", f"{bound:.2f}", f"{ratio / bound:.0%}"]
+        lines.append(f"| {size.upper()} | {length:,} | {aim} | {' | '.join(reached)} |")
+    return "\n".join(lines)
+
+
+def put_into(page: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- table NAME -->` and the next `<!-- end of table -->` of a page.
+
+    ValueError where the page has no such place.
+    """
+    before, start, rest = page.read_text("utf-8").partition(f"<!-- table {name} -->\n")
+    _, end, after = rest.partition("<!-- end of table -->")
+    if not end:
+        raise ValueError(f"{page} has no place for a table: <!-- table {name} --> and <!-- end of table -->")
+    page.write_text(f"{before}{start}\n{text}\n\n{end}{after}", "utf-8")
+
+
 def contenders(result: dict) -> dict[str, dict[int, dict]]:
     """Name -> length -> row, in the order of the run."""
     names: dict[str, dict[int, dict]] = {}
