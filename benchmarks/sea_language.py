@@ -35,7 +35,7 @@ from hf_linear_attn.modeling.backend import use_backend
 from hf_linear_attn.training.sea_distillation import SeaDistillationArguments, SeaDistillationTrainer
 from hf_linear_attn.training.tokenized_text import TokenizedText
 
-from .compact_weights import pack, renumber, unpack, used_tokens
+from .compact_weights import input_sizes, pack, renumber, unpack, used_tokens
 from .kernel_attention_student import keep_kernel_attention_alone
 from .registry import machine
 from .timed_runs import train_timed, training_arguments
@@ -73,7 +73,9 @@ def prepare(options: argparse.Namespace) -> None:
     ids = {split: renumber(values, kept) for split, values in text.ids.items()}
     TokenizedText(ids, text.num_bytes, len(kept)).save(options.output / "tokens.npz")
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    size = pack(model, kept, options.output / "smollm2.npz", options.step, options.embedding_step)
+    calibration = torch.from_numpy(text.ids["train"][: 4 * 1024].astype(np.int64)).view(4, 1024)
+    sizes = input_sizes(model, calibration)
+    size = pack(model, kept, options.output / "smollm2.npz", options.step, options.embedding_step, sizes)
     counts = ", ".join(f"{split} {len(values):,}" for split, values in ids.items())
     print(f"{data.description}\n{len(kept)} of {len(tokenizer)} tokens occur; {counts}; weights {size / 1e6:.1f} MB")
 
@@ -95,7 +97,15 @@ def student(options: argparse.Namespace) -> None:
     text = TokenizedText.load(options.data / "tokens.npz")
     model = AutoModelForCausalLM.from_pretrained(options.output / "teacher", dtype=torch.float32)
     set_seed(options.seed)
-    made = linearize(model, "sea", k=options.k, predictor_length=options.predictor_length, max_positions=options.length)
+    made = linearize(
+        model,
+        "sea",
+        k=options.k,
+        predictor_length=options.predictor_length,
+        feature_factor=options.feature_factor,
+        softmax_layers=options.softmax_layers,
+        max_positions=options.length,
+    )
     if options.kind == "kernel":
         keep_kernel_attention_alone(made)
     arguments = SeaDistillationArguments(
@@ -258,7 +268,7 @@ def _common(options) -> dict:
 
 
 def _write(options, name: str, result: dict) -> None:
-    recipe = {key: value for key, value in vars(options).items() if isinstance(value, int | float | str)}
+    recipe = {key: value for key, value in vars(options).items() if isinstance(value, int | float | str | list)}
     options.output.mkdir(parents=True, exist_ok=True)
     report = {"name": name, **result, "recipe": recipe, "machine": machine()}
     (options.output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -313,6 +323,10 @@ def main() -> None:
     each.add_argument("--name")
     each.add_argument("--k", type=int, default=64)
     each.add_argument("--predictor-length", type=int, default=128)
+    each.add_argument(
+        "--feature-factor", type=float, help="divides the number of random features (default: SeaConfig's)"
+    )
+    each.add_argument("--softmax-layers", type=int, nargs="*", default=[], help="layers that keep softmax attention")
     each.add_argument("--sea-learning-rate", type=float, default=3e-3)
     each.add_argument("--task-weight", type=float, default=0.1)
     each.add_argument("--hidden-weight", type=float, default=0.0)

@@ -38,7 +38,6 @@ SEA_FIELDS = set(SeaConfig.__dataclass_fields__) - {
 SEA_IMMUNE = ("mask_is_applied_too_early", "counts_stay_in_place")
 # A padded token enters DenseAttention as a zero row, which writes nothing, and a state holds its own counts.
 DANET_IMMUNE = ("mask_is_applied_too_early", "counts_stay_in_place")
-PACKED = "SEA refuses packed rows: its estimator looks over whole rows (tests/sea/test_sea_models.py)"
 ONE_GRAPH = (
     "SEA reads as many keys as the data ask for; its estimator alone is one graph (tests/sea/test_sea_estimator.py)"
 )
@@ -47,21 +46,14 @@ SIZES_OF_THE_HOST = (
     "PEFT reads sizes from the configuration's fields, which are the host's: they have to be given to it"
 )
 OWN_LOSS = "the control changes the other families' loss (ours: test_labels_of_padded_tokens_do_not_count)"
+TRL_LOSS = "TRL takes the body's hidden states for its loss, and a SEA head holds the host's model with its head"
 INSIDE = "a head holds the host's model with its head, not a SeaModel: its parts are elsewhere, its checkpoints load the same"
 SEA_LEAVES_OUT = {
-    "test_packed_documents": PACKED,
-    "test_packed_with_padding": PACKED,
-    "test_state_after_a_packed_row_is_that_of_its_last_document": PACKED,
-    "test_a_document_that_ends_in_a_later_call": PACKED,
-    "test_control_documents_are_ignored": PACKED,
     "test_cache_implementations:offloaded": "Transformers moves keys to the CPU and back in streams of an accelerator",
     "test_controls:padding_is_predicted": OWN_LOSS,
     "test_state_does_not_grow": "keys grow with the text; what SEA adds does not (tests/sea/test_sea_generation.py)",
-    "test_flattening_collator": PACKED,
-    "test_a_leak_would_be_seen": PACKED,
-    "test_trainer_with_flattening": PACKED,
-    "test_trl_packing": PACKED,
-    "test_packed_forward_is_one_graph": PACKED,
+    "test_packed_forward_is_one_graph": ONE_GRAPH,
+    "test_trl_packing": TRL_LOSS,
     "test_lengths_do_not_recompile_for_ever": ONE_GRAPH,
     "test_generated_code": ONE_GRAPH,
     "test_forward_of_any_batch_and_length": ONE_GRAPH,

@@ -261,8 +261,6 @@ def test_inputs_that_cannot_work_are_refused():
         student(ids, inputs_embeds=torch.zeros(2, 20, 16))
     with pytest.raises(ValueError, match="attention_mask"):
         student(ids, attention_mask=torch.ones(2, 1, 20, 20))
-    with pytest.raises(ValueError, match="packed documents"):
-        student(ids, position_ids=torch.arange(20).expand(2, -1) % 10)
     with pytest.raises(ValueError, match="70 tokens"):
         student(make_ids(1, 70))
     with pytest.raises(ValueError, match="vocabulary has ids 0 to 39"):

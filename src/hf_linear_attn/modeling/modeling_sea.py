@@ -239,7 +239,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
             **kwargs,
         )
         if labels is not None or shift_labels is not None:
-            if shift_labels is None and sequence.mask is not None:
+            if shift_labels is None and (sequence.mask is not None or sequence.segment_ids is not None):
                 shift_labels = next_token_labels(labels, sequence)
             # Their loss, without their forward: it is written for a body and an output matrix of our own.
             arguments = (output["logits"], labels, shift_labels, num_items_in_batch)

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from .compat import ALL_ATTENTION_FUNCTIONS
+from .random_features import accumulation_dtype
 from .real_token_order import TokenLayout
 from .sea_attention import SeaAttentionCore, SeaCoreOutput, SeaState
+from .sea_documents import PackedRows
 from .sea_losses import TeacherTargets
 from .sparse_attention import repeat_key_heads
 
@@ -43,6 +45,7 @@ class SeaCall:
         layout: ranks and slots of the tokens.
         mask: (B, T) bool, real tokens of this call; None if nothing is padded.
         key_mask: (B, S) bool over all slots of the cache and this call; None if nothing is padded.
+        documents: the documents of packed rows; None where each row is one.
         cache: the Transformers cache, or None.
         output_attentions: whether layers return their T x S attention.
         collect: whether layers leave their results in `results`.
@@ -54,6 +57,7 @@ class SeaCall:
     layout: TokenLayout
     mask: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None
+    documents: PackedRows | None = None
     cache: Any = None
     output_attentions: bool = False
     collect: bool = False
@@ -92,31 +96,21 @@ def sea_attention_forward(
     layer = None if sea_call.cache is None else sea_call.cache.layers[index]
     if layer is not None:
         layer.append_mask(sea_call.mask, query.shape[0], time, query.device)
+    if layer is not None and sea_call.documents is not None:
+        layer.key_mask = sea_call.documents.open_slots  # later tokens see the document that is open, and no other
     if core is None:
         output = _softmax_layer(query, key, value, sea_call, bool(module.is_causal), scaling, dropout)
         if sea_call.recorded is not None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             sea_call.recorded[index] = TeacherTargets(context=output[0].flatten(2), q=query, k=key, scaling=scale)
         return output
-    new_key, new_value = key[:, :, past : past + time], value[:, :, past : past + time]
-    state = None if layer is None else layer.get_state()
-    distillation = sea_call.distillation
-    output = core(
-        query,
-        new_key,
-        new_value,
-        teacher=None if distillation is None else distillation.targets.get(index),
-        scaling=scaling,
-        layout=sea_call.layout,
-        state=None if state is None else SeaState(*state),
-        key_cache=None if layer is None else (key, value),
-        output_attentions=sea_call.output_attentions,
-        loss_rows=None if distillation is None else distillation.loss_rows,
-        measure=distillation is not None and distillation.measure,
-    )
+    output = _sea_layer(core, query, key, value, sea_call, index, scaling)
     if layer is not None:
-        replay = _replay(core, sea_call, scaling, query, new_key, new_value) if layer.record_past else None
-        layer.update_state(tuple(output.state), time, sea_call.mask, replay)
+        replay = None
+        if layer.record_past:
+            replay = _replay(core, sea_call, scaling, query, *(x[:, :, past : past + time] for x in (key, value)))
+        segment_ids = None if sea_call.documents is None else sea_call.documents.segment_ids
+        layer.update_state(tuple(output.state), time, sea_call.mask, replay, segment_ids)
     if sea_call.collect:
         output.state = None
         sea_call.results[index] = output
@@ -124,8 +118,31 @@ def sea_attention_forward(
     return context, output.attention_probs if sea_call.output_attentions else None
 
 
+def _sea_layer(core: SeaAttentionCore, query, key, value, call: SeaCall, index: int, scaling) -> SeaCoreOutput:
+    """What a SEA layer gives for the new tokens, whole rows or document by document."""
+    past, time, cached = call.layout.past_slots, query.shape[2], call.cache is not None
+    new_key, new_value = (x[:, :, past : past + time] for x in (key, value))
+    state = call.cache.layers[index].get_state() if cached else None
+    distillation = call.distillation
+    options = {
+        "teacher": None if distillation is None else distillation.targets.get(index),
+        "scaling": scaling,
+        "state": None if state is None else SeaState(*state),
+        "output_attentions": call.output_attentions,
+        "loss_rows": None if distillation is None else distillation.loss_rows,
+        "measure": distillation is not None and distillation.measure,
+    }
+    if call.documents is None:
+        key_cache = (key, value) if cached else None
+        return core(query, new_key, new_value, layout=call.layout, key_cache=key_cache, **options)
+    past_keys = (key[:, :, :past], value[:, :, :past])
+    return call.documents.attend(core, query, new_key, new_value, past_keys=past_keys, **options)
+
+
 def _replay(core: SeaAttentionCore, call: SeaCall, scaling, query, key, value):
     """How the cache undoes tokens: run the layer again over the ones that stay. Time is axis 1 of every input."""
+    if call.documents is not None:
+        raise ValueError("tokens of packed rows cannot be undone: put each document into its own row, padded")
     mask = call.mask
     if mask is None:
         mask = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
@@ -148,7 +165,7 @@ def _softmax_layer(query, key, value, call: SeaCall, causal: bool, scaling, drop
     past, time = call.layout.past_slots, query.shape[2]
     key, value = (repeat_key_heads(x[:, :, : past + time], query.shape[1]) for x in (key, value))
     mask = None
-    plain = call.key_mask is None and past == 0
+    plain = call.key_mask is None and past == 0 and call.documents is None
     if not plain or call.output_attentions:
         slots = torch.arange(past + time, device=query.device)
         mask = (
@@ -159,6 +176,10 @@ def _softmax_layer(query, key, value, call: SeaCall, causal: bool, scaling, drop
         mask = mask[None, None]
         if call.key_mask is not None:
             mask = mask & call.key_mask[:, None, None]
+        if call.documents is not None:  # what a cache holds belongs to document 0
+            segment_ids = call.documents.segment_ids
+            of_keys = nn.functional.pad(segment_ids, [past, 0])
+            mask = mask & (of_keys[:, None, None] == segment_ids[:, None, :, None])
     if not call.output_attentions:
         context = nn.functional.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=causal and plain, scale=scaling
@@ -167,7 +188,8 @@ def _softmax_layer(query, key, value, call: SeaCall, causal: bool, scaling, drop
             context = context.masked_fill(~call.mask[:, None, :, None], 0.0)
         return context.transpose(1, 2), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query @ key.transpose(-1, -2) * scale).float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    dtype = accumulation_dtype(query.dtype)
+    scores = (query @ key.transpose(-1, -2) * scale).to(dtype).masked_fill(~mask, torch.finfo(dtype).min)
     probs = scores.softmax(dim=-1).to(query.dtype)
     context = nn.functional.dropout(probs, dropout) @ value
     if call.mask is not None:

@@ -17,6 +17,7 @@ from .real_token_order import TokenLayout
 from .recurrent_cache import RecurrentCache
 from .sea_attention import SeaAttentionCore
 from .sea_cache import SeaCacheLayer
+from .sea_documents import PackedRows
 from .sea_host_attention import ATTENTION_NAME, SeaCall, register_attention
 from .sea_hosts import attention_layers, find_host, head_size
 from .sea_inputs import check_call, join_masks, pooling_real_tokens
@@ -162,20 +163,19 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         if past:
             counts = torch.full((batch,), past, device=device) if old_mask is None else old_mask.sum(1)
         sequence = prepare_sequence(tokens, attention_mask, position_ids, past, counts, **documents)
-        if sequence.segment_ids is not None:
-            raise ValueError(
-                "packed documents (`seq_idx`, `cu_seq_lens_q` or restarting `position_ids`) cannot be honoured by SEA, "
-                "whose estimator looks over whole rows: put each document into its own row, padded, with an "
-                "`attention_mask`"
-            )
         key_mask = join_masks(old_mask, sequence.mask, batch, past, length, device)
         if sequence.mask is not None:
             sequence.position_ids = sequence.position_ids.masked_fill(~sequence.mask, 0)
         self._check_length(sequence.position_ids)
+        mask = None if key_mask is None else key_mask[:, past:]
+        packed = None
+        if sequence.segment_ids is not None:
+            packed = PackedRows.find(sequence.segment_ids.expand(batch, -1), mask, key_mask, past)
         call = SeaCall(
             layout=TokenLayout.from_mask(key_mask, batch, length, device, past),
-            mask=None if key_mask is None else key_mask[:, past:],
+            mask=mask,
             key_mask=key_mask,
+            documents=packed,
             cache=cache,
             output_attentions=bool(kwargs.get("output_attentions", self.config.output_attentions)),
         )

@@ -24,8 +24,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..modeling.modeling_sea import SeaPreTrainedModel
 from ..modeling.real_token_order import TokenLayout
+from ..modeling.sea_documents import PackedRows
 from ..modeling.sea_host_attention import ATTENTION_NAME, Distillation, SeaCall, register_attention
 from ..modeling.sea_hosts import HOSTS
+from ..modeling.sea_inputs import PACKING_KEYWORDS
 from ..modeling.sea_losses import TeacherTargets
 from ..modeling.sequence_inputs import prepare_sequence
 
@@ -117,17 +119,21 @@ def _recording(teacher: PreTrainedModel):
 def record_targets(teacher: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[int, TeacherTargets], Any]:
     """Run a teacher on a batch: its layers' targets and its output with hidden states. Memory linear in T.
 
-    `inputs` is what Trainer gives a model; padding may stand anywhere, as for the student.
+    `inputs` is what Trainer gives a model; padding may stand anywhere and rows may be packed, as for the student.
     """
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    arguments = {name: value for name, value in inputs.items() if name != "position_ids"}
-    sequence = prepare_sequence(tokens, inputs.get("attention_mask"), inputs.get("position_ids"))
-    positions = sequence.position_ids
-    if sequence.mask is not None:
-        positions = positions.masked_fill(~sequence.mask, 0)
+    arguments = {name: value for name, value in inputs.items() if name not in {"position_ids"} | PACKING_KEYWORDS}
+    documents = {name: inputs.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
+    sequence = prepare_sequence(tokens, inputs.get("attention_mask"), inputs.get("position_ids"), **documents)
+    positions, mask = sequence.position_ids, sequence.mask
+    if mask is not None:
+        positions = positions.masked_fill(~mask, 0)
     batch, length = tokens.shape[:2]
-    layout = TokenLayout.from_mask(sequence.mask, batch, length, tokens.device)
-    call = SeaCall(layout=layout, mask=sequence.mask, key_mask=sequence.mask, recorded={})
+    layout = TokenLayout.from_mask(mask, batch, length, tokens.device)
+    packed = None
+    if sequence.segment_ids is not None:
+        packed = PackedRows.find(sequence.segment_ids.expand(batch, -1), mask, mask, 0)
+    call = SeaCall(layout=layout, mask=mask, key_mask=mask, documents=packed, recorded={})
     if HOSTS[teacher.config.model_type].causal:
         arguments["use_cache"] = False
     if not HOSTS[teacher.config.model_type].token_types:
