@@ -52,6 +52,8 @@ class Recipe:
     learning_rate: float = 2e-5
     sea_learning_rate: float = 1e-3
     predictor_length: int = 64
+    task_weight: float = 0.1
+    logits_weight: float = 0.1
 
 
 class Texts(torch.utils.data.Dataset):
@@ -154,7 +156,11 @@ def one_set(options: argparse.Namespace, name: str, seed: int, file: Path) -> No
         "mean_tokens": float(np.mean(np.diff(texts["test"].ends, prepend=0))),
         "recipe": asdict(recipe),
         "machine": machine(),
-        "teacher": {"accuracy": accuracy(trainer, texts["test"]), "seconds": seconds},
+        "teacher": {
+            "accuracy": accuracy(trainer, texts["test"]),
+            "validation_accuracy": accuracy(trainer, texts["validation"]),
+            "seconds": seconds,
+        },
         "students": {},
     }
     print(json.dumps({"set": name, **report["teacher"]}), flush=True)
@@ -201,6 +207,8 @@ def student(
             attention_loss_rows=recipe.loss_rows,
             learning_rate=recipe.learning_rate,
             sea_learning_rate=recipe.sea_learning_rate,
+            task_weight=recipe.task_weight,
+            logits_weight=recipe.logits_weight,
             **_common(recipe, seed),
         ),
         train_dataset=texts["train"],
@@ -214,6 +222,7 @@ def student(
     fidelity = ("top_k_recall", "attention_mass", "keys_per_query", "estimate_kl", "uniform_kl")
     return {
         "accuracy": right,
+        "validation_accuracy": accuracy(trainer, texts["validation"]),
         "accuracy_as_converted": converted,
         **{name: output.metrics[f"test_{name}"] for name in fidelity},
         "seconds": seconds,
