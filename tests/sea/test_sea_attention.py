@@ -23,7 +23,6 @@ def test_official_form_gives_the_published_numbers(name):
             case["v"],
             attention_mask=case["valid"],
             teacher=(case["teacher_scores"], case["teacher_context"]),
-            output_attentions=True,
         )
     assert torch.equal(result.kept, case["kept"].bool())
     for field in ("context", "loss", "estimated_probs", "attention_probs"):

@@ -74,8 +74,8 @@ class SeaCoreOutput:
         losses: the terms of the loss.
         estimated_probs: (N, H, T, M), softmax over the cells, 0 at padded rows.
         cells: (N, H, T, M) bool, the selected ones.
-        kept: (N, H, T, S) bool over key slots, only if asked for.
-        attention_probs: (N, H, T, S), sparse attention times its gate (a row sums to the gate), only if asked for.
+        kept: (N, H, T, S) bool over key slots, if asked for or if the backend is "dense", which makes it anyway.
+        attention_probs: (N, H, T, S), sparse attention times its gate (a row sums to the gate), likewise.
         state: SeaState after the last token of a causal layer.
         fidelity: what `attention_fidelity` measures, only if asked for.
     """
@@ -164,7 +164,7 @@ class SeaAttentionCore(nn.Module):
             layout: ranks and slots, made once for all layers (needed with a cache).
             state: SeaState of the tokens before these.
             key_cache: keys and values (N, G, S, D) of all tokens including these, by slot.
-            output_attentions: also return ``kept`` and ``attention_probs``, which are T x S.
+            output_attentions: also return ``kept`` and ``attention_probs``, which are T x S (the backend "dense" always does).
             loss_rows: (R,) ranks of the query rows that the attention losses look at; None is all.
             measure: also measure how well the estimate finds the teacher's attention (`fidelity`).
 
@@ -292,6 +292,7 @@ class SeaAttentionCore(nn.Module):
     def _attend(self, q, keys, values, cells, visible, scale, slots, layout, output_attentions):
         """Sparse attention by the chosen backend; the mask and the probabilities by rank, if asked for."""
         limit, backend = self.options.cell_limit, self.options.backend
+        output_attentions = output_attentions or backend == "dense"
         num_keys = layout.key_length if self.options.causal else q.shape[2]
         if backend == "auto":
             backend = "dense" if num_keys <= DENSE_KEYS and not runs_kernel(q) else "chunked"

@@ -137,9 +137,11 @@ class PackedRows:
                     measure=measure,
                 )
             )
-        return self._join(outputs, q, state, core.options.causal)
+        return self._join(outputs, q, state, core.options.causal, output_attentions)
 
-    def _join(self, outputs: list[SeaCoreOutput], q, state: SeaState | None, causal: bool) -> SeaCoreOutput:
+    def _join(
+        self, outputs: list[SeaCoreOutput], q, state: SeaState | None, causal: bool, has_maps: bool
+    ) -> SeaCoreOutput:
         batch, _, length, _ = q.shape
         shares = [int(group.keep.sum()) for group in self.groups]
 
@@ -157,7 +159,7 @@ class PackedRows:
             }
 
         losses = mean([output.losses for output in outputs])
-        has_maps, measured = outputs[0].kept is not None, outputs[0].fidelity is not None
+        measured = outputs[0].fidelity is not None
         return SeaCoreOutput(
             context=tokens("context", 1),
             loss=sum(losses.values()) if losses else None,

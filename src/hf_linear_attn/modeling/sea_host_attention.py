@@ -113,6 +113,8 @@ def sea_attention_forward(
         layer.update_state(tuple(output.state), time, sea_call.mask, replay, segment_ids)
     if sea_call.collect:
         output.state = None
+        if not sea_call.output_attentions:
+            output.kept = output.attention_probs = None  # the dense backend's: T x S, and nobody asked for them
         sea_call.results[index] = output
     context = output.context.unflatten(-1, (query.shape[1], -1))
     return context, output.attention_probs if sea_call.output_attentions else None
