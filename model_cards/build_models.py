@@ -24,7 +24,8 @@ RECIPES = {
     "danet": ("danet-speeches", f"{TRAIN} danet --causal"),
     "sea": (
         "sea-gpt2-speeches",
-        "distill --example --task causal-lm --steps 300 --k 16 --predictor-length 64 --block-length 256 --eval-rows 16 --loss-rows 64",
+        "distill --example --task causal-lm --steps 300 --k 16 --predictor-length 64 --block-length 256 --eval-rows 16 "
+        "--loss-rows 64",
     ),
 }
 QUICK = {
