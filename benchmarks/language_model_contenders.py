@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .gpt2 import gpt2
 from .light_training import Recipe
 
 
@@ -35,24 +36,8 @@ def _count(model: Any) -> int:
 
 
 def _gpt2(setting: Setting, vocab_size: int, width: int) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocab_size,
-            n_embd=setting.hidden_size,
-            n_layer=setting.num_layers,
-            n_head=setting.num_heads,
-            n_inner=width,
-            n_positions=setting.recipe.length,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            activation_function="gelu_pytorch_tanh",
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    size = (setting.hidden_size, setting.num_layers, setting.num_heads, setting.recipe.length)
+    return gpt2(vocab_size, *size, n_inner=width)
 
 
 def _llama(setting: Setting, vocab_size: int, width: int) -> Any:
@@ -142,6 +127,9 @@ VARIANTS: dict[str, Callable[[Setting, int, int], Any]] = {
     "danet-window-16": partial(_danet, window_size=16),
     "danet-more-heads": lambda setting, *sizes: _danet(setting, *sizes, num_attention_heads=setting.num_heads),
     "danet-large-initial-weights": partial(_danet, initializer_range=0.05),
+    "danet-three-changes": lambda setting, *sizes: _danet(
+        setting, *sizes, window_size=16, num_attention_heads=setting.num_heads, initializer_range=0.05
+    ),
     "leap-rotary": partial(_averaging, "leap", position_embedding_type="rotary"),
     "leap-exp": partial(_averaging, "leap", focus_function="exp"),
 }

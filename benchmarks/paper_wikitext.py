@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .gpt2 import gpt2
 from .light_training import Recipe
 
 MODELS = ("all-global", "windowed", "gpt2")
@@ -138,26 +139,11 @@ def train_one(options: argparse.Namespace, model_name: str, seed: int) -> None:
 
 def build(name: str, setting: Setting, vocab_size: int) -> Any:
     """One of the three models, with new weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     from hf_linear_attn import LeapConfig, LeapForCausalLM
 
     if name == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=vocab_size,
-                n_embd=setting.hidden_size,
-                n_layer=setting.num_layers,
-                n_head=setting.num_heads,
-                n_positions=setting.recipe.length,
-                attn_pdrop=setting.dropout,
-                resid_pdrop=setting.dropout,
-                embd_pdrop=setting.dropout,
-                activation_function="gelu_pytorch_tanh",
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        )
+        size = (setting.hidden_size, setting.num_layers, setting.num_heads, setting.recipe.length)
+        return gpt2(vocab_size, *size, dropout=setting.dropout)
     return LeapForCausalLM(
         LeapConfig(
             vocab_size=vocab_size,

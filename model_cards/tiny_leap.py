@@ -36,8 +36,8 @@ def train_tiny(options: argparse.Namespace) -> None:
     text, facts = load_text(options.data)
     tokenizer = AutoTokenizer.from_pretrained(options.data.with_name(f"{options.data.stem}-tokenizer"))
     recipe = Recipe(
-        length=1024,
-        batch_size=16,
+        length=options.length,
+        batch_size=16_384 // options.length,
         epochs=options.epochs,
         learning_rate=options.learning_rate,
         schedule="cosine",
@@ -109,6 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--length", type=int, default=1024, help="tokens a row; a step has 16,384 in all")
     parser.add_argument("--positions", choices=("rotary", "learned"), default="rotary")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")

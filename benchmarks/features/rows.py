@@ -19,7 +19,6 @@ CHECKED = "tests/test_feature_checks.py::test_check"
 
 NO_DECODER = "an encoder does not generate"
 NO_PREFIX = "it writes keys and values into the cache, and a state has no place for them: refused with the reason"
-NOT_TESTED = {"DANet encoder": "not tested on an encoder: the example and these tests train language models"}
 NOT_RUN = "shipped under examples/distributed, with a test that needs two GPUs and has not been run on them yet"
 NO_DISTRIBUTED_SEA = "SEA is distilled from a teacher by its own trainer, not by the example script"
 
@@ -193,10 +192,9 @@ GROUPS: dict[str, list[Row]] = {
                 PEFT + "test_train_save_load_merge",
                 "tests/sea/test_sea_distillation.py::test_lora_trains_adapters_and_sea_and_merges",
             ),
-            no=NOT_TESTED,
         ),
         Row(check="lora_merged", tests=(PEFT + "test_train_save_load_merge", CHECKED)),
-        Row("Several adapters on one model", tests=(PEFT + "test_several_adapters",), no=NOT_TESTED),
+        Row("Several adapters on one model", tests=(PEFT + "test_several_adapters",)),
         Row(check="int8", tests=(PEFT + "TestTorchao::test_int8_weights", CHECKED)),
         Row(check="prompt_tuning", tests=(PEFT + "test_prompt_tuning", CHECKED)),
         Row(
@@ -223,21 +221,21 @@ GROUPS: dict[str, list[Row]] = {
         Row(
             "`accelerate launch`, DDP: two processes give one process's losses",
             tests=(DIST + "test_losses_are_those_of_one_process",),
-            no=NOT_TESTED | {"SEA": NO_DISTRIBUTED_SEA},
+            no={"SEA": NO_DISTRIBUTED_SEA},
         ),
         Row(
             "FSDP2: every parameter is a DTensor, same losses",
             tests=(DIST + "test_fsdp2_really_shards",),
-            no=NOT_TESTED | {"SEA": NO_DISTRIBUTED_SEA},
+            no={"SEA": NO_DISTRIBUTED_SEA},
         ),
         Row(
             "DDP, FSDP2, DeepSpeed ZeRO-2 configurations on two GPUs",
-            no=NOT_TESTED | {"SEA": NO_DISTRIBUTED_SEA} | dict.fromkeys(("LEAP", "Fastformer", "DANet"), NOT_RUN),
+            no={"SEA": NO_DISTRIBUTED_SEA} | dict.fromkeys(("LEAP", "Fastformer", "DANet"), NOT_RUN),
         ),
         Row(
             "Resumes on another number of processes",
             tests=(DIST + "test_resumes_on_another_number_of_processes",),
-            no=NOT_TESTED | {"SEA": NO_DISTRIBUTED_SEA},
+            no={"SEA": NO_DISTRIBUTED_SEA},
         ),
         Row(
             check="whole_blocks",

@@ -7,10 +7,11 @@ kernel for one that builds the T x T matrix, and GPT-2 would be slower still). G
 from functools import partial
 
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache
 
 from hf_linear_attn import LeapConfig, LeapForCausalLM, RecurrentCache
 
+from ..gpt2 import gpt2 as build_gpt2
 from ..measure import Contender, Job
 from ..published_leap import PublishedLeap
 from . import Settings
@@ -66,23 +67,8 @@ def published_leap(settings: Settings, positions: int):
 
 
 def gpt2(settings: Settings, positions: int):
-    """GPT-2 with scaled-dot-product attention."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=settings.vocab_size,
-            n_embd=settings.hidden_size,
-            n_layer=settings.num_layers,
-            n_head=settings.num_heads,
-            n_positions=positions,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            activation_function="gelu_pytorch_tanh",
-            attn_implementation="sdpa",
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    """GPT-2 of the same size."""
+    return build_gpt2(settings.vocab_size, settings.hidden_size, settings.num_layers, settings.num_heads, positions)
 
 
 MODELS = {"LEAP (ours)": our_leap, "LEAP (published form)": published_leap, "GPT-2": gpt2}

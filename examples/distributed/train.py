@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 examples/distributed/train.py --cpu --output outputs/ddp
     torchrun --nproc-per-node 2 examples/distributed/train.py --cpu --shard --output outputs/sharded
 
+`--masked` trains an encoder on masked words: --family danet --masked --config '{"is_causal": false}'.
 `--batch-size` counts rows over all processes, so that runs on another number of processes see the same batches.
 The loss of every step goes to OUTPUT/losses.json.
 """
@@ -14,9 +15,10 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments, set_seed
 
 from hf_linear_attn.registration import FAMILIES
+from hf_linear_attn.training.masked_words import MaskedOnce, MaskingCollator
 from hf_linear_attn.training.text_data import load_files, load_speeches
 from hf_linear_attn.training.tokenized_text import TokenBlocks, prepare_text
 
@@ -26,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="leap", choices=list(FAMILIES))
     parser.add_argument("--config", type=json.loads, default={}, help="fields of the family's configuration, as JSON")
+    parser.add_argument("--masked", action="store_true", help="guess masked words (encoders), not the next word")
     parser.add_argument("--data", nargs="*", default=[], help="text files (default: the State of the Union speeches)")
     parser.add_argument("--vocab-size", type=int, default=4000)
     parser.add_argument("--block-length", type=int, default=256)
@@ -45,8 +48,9 @@ def build_model(options: argparse.Namespace, vocabulary: int, shards: int):
     """The model of the family with its first weights, the same on every number of processes; sharded on request."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "hidden_dropout_prob": 0.0}
     config = FAMILIES[options.family][0](**(sizes | {"vocab_size": vocabulary} | options.config))
+    auto_class = AutoModelForMaskedLM if options.masked else AutoModelForCausalLM
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto_class.from_config(config)
     if shards == 1:
         return model
     from transformers.distributed import DistributedConfig
@@ -56,7 +60,10 @@ def build_model(options: argparse.Namespace, vocabulary: int, shards: int):
     if int(os.environ["RANK"]) == 0:
         model.save_pretrained(start, include_code=False)
     torch.distributed.barrier()
-    return AutoModelForCausalLM.from_pretrained(start, distributed_config=DistributedConfig(fsdp_size=shards))
+    model = auto_class.from_pretrained(start, distributed_config=DistributedConfig(fsdp_size=shards))
+    # It is sharded already. Transformers 5.17 would wrap it for DDP besides, which PyTorch 2.11 refuses.
+    model._is_accelerate_prepared = True
+    return model
 
 
 def main() -> None:
@@ -87,8 +94,10 @@ def main() -> None:
     )
     with arguments.main_process_first(desc="tokenizing"):
         text = load_files(options.data, [], []) if options.data else load_speeches()
-        tokenizer, tokens = prepare_text(text, options.vocab_size, None)
+        tokenizer, tokens = prepare_text(text, options.vocab_size, None, for_encoder=options.masked)
     rows = TokenBlocks(tokens.ids["train"], options.block_length, name="train")
+    if options.masked:  # drawn once, so that every number of processes guesses the same words
+        rows = MaskedOnce(rows, MaskingCollator(tokenizer, share=0.15))
     model = build_model(options, len(tokenizer), processes if options.shard else 1)
     trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=options.resume or None)

@@ -16,26 +16,27 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common.families import COMMON, TINY
-from common.tiny import FAMILY_ROWS
+from common.families import COMMON, ROWS, TINY
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"
 RUNNER = Path(__file__).with_name("run_examples.py")
-# SEA is made from a pretrained model: its training is distillation (tests/sea/test_sea_distillation.py).
-CAUSAL_ROWS = [row for row in FAMILY_ROWS if row.causal and row.family != "sea"]
-causal_families = pytest.mark.parametrize("family", [row.family for row in CAUSAL_ROWS])
+# Each family's language model, and an encoder. SEA is made from a pretrained model: its training is distillation
+# (tests/sea/test_sea_distillation.py).
+KINDS = ("leap", "fastformer", "danet", "danet-encoder")
+TRAINED = [row for row in ROWS if row.name in KINDS]
+every_kind = pytest.mark.parametrize("row", TRAINED, ids=[row.name for row in TRAINED])
 STEPS, SAVE = 4, 2
 
 
-def arguments(family, output, text, *more):
+def arguments(row, output, text, *more):
     """Arguments of a tiny run."""
-    config = {k: v for k, v in (COMMON | TINY[family]).items() if k != "vocab_size"}
+    config = {k: v for k, v in (COMMON | TINY[row.family] | row.options).items() if k != "vocab_size"}
     fixed = ["--vocab-size", "280", "--block-length", "12", "--batch-size", "4", "--steps", str(STEPS), "--cpu"]
-    named = ["--family", family, "--config", json.dumps(config), "--data", str(text), "--output", str(output)]
-    return [*fixed, "--save-steps", str(SAVE), *named, *more]
+    named = ["--family", row.family, "--config", json.dumps(config), "--data", str(text), "--output", str(output)]
+    return [*fixed, "--save-steps", str(SAVE), *named, *([] if row.causal else ["--masked"]), *more]
 
 
 def environment(**more):
@@ -58,23 +59,30 @@ def launch(command, folder, settings=None, **options):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Each family by itself, in two DDP processes and in two FSDP2 processes; the folder of their outputs."""
+def single(tmp_path_factory):
+    """Each kind in one process on the CPU; the folder of the outputs, with the text that they read."""
     folder = tmp_path_factory.mktemp("runs")
     text = folder / "text.txt"
     text.write_text(" ".join(f"Message {i * i % 97} of {i}: peace and work." for i in range(150)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_LINEAR_ATTN_CACHE", str(folder / "cache"))
-        for kind, starter, more in (
-            ("ddp", ["accelerate.commands.launch", "--config_file", EXAMPLES / "ddp.yaml"], []),
-            ("fsdp2", ["torch.distributed.run", "--nproc-per-node", "2"], ["--shard"]),
-        ):
-            work = [arguments(row.family, folder / kind / row.family, text, *more) for row in CAUSAL_ROWS]
-            (folder / f"{kind}.json").write_text(json.dumps(work))
-            launch([*starter, RUNNER, folder / f"{kind}.json"], folder, {"CUDA_VISIBLE_DEVICES": ""}, timeout=500)
-        for row in CAUSAL_ROWS:
-            alone(patch, arguments(row.family, folder / "alone" / row.family, text))
+        for row in TRAINED:
+            alone(patch, arguments(row, folder / "alone" / row.name, text))
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(single):
+    """The same in two DDP processes and in two FSDP2 processes beside it."""
+    for kind, starter, more in (
+        ("ddp", ["accelerate.commands.launch", "--config_file", EXAMPLES / "ddp.yaml"], []),
+        ("fsdp2", ["torch.distributed.run", "--nproc-per-node", "2"], ["--shard"]),
+    ):
+        work = [arguments(row, single / kind / row.name, single / "text.txt", *more) for row in TRAINED]
+        (single / f"{kind}.json").write_text(json.dumps(work))
+        settings = {"CUDA_VISIBLE_DEVICES": "", "HF_LINEAR_ATTN_CACHE": str(single / "cache")}
+        launch([*starter, RUNNER, single / f"{kind}.json"], single, settings, timeout=500)
+    return single
 
 
 def alone(patch, words):
@@ -88,47 +96,48 @@ def result(folder):
     return json.loads((folder / "losses.json").read_text())
 
 
-@causal_families
+@every_kind
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_losses_are_those_of_one_process(runs, family, kind):
+def test_losses_are_those_of_one_process(runs, row, kind):
     """Step by step, and the weights at the end."""
-    expected, found = result(runs / "alone" / family), result(runs / kind / family)
+    expected, found = result(runs / "alone" / row.name), result(runs / kind / row.name)
     assert (expected["processes"], found["processes"]) == (1, 2)
     assert list(found["losses"]) == [str(step) for step in range(1, STEPS + 1)]
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4)
-    weights = load_file(runs / kind / family / "model.safetensors")  # a sharded run also writes tied weights twice
-    for name, weight in load_file(runs / "alone" / family / "model.safetensors").items():
+    weights = load_file(runs / kind / row.name / "model.safetensors")  # a sharded run also writes tied weights twice
+    for name, weight in load_file(runs / "alone" / row.name / "model.safetensors").items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
 
 
-@causal_families
-def test_fsdp2_really_shards(runs, family):
+@every_kind
+def test_fsdp2_really_shards(runs, row):
     """Every parameter of the sharded run is a DTensor, none of DDP's is."""
-    model = AutoModelForCausalLM.from_pretrained(runs / "fsdp2" / family)
-    assert result(runs / "fsdp2" / family)["sharded_parameters"] == len(list(model.parameters()))
-    assert result(runs / "ddp" / family)["sharded_parameters"] == 0
+    auto_class = AutoModelForCausalLM if row.causal else AutoModelForMaskedLM
+    model = auto_class.from_pretrained(runs / "fsdp2" / row.name)
+    assert result(runs / "fsdp2" / row.name)["sharded_parameters"] == len(list(model.parameters()))
+    assert result(runs / "ddp" / row.name)["sharded_parameters"] == 0
 
 
-@causal_families
-def test_resumes_on_another_number_of_processes(runs, family, tmp_path, monkeypatch):
+@every_kind
+def test_resumes_on_another_number_of_processes(runs, row, tmp_path, monkeypatch):
     """A checkpoint of two processes goes on in one, with the losses of a run that was never stopped."""
-    shutil.copytree(runs / "ddp" / family / f"checkpoint-{SAVE}", tmp_path / f"checkpoint-{SAVE}")
+    shutil.copytree(runs / "ddp" / row.name / f"checkpoint-{SAVE}", tmp_path / f"checkpoint-{SAVE}")
     monkeypatch.setenv("HF_LINEAR_ATTN_CACHE", str(runs / "cache"))
-    alone(monkeypatch, arguments(family, tmp_path, runs / "text.txt", "--resume"))
-    assert result(tmp_path)["losses"] == pytest.approx(result(runs / "alone" / family)["losses"], abs=1e-4)
+    alone(monkeypatch, arguments(row, tmp_path, runs / "text.txt", "--resume"))
+    assert result(tmp_path)["losses"] == pytest.approx(result(runs / "alone" / row.name)["losses"], abs=1e-4)
 
 
-@causal_families
-def test_activation_checkpointing(runs, family, tmp_path, monkeypatch):
+@every_kind
+def test_activation_checkpointing(runs, row, tmp_path, monkeypatch):
     """Recomputing activations changes no loss."""
     monkeypatch.setenv("HF_LINEAR_ATTN_CACHE", str(runs / "cache"))
-    alone(monkeypatch, arguments(family, tmp_path, runs / "text.txt", "--activation-checkpointing"))
-    assert result(tmp_path)["losses"] == pytest.approx(result(runs / "alone" / family)["losses"], abs=1e-4)
+    alone(monkeypatch, arguments(row, tmp_path, runs / "text.txt", "--activation-checkpointing"))
+    assert result(tmp_path)["losses"] == pytest.approx(result(runs / "alone" / row.name)["losses"], abs=1e-4)
 
 
 def test_a_killed_process_ends_the_run(runs, tmp_path):
     """The other one is stopped, and the launcher says which died of what."""
-    words = arguments(CAUSAL_ROWS[0].family, tmp_path / "out", runs / "text.txt")
+    words = arguments(TRAINED[0], tmp_path / "out", runs / "text.txt")
     words[words.index("--steps") + 1] = "100000"
     words[words.index("--save-steps") + 1] = "20"
     command = [
@@ -171,16 +180,16 @@ def test_configurations_are_read_by_accelerate(name):
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@causal_families
+@every_kind
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
-def test_configurations_on_two_gpus(runs, family, name, tmp_path):
+def test_configurations_on_two_gpus(single, row, name, tmp_path):
     """The shipped commands: the losses of one CPU process, up to the GPU's arithmetic."""
     if name == "zero2":
         pytest.importorskip("deepspeed", reason="needs deepspeed: pip install deepspeed")
-    words = [word for word in arguments(family, tmp_path, runs / "text.txt") if word != "--cpu"]
+    words = [word for word in arguments(row, tmp_path, single / "text.txt") if word != "--cpu"]
     starter = ["accelerate.commands.launch", "--config_file", EXAMPLES / f"{name}.yaml", EXAMPLES / "train.py"]
-    launch([*starter, *words], tmp_path, timeout=500)
+    launch([*starter, *words], tmp_path, {"HF_LINEAR_ATTN_CACHE": str(single / "cache")}, timeout=500)
     found = result(tmp_path)
     assert found["processes"] == 2
     assert (found["sharded_parameters"] > 0) == (name == "fsdp2")
-    assert found["losses"] == pytest.approx(result(runs / "alone" / family)["losses"], abs=1e-2)
+    assert found["losses"] == pytest.approx(result(single / "alone" / row.name)["losses"], abs=1e-2)

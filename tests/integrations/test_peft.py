@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from common.families import first_rows
+import transformers
+from common.families import CAUSAL, ROWS, first_rows
 from common.tiny import one_row_a_family, some_ids
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -12,6 +13,17 @@ from hf_linear_attn.registration import LORA_TARGETS
 peft = pytest.importorskip("peft", reason="needs peft: pip install hf-linear-attn[peft]")
 # PEFT itself still asks for a name that Transformers will drop in its version 6.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+# One language model a family, and an encoder, which guesses masked words.
+LANGUAGE_MODELS = [*{row.family: row for row in reversed(CAUSAL)}.values()][::-1]
+LANGUAGE_MODELS += [row for row in ROWS if row.name == "danet-encoder"]
+language_models = pytest.mark.parametrize("row", LANGUAGE_MODELS, ids=[row.name for row in LANGUAGE_MODELS])
+
+
+def head_of(row) -> str:
+    """Auto class of the row's language model."""
+    return "AutoModelForCausalLM" if row.causal else "AutoModelForMaskedLM"
 
 
 def logits(model):
@@ -47,12 +59,12 @@ def test_default_targets(row):
             assert parameter.grad.abs().sum() > 0, name
 
 
-@first_rows
+@language_models
 def test_train_save_load_merge(row, tmp_path):
     """Trainer lowers the loss of the adapter alone; saved, loaded on a fresh base and merged it computes the same."""
-    base = row.causal_lm()
+    base = row.build(head_of(row))
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, task_type="CAUSAL_LM" if row.causal else None))
     rows = [{"input_ids": some_ids()[0], "labels": some_ids()[0]} for _ in range(8)]
     arguments = TrainingArguments(
         str(tmp_path),
@@ -73,19 +85,20 @@ def test_train_save_load_merge(row, tmp_path):
             torch.testing.assert_close(parameter, before[own], rtol=0, atol=0)
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model)
-    loaded = peft.PeftModel.from_pretrained(row.causal_lm(), tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(row.build(head_of(row)), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), expected)
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+    again = getattr(transformers, head_of(row)).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(again), logits(merged))
 
 
-@first_rows
+@language_models
 def test_several_adapters(row, tmp_path):
     """Two adapters on one base: each by its name, both blended, none, and each saved by itself."""
-    base = logits(row.causal_lm())
-    model = peft.get_peft_model(row.causal_lm(), peft.LoraConfig(r=2), adapter_name="law")
+    base = logits(row.build(head_of(row)))
+    model = peft.get_peft_model(row.build(head_of(row)), peft.LoraConfig(r=2), adapter_name="law")
     model.add_adapter("medicine", peft.LoraConfig(r=4))
     for name in ("law", "medicine"):
         stirred(model, name)
@@ -101,7 +114,7 @@ def test_several_adapters(row, tmp_path):
     model.set_adapter("mostly_law")
     torch.testing.assert_close(logits(model), outputs["law"], rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path, selected_adapters=["law", "medicine"])
-    again = peft.PeftModel.from_pretrained(row.causal_lm(), tmp_path / "medicine", adapter_name="medicine")
+    again = peft.PeftModel.from_pretrained(row.build(head_of(row)), tmp_path / "medicine", adapter_name="medicine")
     torch.testing.assert_close(logits(again), outputs["medicine"])
     again.load_adapter(tmp_path / "law", adapter_name="law")
     again.set_adapter("law")
