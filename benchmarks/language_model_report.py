@@ -15,6 +15,7 @@ NAMES = {
     "fastformer": "Fastformer",
     "danet": "DANet, causal",
 }
+PARTS = ("facts", "models", "claims", "costs", "rates", "variants", "cut")
 # (ours, the other, whether ours is claimed to be lower, published perplexities of the two)
 CLAIMS = (
     ("leap-windowed", "gpt2", "below", "54.2 against 62.9"),
@@ -23,30 +24,42 @@ CLAIMS = (
 )
 
 
-def tables(results: dict[str, Any]) -> str:
-    """For each corpus: the models, the learning rates that were tried, the published claims."""
-    parts = []
-    for corpus, found in results.items():
-        if "runs" not in found:
-            parts.append(f"### {corpus}: runs that were cut\n\n{_unfinished(found['unfinished'])}")
-            continue
+def tables(results: dict[str, Any], corpus: str | None = None, parts: list[str] | None = None) -> str:
+    """For each corpus: the models, the published claims, costs, the learning rates that were tried, cut runs, variants.
+
+    corpus: this one alone. parts: some of `PARTS` alone, without headings.
+    """
+    if corpus is not None and corpus not in results:
+        raise SystemExit(f"there is no corpus {corpus!r} in the results: there are {', '.join(results)}")
+    written = []
+    for name, found in results.items():
+        if corpus is None or name == corpus:
+            made = {part: text for part, text in _parts(name, found).items() if parts is None or part in parts}
+            written += [f"### {name}", *made.values()] if parts is None else made.values()
+    return "\n\n".join(written)
+
+
+def _parts(corpus: str, found: dict) -> dict[str, str]:
+    """The parts that the results of a corpus allow."""
+    made = {}
+    if "runs" in found:
         runs = _by_model(found["runs"])
-        measured = (found["speed"] or {}).get("models", {})
-        parts += [f"### {corpus}\n\n{_facts(found)}", _models(corpus, runs), _claims(corpus, runs)]
-        parts += [_costs(measured)] if measured else []
-        parts.append(_rates(runs))
-        if "unfinished" in found:
-            parts.append(f"Runs that were cut:\n\n{_unfinished(found['unfinished'])}")
+        made = {"facts": _facts(found), "models": _models(corpus, runs), "claims": _claims(corpus, runs)}
+        if measured := (found["speed"] or {}).get("models", {}):
+            made["costs"] = _costs(measured)
+        made["rates"] = _rates(runs)
         if variants := _by_model(found["runs"], tuple(VARIANTS)):
-            parts.append(f"What was tried beside them, one change each:\n\n{_rates(variants)}")
-    return "\n\n".join(parts)
+            made["variants"] = _rates(variants)
+    if "unfinished" in found:
+        made["cut"] = f"Runs that were cut:\n\n{_unfinished(found['unfinished'])}"
+    return made
 
 
 def _by_model(runs: list[dict], models=tuple(MODELS)) -> dict[str, list[dict]]:
     return {name: kept for name in models if (kept := [run for run in runs if run["model"] == name])}
 
 
-def _best(runs: list[dict]) -> list[dict]:
+def best_runs(runs: list[dict]) -> list[dict]:
     """The runs at the best learning rate, by seed."""
     rate = best_rate(runs, min(run["seed"] for run in runs))
     return sorted((run for run in runs if run["rate"] == rate), key=lambda run: run["seed"])
@@ -54,6 +67,8 @@ def _best(runs: list[dict]) -> list[dict]:
 
 def _facts(found: dict) -> str:
     run = found["runs"][0]
+    at_once = sorted({run["runs_at_once"] for run in found["runs"]})
+    beside = f"{at_once[0]} to {at_once[-1]}" if len(at_once) > 1 else f"{at_once[0]}"
     recipe, machine = run["setting"]["recipe"], run["machine"]
     tokens = run["steps"] * recipe["batch_size"] * recipe["length"]
     sha = run["text"].get("corpus_sha256", run["text"]["sha256"])
@@ -61,7 +76,7 @@ def _facts(found: dict) -> str:
         f"{tokens / 1e6:.1f} million training tokens in {run['steps']:,} steps of {recipe['batch_size']} x "
         f"{recipe['length']:,}; AdamW, weight decay {recipe['weight_decay']}, {recipe['schedule']} schedule with "
         f"{recipe['warmup']:.0%} warm-up, clip {recipe['clip']}, {recipe['precision']} autocast, no dropout; "
-        f"{run['runs_at_once']} runs at once on one {machine['device']}, PyTorch {machine['torch']}, transformers "
+        f"{beside} runs at once on one {machine['device']}, PyTorch {machine['torch']}, transformers "
         f"{machine['transformers']}, {machine['date']}. Text: {run['text'].get('description', run['text']['corpus'])}, "
         f"{run['text']['bytes']['train']:,} bytes of training text, sha256 {sha[:16]}."
     )
@@ -74,7 +89,7 @@ def _models(corpus: str, runs: dict[str, list[dict]]) -> str:
     head += [] if bytes_alone else ["bits per byte"]
     lines = ["| " + " | ".join(head) + " |", "|---|---:|---:|---|" + "---:|" * (len(head) - 4)]
     for name, all_runs in runs.items():
-        best = _best(all_runs)
+        best = best_runs(all_runs)
         key = "bits_per_byte" if bytes_alone else "perplexity"
         digits = 3 if bytes_alone else 1
         values = [run["test"][key] for run in best]
@@ -135,7 +150,7 @@ def _claims(corpus: str, runs: dict[str, list[dict]]) -> str:
     for ours, other, relation, published in CLAIMS:
         if ours not in runs or other not in runs:
             continue
-        values = [[run["test"][key] for run in _best(runs[name])] for name in (ours, other)]
+        values = [[run["test"][key] for run in best_runs(runs[name])] for name in (ours, other)]
         a, b = map(statistics.mean, values)
         holds = {"below": a < b, "above": a > b, "at most": a <= b}[relation]
         clear = max(values[0]) < min(values[1]) or min(values[0]) > max(values[1])
@@ -164,23 +179,23 @@ def pictures(results: dict[str, Any], folder: Path) -> list[Path]:
         runs = _by_model(found["runs"])
         measured = (found["speed"] or {}).get("models", {})
         figure, axes = plt.subplots(
-            1, 2 if measured else 1, figsize=(10, 4.2), sharey=True, layout="constrained", squeeze=False
+            1, 2 if measured else 1, figsize=(10, 4.5), sharey=True, layout="constrained", squeeze=False
         )
         for number, (name, all_runs) in enumerate(runs.items()):
-            tokens, losses = _mean_curve(corpus, _best(all_runs))
+            tokens, losses = _mean_curve(corpus, best_runs(all_runs))
             style = {"color": f"C{number}", "label": NAMES[name], "marker": ".", "linewidth": 1.4}
             axes[0, 0].plot([t / 1e6 for t in tokens], losses, **style)
             if name in measured:
                 rate = statistics.median(measured[name]["training_tokens_per_second"])
                 axes[0, 1].plot([t / rate for t in tokens], losses, **style)
         axes[0, 0].set(xlabel="training tokens (million)", ylabel="validation, bits per byte", title=corpus)
-        ends = [_mean_curve(corpus, _best(each))[1][-1] for each in runs.values()]
+        ends = [_mean_curve(corpus, best_runs(each))[1][-1] for each in runs.values()]
         axes[0, 0].set_ylim(min(ends) * 0.97, max(ends) * 1.12)
         if measured:
             axes[0, 1].set(xlabel="seconds, at the speed measured in turn", title=f"{corpus}, against time")
         for each in axes.flat:
             each.grid(alpha=0.3)
-        axes[0, 0].legend()
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), fontsize=9)
         files.append(folder / f"language_models_{corpus}.png")
         figure.savefig(files[-1], dpi=120)
         plt.close(figure)
@@ -188,10 +203,14 @@ def pictures(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _mean_curve(corpus: str, runs: list[dict]) -> tuple[list[float], list[float]]:
-    """Tokens and mean validation bits per byte at each point of the curve."""
+    """Tokens and mean validation bits per byte at each point of the first run's curve; other runs' points are joined by lines."""
+    import numpy as np
+
     recipe = runs[0]["setting"]["recipe"]
-    tokens = [point["step"] * recipe["batch_size"] * recipe["length"] for point in runs[0]["curve"]]
     per_nat = runs[0]["validation"]["bits_per_byte"] / runs[0]["validation"]["loss"]
-    runs = [run for run in runs if len(run["curve"]) == len(tokens)]  # curves of a later session may have other points
-    losses = [per_nat * statistics.mean(run["curve"][i]["validation"] for run in runs) for i in range(len(tokens))]
-    return tokens, losses
+    begin = max(run["curve"][0]["step"] for run in runs)
+    steps = [point["step"] for point in runs[0]["curve"] if point["step"] >= begin]
+    each = [
+        np.interp(steps, [p["step"] for p in run["curve"]], [p["validation"] for p in run["curve"]]) for run in runs
+    ]
+    return [step * recipe["batch_size"] * recipe["length"] for step in steps], list(per_nat * np.mean(each, axis=0))

@@ -267,7 +267,7 @@ def report(options: argparse.Namespace) -> None:
         raise SystemExit(f"there is no {options.json}: `collect` makes it from the results of a sweep")
     results = json.loads(options.json.read_text())
     if options.command == "table":
-        print(language_model_report.tables(results))
+        print(language_model_report.tables(results, options.corpus, options.parts))
     else:
         print("\n".join(map(str, language_model_report.pictures(results, options.folder))))
 
@@ -306,7 +306,13 @@ def arguments() -> argparse.Namespace:
     for name, about in {"table": "print the tables", "picture": "draw the learning curves"}.items():
         command = commands.add_parser(name, help=about)
         command.add_argument("--json", type=Path, default=default_json)
-        command.add_argument("--folder", type=Path, default=Path("docs/images"))
+        if name == "table":
+            command.add_argument("--corpus", help="of this corpus alone")
+            command.add_argument(
+                "--parts", nargs="+", help="facts, models, claims, costs, rates, variants or cut alone"
+            )
+        else:
+            command.add_argument("--folder", type=Path, default=Path("docs/images"))
     return parser.parse_args()
 
 

@@ -286,13 +286,21 @@ def table(options: argparse.Namespace) -> None:
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     print(f"| teacher | {base:.2f} |  | {reports['teacher']['before']['perplexity']:.2f} (before fine-tuning) |  |  | "
           f"{reports['teacher']['recipe']['steps']} | {reports['teacher']['seconds']:.0f} |")  # fmt: skip
-    for name, report in reports.items():
-        if name == "teacher":
+    for file, report in reports.items():
+        if file == "teacher":
             continue
         before = f"{report['before']['perplexity']:.2f}"
-        print(_row(name, report, before, report["steps"], f"{report['seconds']:.0f}"))
+        print(_row(_title(report), report, before, report["steps"], f"{report['seconds']:.0f}"))
         for k, other in report.get("with_other_k", {}).items():
-            print(_row(f"{name}, evaluated with k = {k}", other, "", "", ""))
+            print(_row(f"the same, evaluated with k = {k}", other, "", "", ""))
+
+
+def _title(report: dict) -> str:
+    """What the student is."""
+    if report["kind"] != "sea":
+        return "kernel attention alone"
+    kept = report["recipe"].get("softmax_layers")
+    return f"SEA, k = {report['recipe']['k']}" + (f", softmax in {len(kept)} layers" if kept else "")
 
 
 def _row(name: str, found: dict, before: str, steps, seconds) -> str:

@@ -63,3 +63,10 @@ def test_commands_exist(page):
         assert target in targets, target
     for command in re.findall(r"(?:`|^ *|\$ )hf-linear-attn ([a-z]+)", text, flags=re.MULTILINE):
         assert command in COMMANDS, command
+
+
+def test_tables_are_those_of_their_commands():
+    """README.md and docs/results.md hold what the commands print from docs/data now."""
+    from benchmarks.pages import main
+
+    assert main(["--check"]) == 0, "run `python -m benchmarks.pages`"

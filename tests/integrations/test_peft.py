@@ -68,7 +68,7 @@ def test_train_save_load_merge(row, tmp_path):
     rows = [{"input_ids": some_ids()[0], "labels": some_ids()[0]} for _ in range(8)]
     arguments = TrainingArguments(
         str(tmp_path),
-        max_steps=8,
+        max_steps=12,
         learning_rate=0.05,
         use_cpu=True,
         disable_tqdm=True,

@@ -1,0 +1,61 @@
+"""Tables of the pages, printed again by their commands: nothing between the marks is typed by hand.
+
+    python -m benchmarks.pages             writes README.md and docs/results.md
+    python -m benchmarks.pages --check     changes nothing; exit code 1 where a table is out of date
+
+In a page, what stands between `<!-- table: python -m MODULE ARGUMENTS -->` and `<!-- end of table -->` is what that command
+prints. The commands read docs/data alone.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+MARKED = re.compile(r"(<!-- table: python -m (\S+)([^\n]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+@cache
+def printed(module: str, arguments: str) -> str:
+    """What the command prints, run in this process from the root of the checkout."""
+    out, words = io.StringIO(), [module, *shlex.split(arguments)]
+    found = importlib.import_module(module)
+    if not hasattr(found, "main"):  # a package
+        found = importlib.import_module(f"{module}.__main__")
+    with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(out), contextlib.chdir(ROOT):
+        found.main()
+    return out.getvalue().strip()
+
+
+def filled(text: str) -> str:
+    """The page with every marked table printed anew."""
+    return MARKED.sub(lambda m: f"{m[1]}\n{printed(m[2], m[3])}\n\n{m[4]}", text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the pages, or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a table is out of date")
+    options = parser.parse_args(arguments)
+    stale = 0
+    for page in PAGES:
+        before = page.read_text()
+        after = filled(before)
+        if after != before:
+            stale += 1
+            print(f"{page.relative_to(ROOT)}: {'out of date' if options.check else 'written'}")
+            if not options.check:
+                page.write_text(after)
+    return int(options.check and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
