@@ -189,7 +189,8 @@ The 31 checks, and those other rows that all models can be asked, are measured: 
 kind, and says yes only where the numbers agree (`python -m benchmarks.feature_checks`; within 1e-4 in float32). The other rows
 concern what only our tests look at: a dash means not measured, and a plain word there is what Transformers has for all its
 models. SEA is measured over a small Llama. fla is flash-linear-attention (GLA and GatedDeltaNet), whose kernels run on GPUs
-only: what was measured of either, within 2e-2, because they multiply in TF32."""
+only: what was measured of either, within 2e-2, because they multiply in TF32. GatedDeltaNet refuses to train with this Triton
+on this GPU, so its training was left out."""
 
 
 def readme_section(results: dict) -> str:

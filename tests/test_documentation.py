@@ -65,6 +65,12 @@ def test_commands_exist(page):
         assert command in COMMANDS, command
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "model_cards").glob("*.md")), ids=lambda page: page.name)
+def test_links_of_the_cards_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
 def test_tables_are_those_of_their_commands():
     """README.md and docs/results.md hold what the commands print from docs/data now."""
     from benchmarks.pages import main

@@ -230,7 +230,7 @@ GROUPS: dict[str, list[Row]] = {
         ),
         Row(
             "DDP, FSDP2, DeepSpeed ZeRO-2 configurations on two GPUs",
-            no={"SEA": NO_DISTRIBUTED_SEA} | dict.fromkeys(("LEAP", "Fastformer", "DANet"), NOT_RUN),
+            no={"SEA": NO_DISTRIBUTED_SEA} | dict.fromkeys(("LEAP", "Fastformer", "DANet", "DANet encoder"), NOT_RUN),
         ),
         Row(
             "Resumes on another number of processes",
