@@ -3,6 +3,8 @@
 python -m pytest tests/distributed/test_training_example.py -m gpu -k two_gpus --basetemp=FOLDER
 python -m benchmarks.distributed_report --collect FOLDER      the folders of these runs into docs/data/distributed.json
 python -m benchmarks.distributed_report                       the table, from that file
+
+The test runs the shipped configurations (DDP, FSDP2, DeepSpeed ZeRO-2) with the same batches as the one process.
 """
 
 import argparse
