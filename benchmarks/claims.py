@@ -108,12 +108,11 @@ def sea() -> Iterator[Row]:
     pairs = []
     for file in sorted((DATA / "sea-classification").glob("*-seed0.json")):
         report = json.loads(file.read_text())
-        best = max(each["accuracy"] for each in report["students"].values())
-        pairs.append((best, report["teacher"]["accuracy"], report["set"]))
+        pairs.append((report["students"]["13"]["accuracy"], report["teacher"]["accuracy"], report["set"]))
     yield (
         "SEA classifies as its teacher does",
         "MNLI 84.0 against 84.1",
-        "; ".join(f"{name} {100 * a:.2f} against {100 * b:.2f}" for a, b, name in pairs),
+        "; ".join(f"{name} {100 * a:.2f} against {100 * b:.2f}" for a, b, name in pairs) + " (13 keys a query)",
         verdict([a >= 0.99 * b for a, b, _ in pairs]) + " (at least 99 % of it)",
         "[MiniLM](#sea-minilm-that-classifies-texts)",
     )

@@ -46,6 +46,7 @@ def build(family: str, folder: Path, quick: bool, more: list[str]) -> None:
             raise SystemExit(f"{family}: `hf-linear-attn {step[0]}` failed")
     for left_over in (*folder.glob("checkpoint-*"), *folder.glob("teacher")):
         shutil.rmtree(left_over)
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which has no place on the Hub
 
 
 def main(words: list[str] | None = None) -> None:

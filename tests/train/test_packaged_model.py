@@ -41,3 +41,16 @@ def test_a_folder_without_a_prompt_is_not_taken_for_a_prompt(capsys):
         main(["generate", str(PACKAGED)])
     assert stop.value.code == 2
     assert "give the text to continue" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_small_models_are_rebuilt_with_their_cards(tmp_path):
+    """`make models` in a few steps: folders that the Auto classes load, with a card and without a pickle."""
+    from model_cards.build_models import RECIPES
+    from model_cards.build_models import main as build
+
+    build(["--quick", "--cpu", "--threads", "1", "--output", str(tmp_path)])
+    for name, _ in RECIPES.values():
+        assert (tmp_path / name / "README.md").read_text().startswith("---\n")
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert not list((tmp_path / name).rglob("*.bin"))
