@@ -5,6 +5,7 @@ happens to be installed plays no part. `use_backend("torch")` overrides it for a
 """
 
 import contextlib
+import functools
 import importlib.util
 
 import torch
@@ -43,3 +44,15 @@ def runs_triton(tensor: torch.Tensor, obstacle: str | None) -> bool:
 def prefers_fused(tensor: torch.Tensor) -> bool:
     """Whether a product on `tensor` takes its activation along (a CUDA library's epilogue, no Triton)."""
     return tensor.is_cuda and _chosen != "torch"
+
+
+def on_its_device(launch):
+    """Decorates what launches Triton kernels: they start on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(launch)
+    def wrapper(*arguments, **options):
+        tensor = next(x for x in arguments if isinstance(x, torch.Tensor))
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            return launch(*arguments, **options)
+
+    return wrapper

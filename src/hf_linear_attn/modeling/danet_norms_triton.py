@@ -15,6 +15,8 @@ try:  # inside `try`, since loading a checkpoint's own code demands every other 
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
+from .backend import on_its_device
+
 
 @triton.jit
 def _forward_kernel(
@@ -96,6 +98,7 @@ def _sizes(y):
 
 
 @torch.library.custom_op("hf_linear_attn::max_norm", mutates_args=())
+@on_its_device
 def _max_norm(
     y: torch.Tensor, row_scale: torch.Tensor | None, residual: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
@@ -114,6 +117,7 @@ def _(y, row_scale, residual, eps):
 
 
 @torch.library.custom_op("hf_linear_attn::max_norm_backward", mutates_args=())
+@on_its_device
 def _max_norm_backward(y: torch.Tensor, row_scale: torch.Tensor | None, grad: torch.Tensor, eps: float) -> torch.Tensor:
     grid, width, options = _sizes(y)
     dy = torch.empty_like(y)
@@ -150,6 +154,7 @@ def max_norm_kernel(y, row_scale, residual, eps):
     return _max_norm(y.contiguous(), row_scale, None if residual is None else residual.contiguous(), eps)
 
 
+@on_its_device
 def between_blocks(y, stream, factor, keep, scale, eps, next_eps, lazy):
     """The end of one block and the beginning of the next in one pass, without gradients.
 

@@ -11,6 +11,8 @@ try:  # inside `try`, since loading a checkpoint's own code demands every other 
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
+from .backend import on_its_device
+
 TILE, STEP = 128, 64
 
 
@@ -38,6 +40,7 @@ def _gram_kernel(x_ptr, out_ptr, T, d, TILE: tl.constexpr, STEP: tl.constexpr):
 
 
 @torch.library.custom_op("hf_linear_attn::gram", mutates_args=())
+@on_its_device
 def _gram(x: torch.Tensor) -> torch.Tensor:
     batch, length, width = x.shape
     out = x.new_empty(batch, width, width)
