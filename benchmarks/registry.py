@@ -26,6 +26,7 @@ SUITES = {
     "train": "gpu_train",
     "decode": "gpu_decode",
     "sea": "gpu_sea",
+    "causal": "gpu_causal",
     "loss": "gpu_loss",
     "float8": "gpu_float8",
 }

@@ -70,9 +70,16 @@ def test_relu_in_the_product(length, batched, dtype):
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("length", [100, 300, 1500])
 def test_a_model_whose_products_are_folded(length, heads, ffn_type, dtype):
+    """Of six models together: an element that is the largest of its row, or about 0 before a ReLU, decides much in one."""
+    found = [run_folded_and_plain(seed, length, heads, ffn_type, dtype) for seed in range(6)]
+    assert_as_accurate(*([torch.cat(x) for x in zip(*results)] for results in zip(*found)), ("output", "gradient"))
+
+
+def run_folded_and_plain(seed, length, heads, ffn_type, dtype):
+    """Outputs and a gradient: ours, plain PyTorch in the same dtype, and in float64."""
     sizes = {"vocab_size": 50, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": heads}
     config = {**sizes, "position_embedding_type": "learned", "max_position_embeddings": length, "ffn_type": ffn_type}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     folded = DanetModel(DanetConfig(**config)).to(DEVICE).eval()
     plain = DanetModel(DanetConfig(**config, attention_mode="linear")).to(DEVICE).eval()
     plain.load_state_dict(folded.state_dict())
@@ -85,11 +92,11 @@ def test_a_model_whose_products_are_folded(length, heads, ffn_type, dtype):
         model.zero_grad()
         with use_backend(backend):
             out = model(ids, attention_mask=mask).last_hidden_state
-        (out.double().square() * mask[..., None]).sum().backward()
-        return out.detach() * mask[..., None], model.layers[0].mlp.down_proj.weight.grad.clone()
+        loss = (out.double().square() * mask[..., None]).sum() / 64  # a sum over all tokens would leave float16
+        loss.backward()
+        return (out.detach() * mask[..., None]).flatten(), model.layers[0].mlp.down_proj.weight.grad.flatten().clone()
 
-    ours, same = run(folded, "auto", dtype), run(plain, "torch", dtype)
-    assert_as_accurate(ours, same, run(plain, "torch", torch.float64), ("output", "gradient"))
+    return run(folded, "auto", dtype), run(plain, "torch", dtype), run(plain, "torch", torch.float64)
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def front_packed_dense_attention(
         if segment_ids is not None:
             out = document_attention(query, key, value, segment_ids, is_causal, chunk_size, memory)
         elif is_causal:
-            out, memory = causal_attention(query, key, value, chunk_size, memory)
+            out, memory = causal_attention(query, key, value, chunk_size, memory, output_final_state)
             if not output_final_state:
                 return out, None
             count = _count(lengths, query) + (0 if initial_state is None else initial_state.count)

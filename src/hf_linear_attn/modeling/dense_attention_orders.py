@@ -8,8 +8,13 @@ chunks is free.
 import torch
 import torch.nn.functional as F
 
+from .backend import runs_triton
 from .dense_attention_state import accumulation_dtype
 from .gram import gram
+from .running_sum import running_sum
+
+LARGEST_KERNEL_HEAD = 128
+LARGEST_KERNEL_WINDOW = 1024  # beyond it, products with whole windows keep the matrix units busier
 
 
 def _heads_first(states: torch.Tensor) -> torch.Tensor:
@@ -126,16 +131,25 @@ def folded_attention(weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: int, memory: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    chunk: int,
+    memory: torch.Tensor | None,
+    keeps_memory: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """tril(Q K^T) V in chunks, from an initial memory `(B, H, D, D)` or none; also returns the memory after the last
-    token.
+    token, which has a gradient only with `keeps_memory`.
 
         O_c = tril(Q_c K_c^T) V_c + Q_c (M_in + sum_{c' < c} K_c'^T V_c')        specification 1.3 and 1.5
 
     O(T (C + D)) a feature. Products run in the input's dtype, the running sum over chunks in float32 at least.
     """
     length, shared = query.shape[1], value is key
+    if runs_triton(query, _kernel_obstacle(query, key, None, keeps_memory or memory is not None)):
+        from .dense_attention_triton import causal_bilinear
+
+        return causal_bilinear(query, key, value, None, memory)
     chunk = at_most(length, chunk)
     query, key = _chunks(query, chunk), _chunks(key, chunk)
     value = key if shared else _chunks(value, chunk)
@@ -143,7 +157,7 @@ def causal_attention(
     out = (query @ key.transpose(-1, -2)).tril() @ value  # (B, n, H, C, D)
     # Second phase: what each chunk writes, summed up to and including it.
     written = (key.transpose(-1, -2) @ value).to(accumulation_dtype(query.dtype))  # (B, n, H, D, D)
-    sums = written.cumsum(1) if more_than(written.shape[1], 1) else written
+    sums = running_sum(written, 1) if more_than(written.shape[1], 1) else written
     if memory is not None:
         sums = sums + memory[:, None].to(sums.dtype)
         out[:, :1] += query[:, :1] @ memory[:, None].to(query.dtype)
@@ -159,6 +173,10 @@ def sliding_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     Row r of a chunk sees r + 1 keys of its own chunk and w - 1 - r of the previous one. Specification 1.4; O(T w).
     """
     length, shared = query.shape[1], value is key
+    if runs_triton(query, _kernel_obstacle(query, key, window, False)):
+        from .dense_attention_triton import causal_bilinear
+
+        return causal_bilinear(query, key, value, window)[0]
     chunk = at_most(length, window)
     query, key = _chunks(query, chunk), _chunks(key, chunk)
     value = key if shared else _chunks(value, chunk)
@@ -167,6 +185,19 @@ def sliding_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         scores = (_after_first(query) @ _before_last(key).transpose(-1, -2)).triu(1)
         out = _add_to_later(out, scores @ _before_last(value))
     return _from_chunks(out, length)
+
+
+def _kernel_obstacle(query: torch.Tensor, key: torch.Tensor, window: int | None, has_state: bool) -> str | None:
+    """Why the Triton kernel cannot do this causal call, or None."""
+    if query.shape[3] > LARGEST_KERNEL_HEAD:
+        return f"its heads end at {LARGEST_KERNEL_HEAD} features, these have {query.shape[3]}"
+    if window is not None and window > LARGEST_KERNEL_WINDOW:
+        return f"its windows end at {LARGEST_KERNEL_WINDOW} tokens, this one has {window}"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {query.dtype}"
+    if has_state and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return "it gives no gradient to states"
+    return None
 
 
 def _band(chunks: torch.Tensor, causal: bool) -> torch.Tensor:
