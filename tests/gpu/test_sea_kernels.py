@@ -1,11 +1,15 @@
 """Triton kernels of SEA: the same cells as the sort, and attention and gradients as accurate as plain PyTorch."""
 
+import copy
+
 import pytest
 import torch
 from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_gpu, needs_kernels, poison, sizes
 
 from hf_linear_attn.modeling.backend import use_backend
 from hf_linear_attn.modeling.cell_maps import select_cells
+from hf_linear_attn.modeling.kernel_attention import causal_kernel_attention
+from hf_linear_attn.modeling.narrow_norm import narrow_layer_norm
 from hf_linear_attn.modeling.sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells
 
 pytestmark = needs_kernels
@@ -20,6 +24,13 @@ def case(length, head=16, heads=4, groups=2, cells=16, causal=True, dtype=torch.
     chosen = torch.rand(batch, heads, length, cells, generator=generator).to(DEVICE) < 0.3
     chosen[:, :, length // 2] = False  # a row that keeps nothing
     return inputs, chosen, seen
+
+
+@pytest.fixture(params=["tiles", "keys"])
+def form(request, monkeypatch):
+    """Short rows run in tiles of pairs, long ones key by key: both forms on the small cases."""
+    if request.param == "keys":
+        monkeypatch.setattr("hf_linear_attn.modeling.sparse_attention_triton.TILED_KEYS", 0)
 
 
 def attend(backend, inputs, chosen, seen, limit, slots):
@@ -41,14 +52,14 @@ def compare(inputs, chosen, seen, limit=None, slots=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", sizes([1, 2, 15], [63, 64, 65, 500, 1000]))
-def test_lengths(length, causal, dtype):
+def test_lengths(length, causal, dtype, form):
     inputs, chosen, seen = case(length, causal=causal, dtype=dtype)
-    compare(inputs, chosen, seen, limit=4)
+    compare(inputs, chosen, seen, limit=4 if length < 60 else 64)
 
 
 @pytest.mark.parametrize("head", sizes([16], [60, 64, 100, 128]))
-@pytest.mark.parametrize("limit", [None, 3])
-def test_head_sizes_and_limits(head, limit):
+@pytest.mark.parametrize("limit", [None, 3, 1])
+def test_head_sizes_and_limits(head, limit, form):
     compare(*case(20, head), limit=limit)
 
 
@@ -56,6 +67,12 @@ def test_slots_of_a_cache():
     inputs, chosen, seen = case(18)
     slots = torch.stack([torch.randperm(21)[:18] for _ in range(2)]).to(DEVICE)
     compare(inputs, chosen, seen, limit=4, slots=slots)
+
+
+@pytest.mark.parametrize("cells", [16, 40, 100])
+def test_numbers_of_cells(cells):
+    """A word of the tiles' choice holds 32."""
+    compare(*case(20, cells=cells))
 
 
 @needs_gpu
@@ -87,3 +104,53 @@ def test_the_same_cells_as_the_sort(length, group):
         poison(probs.numel())
         with use_backend("triton"):
             assert torch.equal(select_cells(probs, seen, 4, group, mask), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 60), (300, 16), (5, 256)])
+def test_narrow_layer_norm(rows, width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    norm = torch.nn.LayerNorm(width)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    norm.to(DEVICE)
+    x = (torch.randn(2, rows, width, generator=generator) + 3).to(DEVICE)
+
+    def run(backend, dtype, inputs):
+        made, given = copy.deepcopy(norm).to(dtype), inputs.to(dtype).requires_grad_()
+        poison(2 * given.numel())
+        with use_backend(backend):
+            out = narrow_layer_norm(made, given)
+        out.backward(torch.linspace(-1, 2, out.numel(), device=DEVICE).view_as(out).to(dtype))
+        return out.detach(), given.grad, made.weight.grad, made.bias.grad
+
+    x = x.to(dtype).float()
+    with torch.no_grad():
+        norm.weight.copy_(norm.weight.to(dtype))
+    exact = run("torch", torch.float64, x)
+    assert_as_accurate(run("triton", dtype, x), run("torch", dtype, x), exact, ("output", "gradient", "weight", "bias"))
+
+
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("size", sizes([(2, 5, 16), (70, 33, 16)], [(500, 33, 64), (300, 100, 80)]), ids=str)
+def test_causal_kernel_attention(size, continued):
+    """Numerators and the sum of features, all gradients, and the state that goes on."""
+    length, features, width = size
+    generator = torch.Generator().manual_seed(length)
+    q, k = (torch.rand(2, 3, length, features, generator=generator).to(DEVICE) for _ in range(2))
+    v = torch.randn(2, 2, 3, length, width, generator=generator).to(DEVICE)
+    state = torch.rand(2, 3, features, 2 * width + 1, generator=generator).to(DEVICE) if continued else None
+
+    def run(backend, dtype):
+        given = [x.detach().to(dtype).requires_grad_() for x in (q, k, *v)]
+        past = None if state is None else state.to(dtype)
+        poison(2 * v.numel())
+        with use_backend(backend):
+            out, new = causal_kernel_attention(
+                given[0], given[1], (given[2][:, :1].expand(-1, 3, -1, -1), given[3]), past
+            )
+        out.backward(torch.linspace(-1, 1, out.shape[-1], device=DEVICE).to(dtype).expand_as(out))
+        return out.detach(), new.detach(), *(x.grad for x in given)
+
+    exact, plain = run("torch", torch.float64), run("torch", torch.float32)
+    names = ("output", "state", "queries", "keys", "shared values", "values")
+    assert_as_accurate(run("triton", torch.float32), plain, exact, names)

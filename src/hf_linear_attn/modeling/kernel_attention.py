@@ -7,7 +7,11 @@ float32.
 import torch
 import torch.nn.functional as F
 
+from .backend import runs_triton
+
 CAUSAL_CHUNK = 128
+KERNEL_FEATURES = 128  # the most that the kernel holds
+KERNEL_WIDTH = 64  # features of the values that it sums at once
 KEY_SUM_EPS = 1e-6  # added to the causal sum of key features (published model)
 
 
@@ -36,19 +40,24 @@ def causal_kernel_attention_reference(
 def causal_kernel_attention(
     query_features: torch.Tensor,
     key_features: torch.Tensor,
-    values: torch.Tensor,
+    values: torch.Tensor | tuple[torch.Tensor, ...],
     state: torch.Tensor | None = None,
     chunk_size: int = CAUSAL_CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal kernel attention by chunks of ``chunk_size`` tokens: O(T F E) time, O(T/C F E) memory.
+    """Causal kernel attention by chunks of ``chunk_size`` tokens: O(T F E) time, O(T/C F E) memory. ``values`` may come in parts,
+    which stand beside each other in the output.
 
     ``state`` (B, H, F, E + 1) sums ``phi(k) [v, 1]^T`` over the past (the last column is the sum of the key
     features); None means an empty past. Returns the output (B, H, T, E) and the state after the last token. A token
-    whose key features are 0 (padding) leaves the state untouched.
+    whose key features are 0 (padding) leaves the state untouched. On a GPU the returned state has no gradient.
     """
+    values = values if isinstance(values, tuple) else (values,)
+    if runs_triton(query_features, _kernel_obstacle(query_features, state)):
+        return _with_kernel(query_features, key_features, values, state)
     batch, heads, length, num_features = query_features.shape
     dtype = query_features.dtype
-    values = torch.cat([values.to(dtype), torch.ones_like(values[..., :1], dtype=dtype)], dim=-1)  # (B, H, T, E + 1)
+    ones = values[0].new_ones(1, dtype=dtype).expand(batch, heads, length, 1)
+    values = torch.cat([*(x.to(dtype) for x in values), ones], dim=-1)  # (B, H, T, E + 1)
     chunk = min(chunk_size, length)
     num_chunks = -(-length // chunk)
     padding = num_chunks * chunk - length
@@ -69,15 +78,32 @@ def causal_kernel_attention(
     return sums[..., :-1] / denominator, states[:, :, -1]
 
 
-def running_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of all rows up to each one, (B, H, T, E) -> (B, H, T, E).
+def _with_kernel(query_features, key_features, values, state):
+    """The causal form as sums of causal DenseAttention's kernel: one for each part of the values, one for the denominator."""
+    from .dense_attention_triton import causal_bilinear
 
-    In chunks, and then over chunks: a sum along a long row alone leaves a GPU with a few hundred serial threads.
-    """
-    length = values.shape[2]
-    if length <= CAUSAL_CHUNK:
-        return values.cumsum(dim=2)
-    padding = -length % CAUSAL_CHUNK
-    chunks = F.pad(values, (0, 0, 0, padding)).unflatten(2, (-1, CAUSAL_CHUNK)).cumsum(dim=3)  # (B, H, N, C, E)
-    before = F.pad(chunks[:, :, :-1, -1].cumsum(dim=2), (0, 0, 1, 0))  # (B, H, N, E)
-    return (chunks + before[:, :, :, None]).flatten(2, 3)[:, :, :length]
+    q, k = query_features.transpose(1, 2), key_features.transpose(1, 2)
+    narrow = [part for x in values for part in x.split(KERNEL_WIDTH, dim=-1)]
+    parts, sums = [], []
+    start = 0
+    for part in (*narrow, q.new_ones(*query_features.shape[:3], 1)):
+        memory = None if state is None else state[..., start : start + part.shape[-1]].float()
+        out, final = causal_bilinear(q, k, part.transpose(1, 2), None, memory)
+        parts.append(out.transpose(1, 2))
+        sums.append(final)
+        start += part.shape[-1]
+    denominator = parts.pop() + KEY_SUM_EPS * query_features.sum(dim=-1, keepdim=True)
+    return torch.cat(parts, dim=-1) / denominator, torch.cat(sums, dim=-1)
+
+
+def _kernel_obstacle(query_features: torch.Tensor, state: torch.Tensor | None) -> str | None:
+    """Why the Triton kernel cannot do this call, or None."""
+    if query_features.dtype != torch.float32:
+        return f"it takes float32 features, not {query_features.dtype}"
+    if query_features.shape[-1] > KERNEL_FEATURES:
+        return f"its features end at {KERNEL_FEATURES}, these are {query_features.shape[-1]}"
+    if query_features.shape[2] == 1:
+        return "a single token is a step, with nothing to sum"
+    if state is not None and torch.is_grad_enabled() and state.requires_grad:
+        return "it gives no gradient to states"
+    return None

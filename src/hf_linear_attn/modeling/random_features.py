@@ -81,8 +81,8 @@ def relu_features(x: torch.Tensor, features: torch.Tensor, keep: torch.Tensor | 
     """Features of the generalised ReLU kernel, (B, H, T, D) -> (B, H, T, F); 0 at padded rows where ``keep`` is
     given.
     """
-    projected, _ = _project(x, features)
-    mapped = projected.relu() + RELU_FLOOR
+    dtype = accumulation_dtype(x.dtype)
+    mapped = (x.to(dtype) @ (features.to(dtype).T * x.shape[-1] ** -0.25)).relu() + RELU_FLOOR
     return mapped if keep is None else mapped.masked_fill(~keep[:, None, :, None], 0.0)
 
 

@@ -95,6 +95,12 @@ class TokenLayout:
             return self.ranks() + 1
         return self.lengths[:, None].expand(-1, self.query_length)
 
+    def blank(self, x: torch.Tensor) -> torch.Tensor:
+        """Compacted (B, H, T, ...) with padded rows 0; `x` itself where nothing is padded."""
+        if self.order is None:
+            return x
+        return x.masked_fill(~self.keep.reshape(-1, 1, self.query_length, *[1] * (x.dim() - 3)), 0.0)
+
     def compact(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
         """Move real tokens to the front of axis ``dim``; axis 0 is the batch."""
         return x if self.order is None else _take(x, self.order, dim)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .cell_maps import select_cells
 from .compat import init
-from .kernel_attention import bidirectional_kernel_attention, causal_kernel_attention, running_sum
+from .kernel_attention import bidirectional_kernel_attention, causal_kernel_attention
 from .random_features import (
     accumulation_dtype,
     orthogonal_gaussian_features,
@@ -25,6 +25,7 @@ from .random_features import (
     softmax_query_features,
 )
 from .real_token_order import TokenLayout
+from .running_sum import running_sum
 from .sea_estimator import (
     BIDIRECTIONAL_CHANNELS,
     BIDIRECTIONAL_REDUCTION,
@@ -182,20 +183,23 @@ class SeaAttentionCore(nn.Module):
         q, k, v = (layout.compact(x) for x in (q, k, v))
         keep, visible = layout.keep, layout.visible(causal)
         k_heads, v_heads = (repeat_key_heads(x, options.num_heads) for x in (k, v))
-        hidden, kernel_state = self._encode(q, k_heads, v_heads, layout, keep, state)
+        hidden, kernel_state = self._encode(q, k_heads, v_heads, layout, state)
         logits, rows_state = self._cell_logits(hidden, layout, state)
-        probs = logits.to(accumulation_dtype(logits.dtype)).softmax(dim=-1)  # (N, H, T, M)
-        cells = select_cells(probs.detach(), visible, options.k, options.topk_group, keep, options.official)
+        probs = logits.softmax(dim=-1, dtype=accumulation_dtype(logits.dtype))  # (N, H, T, M)
+        real = None if layout.order is None else keep
+        cells = select_cells(probs.detach(), visible, options.k, options.topk_group, real, options.official)
         # Sparse attention reads the cache by slot; without one, keys are those of this call, compacted.
         keys, values, slots = (k, v, None) if key_cache is None else (*key_cache, layout.key_slots)
         sparse, kept, sparse_probs = self._attend(
             q, keys, values, cells, visible, scale, slots, layout, output_attentions
         )
         gate, mix = self.scaler(hidden).to(probs.dtype).sigmoid().split(1, dim=-1)  # (N, H, T, 1) each
-        average, value_sum = self._average(probs, v_heads, layout, keep, state)
-        context = mix * (gate * sparse) + (1 - mix) * average
+        average, value_sum = self._average(probs, v_heads, layout, state)
+        context = torch.lerp(
+            average.to(gate.dtype), gate * sparse, mix
+        )  # mix of the sparse attention, the rest of the average
         if not options.official:
-            context = context.masked_fill(~keep[:, None, :, None], 0.0)
+            context = layout.blank(context)
         context = context.transpose(1, 2).flatten(2).to(v.dtype)  # (N, T, H D)
         losses, fidelity = {}, None
         if teacher is not None:
@@ -211,7 +215,7 @@ class SeaAttentionCore(nn.Module):
             context=layout.restore(context, dim=1),
             loss=sum(losses.values()) if losses else None,
             losses=losses,
-            estimated_probs=layout.restore(probs.masked_fill(~keep[:, None, :, None], 0.0)),
+            estimated_probs=layout.restore(layout.blank(probs)),
             cells=layout.restore(cells),
             kept=kept,
             attention_probs=sparse_probs,
@@ -225,9 +229,9 @@ class SeaAttentionCore(nn.Module):
         """
         q = q if scaling is None else q * scaling
         q, k, v = (layout.compact(repeat_key_heads(x, self.options.num_heads)) for x in (q, k, v))
-        hidden, kernel_state = self._encode(q, k, v, layout, layout.keep, state)
+        hidden, kernel_state = self._encode(q, k, v, layout, state)
         _, rows_state = self._cell_logits(hidden, layout, state)
-        _, value_sum = self._average(None, v, layout, layout.keep, state)
+        _, value_sum = self._average(None, v, layout, state)
         return SeaState(kernel_state, value_sum, *rows_state)
 
     def _check(self, q, k, v, teacher, key_cache) -> None:
@@ -243,27 +247,29 @@ class SeaAttentionCore(nn.Module):
         if teacher is not None and key_cache is not None:
             raise ValueError("teacher targets cover whole sequences: call without a cache (use_cache=False)")
 
-    def _encode(self, q, k, v, layout, keep, state) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _encode(self, q, k, v, layout, state) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Kernel attention of the augmented values and the encoder: (N, H, T, 2D), and the kernel state of a causal
         layer.
         """
         dtype = accumulation_dtype(v.dtype)
-        v = v.masked_fill(~keep[:, None, :, None], 0.0)
+        v, keep = layout.blank(v), layout.keep
+        real = None if layout.order is None else keep
         with torch.autocast(q.device.type, enabled=False):  # the kernel is unstable in half precision
             if self.options.causal:
                 positions = self._position_rows(layout).to(dtype)  # (N, T, D)
             else:
                 positions = interpolated_identity(layout.lengths, v.shape[2], v.shape[3], dtype)
                 positions = positions.masked_fill(~keep[..., None], 0.0)
-            values = torch.cat([positions[:, None].expand_as(v), v.to(dtype)], dim=-1)  # (N, H, T, 2D), position first
+            positions = positions[:, None].expand_as(v)  # (N, H, T, D), before the values
             if self.options.causal:
                 query_features = relu_features(q, self.random_features)
-                key_features = relu_features(k, self.random_features, keep)
+                key_features = relu_features(k, self.random_features, real)
                 past = None if state is None else state.kernel
-                estimate, kernel_state = causal_kernel_attention(query_features, key_features, values, past)
+                estimate, kernel_state = causal_kernel_attention(query_features, key_features, (positions, v), past)
             else:
                 query_features = softmax_query_features(q, self.random_features)
                 key_features = softmax_key_features(k, self.random_features, None if self.options.official else keep)
+                values = torch.cat([positions, v.to(dtype)], dim=-1)
                 estimate, kernel_state = bidirectional_kernel_attention(query_features, key_features, values), None
         return self.encoder(torch.cat([estimate.to(v.dtype), v], dim=-1)), kernel_state
 
@@ -308,17 +314,17 @@ class SeaAttentionCore(nn.Module):
             context = dense if context is None else context
         return context, (kept if output_attentions else None), (probs if output_attentions else None)
 
-    def _average(self, probs, v, layout, keep, state) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _average(self, probs, v, layout, state) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The global average that is mixed in: running mean of the values, or their mean under the estimated
         weights.
         """
         dtype = accumulation_dtype(v.dtype)
-        v = v.masked_fill(~keep[:, None, :, None], 0.0).to(dtype)
+        v = layout.blank(v).to(dtype)
         if self.options.causal:
             start = 0 if state is None else state.value_sum[:, :, None].to(dtype)
-            sums = running_sum(v) + start
+            sums = running_sum(v, 2) + start
             return sums / layout.visible(True)[:, None, :, None], sums[:, :, -1]
-        rows = probs.masked_fill(~keep[:, None, :, None], 0.0).sum(dim=2)  # (N, H, M)
+        rows = layout.blank(probs).sum(dim=2)  # (N, H, M)
         weights = rows / probs.shape[2]  # the clean form divides by the sum of the grown weights instead
         return grown_average(weights, v, layout.lengths, normalize=not self.options.official), None
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .compat import init
+from .narrow_norm import narrow_layer_norm
 
 BIDIRECTIONAL_CHANNELS, BIDIRECTIONAL_REDUCTION = 4, 2
 CAUSAL_CHANNELS, CAUSAL_REDUCTION = 2, 4
@@ -42,7 +43,7 @@ class SeaEncoder(nn.Module):
         self.norm = nn.LayerNorm(2 * head_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.norm(self.linear(x.to(self.linear.weight.dtype))))
+        return F.gelu(narrow_layer_norm(self.norm, self.linear(x.to(self.linear.weight.dtype))))
 
 
 def rows_to_image(rows: torch.Tensor, channels: int) -> torch.Tensor:
@@ -116,7 +117,7 @@ class CausalCellNetwork(nn.Module):
         a sequence.
         The returned one holds the last 4 real rows: row ``lengths - 1`` is the newest.
         """
-        image = self.norm_in(rows_to_image(rows, CAUSAL_CHANNELS))  # (N, 2H, T, M/4)
+        image = narrow_layer_norm(self.norm_in, rows_to_image(rows, CAUSAL_CHANNELS))  # (N, 2H, T, M/4)
         if history is None:
             batch, channels, _, width = image.shape
             start = image.new_zeros(batch, channels, CONV_HISTORY, width)
@@ -125,7 +126,7 @@ class CausalCellNetwork(nn.Module):
         image = F.conv2d(first, self.conv1.weight, self.conv1.bias, padding=(0, 2), dilation=2).relu()
         second = torch.cat([history[1].to(image.dtype), image], dim=2)
         image = F.conv2d(second, self.conv2.weight, self.conv2.bias, padding=(0, 2), dilation=2).relu()
-        logits = self.norm_out(self._widen(self.conv3(image)))
+        logits = narrow_layer_norm(self.norm_out, self._widen(self.conv3(image)))
         return logits, (_last_rows(first, lengths), _last_rows(second, lengths))
 
     def _widen(self, image: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,11 @@ try:  # inside `try`, since loading a checkpoint's own code demands every other 
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
+from .backend import on_its_device
+from .sparse_tiles_triton import tiled_attention, tiled_attention_backward
+
 KEYS = 32  # keys of a row that are read together
+TILED_KEYS = 4096  # up to so many keys a row, whole tiles of pairs are faster than kept keys one by one
 
 
 @triton.jit
@@ -46,6 +50,7 @@ def _select_kernel(
 
 
 @torch.library.custom_op("hf_linear_attn::select_largest", mutates_args=())
+@on_its_device
 def _select_largest(probs: torch.Tensor, budget: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     batch, heads, time, cells = probs.shape
     out = torch.empty(probs.shape, dtype=torch.bool, device=probs.device)
@@ -99,6 +104,35 @@ def _key_places(j, ends, length, slots_ptr, sample, num_ranks, valid, M, LIMIT: 
 
 
 @triton.jit
+def _read_row(
+    q_ptr, cells_ptr, length_ptr, row, scale, heads, time, M, D, LIMIT: tl.constexpr, MP: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Head, sample, visible keys, running count of kept keys over the cells (MP,), their number, scaled query (DP,)."""
+    t, h, b = row % time, row // time % heads, row // time // heads
+    length = tl.load(length_ptr + b * time + t).to(tl.int32)
+    counts = _cell_counts(cells_ptr, row, length, M, LIMIT, MP)
+    d = tl.arange(0, DP)
+    q = tl.load(q_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
+    return h, b, length, tl.cumsum(counts, axis=0), tl.sum(counts, axis=0), q
+
+
+@triton.jit
+def _read_keys(
+    first, ends, total, length, k_ptr, v_ptr, slots_ptr, b, num_ranks, M, D, E, sk_s, sv_s,
+    LIMIT: tl.constexpr, SLOTS: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The kept keys from number `first` on: slots (KEYS, 1), which there are (KEYS,), keys and values float32, their masks."""
+    d, e = tl.arange(0, DP)[None, :], tl.arange(0, EP)[None, :]
+    j = first + tl.arange(0, KEYS)
+    valid = j < total
+    slot = _key_places(j, ends, length, slots_ptr, b, num_ranks, valid, M, LIMIT, SLOTS).to(tl.int64)[:, None]
+    k_inside, v_inside = valid[:, None] & (d < D), valid[:, None] & (e < E)
+    k = tl.load(k_ptr + slot * sk_s + d, mask=k_inside, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + slot * sv_s + e, mask=v_inside, other=0.0).to(tl.float32)
+    return slot, valid, k, v, k_inside, v_inside
+
+
+@triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, cells_ptr, length_ptr, slots_ptr, out_ptr, log_sum_ptr, scale, heads, groups, time, num_slots,
     num_ranks, M, D, E, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
@@ -106,29 +140,24 @@ def _forward_kernel(
 ):  # fmt: skip
     """Out = softmax(scale q K^T) V over the kept keys; 0 for a row without keys."""
     row = tl.program_id(0).to(tl.int64)
-    t, h, b = row % time, row // time % heads, row // time // heads
-    length = tl.load(length_ptr + b * time + t).to(tl.int32)
-    counts = _cell_counts(cells_ptr, row, length, M, LIMIT, MP)
-    ends, total = tl.cumsum(counts, axis=0), tl.sum(counts, axis=0)
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
-    q = tl.load(q_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
+    h, b, length, ends, total, q = _read_row(q_ptr, cells_ptr, length_ptr, row, scale, heads, time, M, D, LIMIT, MP, DP)
+    e = tl.arange(0, EP)
     k_ptr += b * sk_b + h // groups * sk_h
     v_ptr += b * sv_b + h // groups * sv_h
     top, norm = -float("inf"), 0.0
     acc = tl.zeros((EP,), tl.float32)
     first = 0
     while first < total:
-        j = first + tl.arange(0, KEYS)
-        valid = j < total
-        slot = _key_places(j, ends, length, slots_ptr, b, num_ranks, valid, M, LIMIT, SLOTS).to(tl.int64)
-        k = tl.load(k_ptr + slot[:, None] * sk_s + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0)
-        v = tl.load(v_ptr + slot[:, None] * sv_s + e[None, :], mask=valid[:, None] & (e[None, :] < E), other=0.0)
-        scores = tl.where(valid, tl.sum(k.to(tl.float32) * q[None, :], axis=1), -float("inf"))
+        _, valid, k, v, _, _ = _read_keys(
+            first, ends, total, length, k_ptr, v_ptr, slots_ptr, b, num_ranks, M, D, E, sk_s, sv_s,
+            LIMIT, SLOTS, DP, EP, KEYS,
+        )  # fmt: skip
+        scores = tl.where(valid, tl.sum(k * q[None, :], axis=1), -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=0))
         decay = tl.exp(top - new_top)
         weights = tl.exp(scores - new_top)
         norm = norm * decay + tl.sum(weights, axis=0)
-        acc = acc * decay + tl.sum(weights[:, None] * v.to(tl.float32), axis=0)
+        acc = acc * decay + tl.sum(weights[:, None] * v, axis=0)
         top = new_top
         first += KEYS
     any_key = total > 0
@@ -144,12 +173,8 @@ def _backward_kernel(
 ):  # fmt: skip
     """Gradients of one query, and what it adds to those of its keys and values (contiguous, float32)."""
     row = tl.program_id(0).to(tl.int64)
-    t, h, b = row % time, row // time % heads, row // time // heads
-    length = tl.load(length_ptr + b * time + t).to(tl.int32)
-    counts = _cell_counts(cells_ptr, row, length, M, LIMIT, MP)
-    ends, total = tl.cumsum(counts, axis=0), tl.sum(counts, axis=0)
+    h, b, length, ends, total, q = _read_row(q_ptr, cells_ptr, length_ptr, row, scale, heads, time, M, D, LIMIT, MP, DP)
     d, e = tl.arange(0, DP), tl.arange(0, EP)
-    q = tl.load(q_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
     grad = tl.load(grad_ptr + row * E + e, mask=e < E, other=0.0).to(tl.float32)
     # sum_j p_j (dL/dp_j), the term that the softmax takes out, is the product of the output with its gradient
     delta = tl.sum(grad * tl.load(out_ptr + row * E + e, mask=e < E, other=0.0), axis=0)
@@ -162,23 +187,24 @@ def _backward_kernel(
     dq = tl.zeros((DP,), tl.float32)
     first = 0
     while first < total:
-        j = first + tl.arange(0, KEYS)
-        valid = j < total
-        slot = _key_places(j, ends, length, slots_ptr, b, num_ranks, valid, M, LIMIT, SLOTS).to(tl.int64)
-        k_inside, v_inside = valid[:, None] & (d[None, :] < D), valid[:, None] & (e[None, :] < E)
-        k = tl.load(k_ptr + slot[:, None] * sk_s + d[None, :], mask=k_inside, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + slot[:, None] * sv_s + e[None, :], mask=v_inside, other=0.0).to(tl.float32)
+        slot, valid, k, v, k_inside, v_inside = _read_keys(
+            first, ends, total, length, k_ptr, v_ptr, slots_ptr, b, num_ranks, M, D, E, sk_s, sv_s,
+            LIMIT, SLOTS, DP, EP, KEYS,
+        )  # fmt: skip
         probs = tl.where(valid, tl.exp(tl.sum(k * q[None, :], axis=1) - log_sum), 0.0)
         dscore = probs * (tl.sum(v * grad[None, :], axis=1) - delta)
         dq += tl.sum(dscore[:, None] * k, axis=0)
-        tl.atomic_add(
-            dk_ptr + slot[:, None] * D + d[None, :], dscore[:, None] * q[None, :], mask=k_inside, sem="relaxed"
-        )
-        tl.atomic_add(
-            dv_ptr + slot[:, None] * E + e[None, :], probs[:, None] * grad[None, :], mask=v_inside, sem="relaxed"
-        )
+        tl.atomic_add(dk_ptr + slot * D + d[None, :], dscore[:, None] * q[None, :], mask=k_inside, sem="relaxed")
+        tl.atomic_add(dv_ptr + slot * E + e[None, :], probs[:, None] * grad[None, :], mask=v_inside, sem="relaxed")
         first += KEYS
     tl.store(dq_ptr + row * D + d, (dq * scale).to(dq_ptr.dtype.element_ty), mask=d < D)
+
+
+def _runs_in_tiles(keys, cells, limit, key_slots) -> bool:
+    """Whether rows are short enough for tiles, and none of their cells so wide that it hands out only some of its keys."""
+    if key_slots is not None or keys.shape[2] > TILED_KEYS or keys.shape[-1] > 128:
+        return False
+    return limit is None or keys.shape[2] <= limit * cells.shape[-1]
 
 
 def _arguments(q, keys, values, cells, length, key_slots, limit):
@@ -199,6 +225,7 @@ def _arguments(q, keys, values, cells, length, key_slots, limit):
 
 
 @torch.library.custom_op("hf_linear_attn::sparse_attention", mutates_args=())
+@on_its_device
 def _sparse_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -209,6 +236,8 @@ def _sparse_attention(
     limit: int | None,
     key_slots: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if _runs_in_tiles(keys, cells, limit, key_slots):
+        return tiled_attention(q, keys, values, cells, length, scale)
     grid, pointers, sizes, flags = _arguments(q, keys, values, cells, length, key_slots, limit)
     out = torch.empty(*q.shape[:3], values.shape[-1], dtype=torch.float32, device=q.device)
     log_sum = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -223,6 +252,7 @@ def _(q, keys, values, cells, length, scale, limit, key_slots):
 
 
 @torch.library.custom_op("hf_linear_attn::sparse_attention_backward", mutates_args=())
+@on_its_device
 def _sparse_attention_backward(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -236,6 +266,8 @@ def _sparse_attention_backward(
     log_sum: torch.Tensor,
     grad: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if _runs_in_tiles(keys, cells, limit, key_slots):
+        return tiled_attention_backward(q, keys, values, cells, length, scale, out, log_sum, grad)
     grid, pointers, sizes, flags = _arguments(q, keys, values, cells, length, key_slots, limit)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (keys, values))
