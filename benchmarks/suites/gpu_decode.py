@@ -1,6 +1,7 @@
 """Decoding: one step of a language model of 12 layers x 768, batch 16, after a context of so many tokens, in bfloat16.
 
-    compiled step   one CUDA graph: static state addresses, mode "reduce-overhead", as generate() itself compiles it
+    step            one CUDA graph, as generate() itself records it (`DecodingGraph`)
+    compiled step   one CUDA graph made by torch.compile, mode "reduce-overhead"
     generate()      the whole loop of Transformers, greedy: the time of 72 new tokens less that of 8, a token
     prefill         one row of the context in chunks of 16,384 tokens
 
@@ -16,6 +17,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 from hf_linear_attn import DanetConfig, DanetForCausalLM, LeapConfig, LeapForCausalLM, RecurrentCache
 from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.decoding_graph import DecodingGraph
 
 from ..registry import Case, Work, device, milliseconds, relative_error
 
@@ -128,6 +130,20 @@ def compiled_step(make, context: int) -> Work:
     return Work(step, BATCH, facts)
 
 
+def graph_step(make, context: int) -> Work:
+    """One step as generate() replays it."""
+    model = build(make, context)
+    cache, ids = filled_states(model, context), tokens(1)
+    positions = torch.full((BATCH, 1), context, device=device())
+    run = DecodingGraph(model)
+
+    @torch.no_grad()
+    def step():
+        run(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=positions)
+
+    return Work(step, BATCH, {"state_mib": round(cache.state_size() / 2**20, 2)})
+
+
 def eager_step(make, context: int) -> Work:
     """One step as it stands."""
     model = build(make, context)
@@ -154,7 +170,7 @@ def eager_step(make, context: int) -> Work:
 
 
 def generating(make, context: int, **options) -> Work:
-    """generate() as a user calls it; the first calls compile."""
+    """generate() as a user calls it."""
     model = build(make, context)
     ids = tokens(context)
     common = {"do_sample": False, "attention_mask": torch.ones_like(ids), **options}
@@ -162,11 +178,16 @@ def generating(make, context: int, **options) -> Work:
     def call(number):
         model.generate(ids, max_new_tokens=number, **common)
 
-    call(FEW)
+    return timed(call)
+
+
+def timed(call) -> Work:
+    """A loop `call(number of new tokens)`: the time of a token is that of many less that of few."""
+    call(FEW)  # the first calls compile
     call(FEW)
     start = min(milliseconds(lambda: call(FEW)) for _ in range(2))
     facts = {"ms_of_a_call_with_8_tokens": round(start, 1)}
-    facts["ms_a_token"] = round((min(milliseconds(lambda: call(MANY)) for _ in range(2)) - start) / (MANY - FEW), 3)
+    facts["ms_a_token"] = round((min(milliseconds(lambda: call(MANY)) for _ in range(3)) - start) / (MANY - FEW), 3)
     return Work(lambda: call(MANY), BATCH * MANY, facts, MANY)
 
 
@@ -176,7 +197,7 @@ def going_on(make, context: int) -> Work:
     ids = tokens(context + 1)
 
     def call(number):
-        cache = static_states(model, context) if call.cache is None else call.cache
+        cache = filled_states(model, context) if call.cache is None else call.cache
         call.cache = cache
         for layer, tensors in zip(cache.layers, call.tensors or ()):
             layer.load_tensors(tensors, context)
@@ -186,12 +207,7 @@ def going_on(make, context: int) -> Work:
         model.generate(ids, max_new_tokens=number, past_key_values=cache, **options)
 
     call.cache = call.tensors = None
-    call(FEW)
-    call(FEW)
-    start = min(milliseconds(lambda: call(FEW)) for _ in range(2))
-    facts = {"ms_of_a_call_with_8_tokens": round(start, 1)}
-    facts["ms_a_token"] = round((min(milliseconds(lambda: call(MANY)) for _ in range(2)) - start) / (MANY - FEW), 3)
-    return Work(lambda: call(MANY), BATCH * MANY, facts, MANY)
+    return timed(call)
 
 
 def prefill(make, context: int) -> Work:
@@ -225,8 +241,10 @@ def cases(suite: str, lengths: list[int]) -> list[Case]:
     for length in lengths or LENGTHS:
         for name, make in (("LEAP", leap), ("DANet", danet)):
             gate = partial(check, make)
+            made.append(Case(f"{name}, ours, step", length, partial(graph_step, make, length), gate))
             made.append(Case(f"{name}, ours, compiled step", length, partial(compiled_step, make, length), gate))
             if length <= LONGEST_CACHE:
+                made.append(Case(f"{name}, ours, generate()", length, partial(generating, make, length), gate))
                 work = partial(generating, make, length, cache_implementation="static")
                 made.append(Case(f"{name}, ours, generate() static", length, work, gate))
             else:

@@ -53,8 +53,10 @@ def keep_logits(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor)
 
 
 def can_read_values() -> bool:
-    """Whether tensors hold values now that Python may look at: not while torch.compile or torch.export trace the code."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    """Whether tensors hold values now that Python may look at: not while the code is traced or recorded in a CUDA graph."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:

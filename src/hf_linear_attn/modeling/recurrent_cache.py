@@ -9,6 +9,7 @@ and the inputs since the last `crop`, and undoes tokens by running the mechanism
 import copy
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from .compat import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+from .decoding_graph import DecodingGraph
 
 LAYER_TYPE = "hf_linear_attn_state"
 FORMAT = "hf_linear_attn.cache.v1"
@@ -82,6 +84,28 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             self.cumulative_length.add_(num_new_tokens)
         else:
             self.cumulative_length += num_new_tokens
+
+    def take_step(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor | None]:
+        """State, counts (B,) and count of columns, which the caller takes one token on in place.
+
+        The count of columns is None where it is no tensor: that one is taken on here.
+        """
+        counted = isinstance(self.cumulative_length, torch.Tensor)
+        if counted:
+            self._place_length(self.device)
+        else:
+            self.cumulative_length += 1
+        *state, counts = self._all_states()
+        return tuple(state), counts, self.cumulative_length if counted else None
+
+    def step_tensors(self) -> tuple[torch.Tensor, ...] | None:
+        """All tensors that a step of one token changes in place; None if it may make new ones."""
+        if type(self) is not RecurrentStateLayer or self.get_state() is None or self.record_past:
+            return None
+        counted = isinstance(self.cumulative_length, torch.Tensor)
+        if counted:
+            self._place_length(self.device)
+        return (*self._all_states(), self.cumulative_length) if counted else self._all_states()
 
     def _place_length(self, device) -> None:
         """Move the count of a static cache to the states' device, once: from then on CUDA graphs rely on its address."""
@@ -311,7 +335,12 @@ class RecurrentCache(DynamicCache):
 
 
 class RecurrentGenerationMixin:
-    """Placed before `GenerationMixin`: generate() then works on a `RecurrentCache`, which the caller can save."""
+    """Placed before `GenerationMixin`: generate() then works on a `RecurrentCache`, which the caller can save.
+
+    On a CUDA device its steps run as a CUDA graph (`DecodingGraph`) unless `compile_config` or `disable_compile` say otherwise.
+    """
+
+    device: Any
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         wanted = generation_config.cache_implementation in (None, "dynamic")
@@ -325,7 +354,18 @@ class RecurrentGenerationMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
-        """As with Transformers' dynamic caches, generate() compiles by itself on a GPU only for a static cache."""
-        if isinstance(model_kwargs.get("past_key_values"), RecurrentCache):
+        """Whether generate() takes its steps through `get_compiled_call`: with its own cache for a CUDA graph only."""
+        own = isinstance(model_kwargs.get("past_key_values"), RecurrentCache)
+        if own and (generation_config.compile_config is not None or not self._is_on_one_gpu()):
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def get_compiled_call(self, compile_config):
+        """What generate() calls for a step: a CUDA graph, or torch.compile where a `compile_config` asks for it."""
+        if compile_config is None and self._is_on_one_gpu():
+            return DecodingGraph(self)
+        return super().get_compiled_call(compile_config)
+
+    def _is_on_one_gpu(self) -> bool:
+        devices = getattr(self, "hf_device_map", {}).values()
+        return self.device.type == "cuda" and len(set(map(str, devices))) <= 1

@@ -1,0 +1,32 @@
+"""A linear layer while decoding: when its own kernel runs."""
+
+import torch
+from torch import nn
+
+from .backend import runs_triton
+from .plain_linear import is_plain
+
+LARGEST_STEP_BATCH = 64  # rows that a program of the kernel holds at once
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def step_linear(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`linear(hidden_states)`; for (B, 1, d) without gradients, as in decoding, in a kernel that reads the weight once."""
+    if hidden_states.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return linear(hidden_states)
+    if not runs_triton(hidden_states, _obstacle(linear, hidden_states)):
+        return linear(hidden_states)
+    from .step_linear_triton import project
+
+    return project(hidden_states[:, 0].contiguous(), linear)[:, None]
+
+
+def _obstacle(linear, hidden_states) -> str | None:
+    """Why the kernel cannot do this product, or None."""
+    if not is_plain(linear) or torch.is_autocast_enabled(hidden_states.device.type):
+        return "the layer is more than its weight"
+    if hidden_states.shape[0] > LARGEST_STEP_BATCH:
+        return f"its batches end at {LARGEST_STEP_BATCH} rows, this one has {hidden_states.shape[0]}"
+    if hidden_states.dtype not in KERNEL_DTYPES or hidden_states.dtype != linear.weight.dtype:
+        return f"it takes float32, bfloat16 or float16 throughout, not {hidden_states.dtype} and {linear.weight.dtype}"
+    return None

@@ -1,0 +1,149 @@
+"""A linear layer on one token a row, with what stands around it, as one Triton kernel.
+
+With few rows such a product is the reading of its weight. The library's kernels for it need more launches, and a weight whose
+number of rows is odd (a vocabulary of 50,257) sends them to one that reads two bytes at a time. A program here holds all rows of
+the batch and a few columns; LayerNorm's statistics are formed again in each, which costs less than a launch.
+
+Up to 16 rows in half precision, a program asks for its whole part of the weight at once and waits for the memory one time;
+deeper weights are cut, and the last program to finish a column adds the pieces up, always in the same order. Otherwise it goes
+through the depth in a loop.
+"""
+
+import torch
+
+try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the GPU kernels need the package triton: pip install triton") from error
+
+from .backend import on_its_device
+
+LOOP_TILE = {"BN": 16, "BK": 128, "STAGES": 4, "num_warps": 4}
+FLOAT32_TILE = {"BN": 16, "BK": 32, "STAGES": 2, "num_warps": 4}
+WHOLE_ROWS, WHOLE_DEPTH = 16, 1024
+WHOLE_DTYPES = (torch.bfloat16, torch.float16)
+MANY_COLUMNS = 16384  # from so many on (a vocabulary), programs are plenty and take 32 columns
+
+
+@triton.jit
+def _finish(
+    total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype: tl.constexpr,
+    BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """What follows a product (BM, BN), and its store."""
+    if BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        total = total * 0.5 * (1.0 + tl.erf(total * 0.7071067811865476))
+    place = m[:, None] * N + n[None, :]
+    inside = (m[:, None] < B) & (n[None, :] < N)
+    if RESIDUAL:
+        # What a layer adds is rounded before it is added, as in the plain spelling.
+        total = total.to(dtype).to(tl.float32) + tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, total.to(dtype), mask=inside)
+
+
+@triton.jit
+def _whole_kernel(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, pieces_ptr, done_ptr, norm_eps, B, N,
+    K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """As `_loop_kernel`; program (i, j) multiplies columns i with the depth from j KP on."""
+    m, n = tl.arange(0, BM), tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    k = tl.program_id(1) * KP + tl.arange(0, KP)
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
+    inside = (m[:, None] < B) & (k[None, :] < K)
+    x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=inside, other=0.0)
+    if NORM:
+        norm_weight = tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        norm_bias = tl.load(norm_bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        wide = x.to(tl.float32)
+        centred = tl.where(inside, wide - (tl.sum(wide, axis=1) / K)[:, None], 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / K + norm_eps)
+        x = (centred * scale[:, None] * norm_weight[None, :] + norm_bias[None, :]).to(dtype)
+    total = tl.dot(x, weight)
+    if PIECES == 1:
+        _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RESIDUAL)
+    else:
+        place = m[:, None] * N + n[None, :]
+        known = (m[:, None] < B) & (n[None, :] < N)
+        tl.store(pieces_ptr + tl.program_id(1) * B * N + place, total, mask=known)
+        tl.debug_barrier()  # the whole piece is on its way before this program counts as done
+        if tl.atomic_add(done_ptr + tl.program_id(0), 1, sem="acq_rel") == PIECES - 1:
+            total = tl.zeros((BM, BN), tl.float32)
+            for piece in tl.static_range(PIECES):
+                total += tl.load(pieces_ptr + piece * B * N + place, mask=known, other=0.0, cache_modifier=".cg")
+            _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RESIDUAL)
+
+
+@triton.jit
+def _loop_kernel(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, norm_eps, B, N,
+    K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Out (B, N) = gelu(layer_norm(x) (B, K) weight^T (N, K) + bias) + residual, each part where its flag is set."""
+    m, n = tl.arange(0, BM), tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    mean = tl.zeros((BM,), tl.float32)
+    scale = tl.zeros((BM,), tl.float32)
+    if NORM:
+        all_k = tl.arange(0, KP)
+        known = (m[:, None] < B) & (all_k[None, :] < K)
+        whole = tl.load(x_ptr + m[:, None] * K + all_k[None, :], mask=known, other=0.0).to(tl.float32)
+        mean = tl.sum(whole, axis=1) / K
+        centred = tl.where(known, whole - mean[:, None], 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / K + norm_eps)
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
+        x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m[:, None] < B) & (k[None, :] < K), other=0.0)
+        if NORM:
+            norm_weight = tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            norm_bias = tl.load(norm_bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            x = (x.to(tl.float32) - mean[:, None]) * scale[:, None] * norm_weight[None, :] + norm_bias[None, :]
+            x = x.to(dtype)
+        total = tl.dot(x, weight, total, input_precision="ieee")
+    _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RESIDUAL)
+
+
+@on_its_device
+def project(x, linear, norm=None, gelu=False, residual=None):
+    """`linear` on x (B, K), B <= 64, with a LayerNorm before it and the exact GELU or a residual (B, N) after it: (B, N)."""
+    rows, depth = x.shape
+    columns = linear.out_features
+    out = x.new_empty(rows, columns)
+    # A kernel never touches a pointer whose flag is off; any tensor will do.
+    pointers = [x if tensor is None else tensor for tensor in (linear.bias, residual)]
+    norms = (x, x) if norm is None else (norm.weight, norm.bias)
+    flags = {
+        "K": depth,
+        "BM": max(16, triton.next_power_of_2(rows)),
+        "NORM": norm is not None,
+        "BIAS": linear.bias is not None,
+        "GELU": gelu,
+        "RESIDUAL": residual is not None,
+    }
+    eps = 0.0 if norm is None else norm.eps
+    pieces = triton.cdiv(depth, WHOLE_DEPTH)
+    if rows > WHOLE_ROWS or x.dtype not in WHOLE_DTYPES or (norm is not None and pieces > 1):
+        tile = FLOAT32_TILE if x.dtype == torch.float32 else LOOP_TILE
+        _loop_kernel[(triton.cdiv(columns, tile["BN"]),)](
+            x, *norms, linear.weight, *pointers, out, eps, rows, columns, KP=triton.next_power_of_2(depth), **tile, **flags
+        )  # fmt: skip
+        return out
+    width = 32 if columns > MANY_COLUMNS else 16
+    grid = triton.cdiv(columns, width), pieces
+    parts = done = x
+    if pieces > 1:
+        parts = torch.empty(pieces, rows, columns, device=x.device)
+        done = torch.zeros(grid[0], dtype=torch.int32, device=x.device)
+    _whole_kernel[grid](
+        x, *norms, linear.weight, *pointers, out, parts, done, eps, rows, columns,
+        KP=min(WHOLE_DEPTH, max(16, triton.next_power_of_2(depth))), BN=width, PIECES=pieces, num_warps=8, **flags,
+    )  # fmt: skip
+    return out
