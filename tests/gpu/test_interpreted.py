@@ -42,9 +42,19 @@ def run(arguments: list[str], **environment) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel tests run on the GPU itself")
 @pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton (part of the extra `dev` on Linux)")
-@pytest.mark.parametrize("module", ["test_danet_kernels", "test_sea_kernels"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "test_leap_kernels",
+        "test_danet_kernels",
+        "test_danet_causal_kernels",
+        "test_sea_kernels",
+        "test_decoding",
+        "test_gelu_kernels",
+    ],
+)
 def test_small_cases_through_the_interpreter(module):
-    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/{module}.py"], TRITON_INTERPRET="1")
+    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/test_{module}.py"], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "passed" in done.stdout
 

@@ -14,7 +14,7 @@ Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 
 from .causal_lm import (
     RecurrentForCausalLM,
@@ -27,9 +27,12 @@ from .causal_lm import (
 )
 from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, init, merge_with_config_defaults
 from .configuration_leap import LeapConfig
+from .gelu_linear import gelu_feed_forward
 from .layer_output import LayerOutput, refuse_maps_after
 from .leap_mechanism import leap_mechanism
 from .leap_mechanism_torch import averaged, focus_weights
+from .leap_step import leap_block_step
+from .plain_linear import has_hooks
 from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
 from .sequence_inputs import prepare_sequence
@@ -172,7 +175,12 @@ class LeapMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)."""
-        return self.dropout(self.down_proj(self.activation(self.up_proj(hidden_states))))
+        out = None
+        if type(self.activation) is GELUActivation and not has_hooks(self.activation):
+            out = gelu_feed_forward(self.up_proj, self.down_proj, hidden_states)
+        if out is None:
+            out = self.down_proj(self.activation(self.up_proj(hidden_states)))
+        return self.dropout(out)
 
 
 class LeapBlock(GradientCheckpointingLayer):
@@ -197,6 +205,9 @@ class LeapBlock(GradientCheckpointingLayer):
         **kwargs,
     ):
         """See the class."""
+        step = leap_block_step(self, hidden_states, attention_mask, past_key_values, return_state, kwargs)
+        if step is not None:
+            return step
         mixed = self.attention(
             self.attention_norm(hidden_states),
             attention_mask,

@@ -1,0 +1,35 @@
+"""The feed-forward layer down(GELU(up(x))) in training, without keeping what GELU gives."""
+
+import torch
+from torch import nn
+
+from .backend import runs_triton
+from .compat import is_transformed
+from .plain_linear import is_plain
+
+
+def gelu_feed_forward(up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """`down(gelu(up(x)))` with the exact GELU, or None where the kernels cannot do it or have nothing to gain.
+
+    The activation is four times as wide as the model: it is formed again in backward, in the pass that reads its input for the
+    derivative anyway, and the gradient of the first bias is summed there, too.
+    """
+    if not torch.is_grad_enabled() or not runs_triton(x, _obstacle(up, down, x)):
+        return None
+    from .gelu_linear_triton import gelu_linear
+
+    inner = nn.functional.linear(x, up.weight)
+    return gelu_linear(inner, up.bias, down.weight, down.bias)
+
+
+def _obstacle(up, down, x) -> str | None:
+    """Why the kernels cannot do this layer, or None."""
+    if not is_plain(up) or not is_plain(down) or up.bias is None:
+        return "a layer is more than its weight and bias"
+    if torch.is_autocast_enabled(x.device.type) or (not torch.compiler.is_compiling() and is_transformed(x)):
+        return "they neither convert nor know function transforms"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or {up.weight.dtype, down.weight.dtype} != {
+        x.dtype
+    }:
+        return f"they take float32, bfloat16 or float16 throughout, not {x.dtype}"
+    return None
