@@ -1,4 +1,4 @@
-"""float8 inference through torchao: bodies with quantized projections beside the same in bfloat16, forward of 65,536 tokens.
+"""float8 inference through torchao: four layers with quantized projections beside bfloat16, forward of 65,536 tokens.
 
 Rows of 1,024 tokens by default. Dynamic float8 for activations and weights, a scale a row; each block compiled. "difference" is
 |float8 - bfloat16| / |bfloat16| of the last hidden states of a model with random weights; "check" has no gate, since float8 is
@@ -9,16 +9,29 @@ from functools import partial
 
 import torch
 
+from hf_linear_attn import LeapModel
+
 from ..registry import Case, Work, device, relative_error
 from . import gpu_encoder, gpu_train
 
 LENGTHS = (1024,)
 TOKENS = 65536
+LAYERS = 4  # all alike, but torch.compile takes each quantized one for itself
 
 
 def about(suite: str) -> dict:
     """Facts for the head of the JSON."""
-    return {"unit": "ktokens_per_s", "tokens_a_batch": TOKENS, "quantization": "torchao float8 dynamic, per row"}
+    return {
+        "unit": "ktokens_per_s",
+        "tokens_a_batch": TOKENS,
+        "layers": LAYERS,
+        "quantization": "torchao float8 dynamic, per row",
+    }
+
+
+def leap(length: int) -> LeapModel:
+    """LEAP with one layer of each window."""
+    return LeapModel(gpu_train.config(length, LAYERS))
 
 
 def make(build, vocabulary: int, float8: bool, length: int) -> Work:
@@ -49,9 +62,10 @@ def make(build, vocabulary: int, float8: bool, length: int) -> Work:
 
 def cases(suite: str, lengths: list[int]) -> list[Case]:
     """Both families, both precisions."""
+    danet = partial(gpu_encoder.danet, gpu_encoder.LARGE, layers=LAYERS)
     families = {
-        "DANet, 335M": (partial(gpu_encoder.danet, gpu_encoder.LARGE), gpu_encoder.VOCABULARY),
-        "LEAP, 12 x 768": (gpu_train.leap, 64),
+        f"DANet, {LAYERS} x {gpu_encoder.LARGE.width}": (danet, gpu_encoder.VOCABULARY),
+        f"LEAP, {LAYERS} x {gpu_train.WIDTH}": (leap, 64),
     }
     made = []
     for length in lengths or LENGTHS:
