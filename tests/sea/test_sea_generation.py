@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from hf_linear_attn.modeling import sparse_attention
 from hf_linear_attn.modeling.recurrent_cache import RecurrentCache
 from hf_linear_attn.modeling.sea_cache import SeaCacheLayer
 
@@ -52,6 +53,30 @@ def test_generation_with_a_cache_equals_generation_without(host, mode, padded):
         for row in range(3):
             alone = generate(student, ids[row : row + 1, mask[row].bool()], do_sample=False)
             assert torch.equal(alone[0, -9:], expected[row, -9:])
+
+
+def test_a_new_token_reads_k_keys_a_head_however_long_the_text(monkeypatch):
+    """The keys are chosen before any is read, and the state beside keys and values keeps its size."""
+    options = {"k": 4, "predictor_length": 128, "max_positions": 512, "backend": "chunked"}
+    student = make_student("llama", host={"max_position_embeddings": 512}, **options)
+    expand, pairs = sparse_attention.expand_pairs, []
+
+    def counting(*arguments):
+        found = expand(*arguments)
+        pairs.append(len(found[1]))
+        return found
+
+    monkeypatch.setattr(sparse_attention, "expand_pairs", counting)
+    read, sizes = [], []
+    with torch.no_grad():
+        for length in (100, 200, 400):
+            cache = student(make_ids(1, length)).past_key_values
+            pairs.clear()
+            student(make_ids(1, 1, seed=1), past_key_values=cache)
+            read.append(sum(pairs) / 2 / 4)  # of a layer and head: two layers, four heads
+            sizes.append([tuple(x.shape) for x in cache.layers[0].get_state()])
+    assert all(abs(keys - 4) <= 1 for keys in read), read
+    assert sizes[0] == sizes[1] == sizes[2]
 
 
 @pytest.mark.parametrize("host", CAUSAL_HOSTS)

@@ -28,7 +28,7 @@ LANGUAGE_MODEL = {
     "final_eval_tokens": 20_000,
     "eval_tokens": 10_000,
 }
-TEACHER_STEPS, TEACHER_LEARNING_RATE = 60, 1e-4
+TEACHER_STEPS, TEACHER_LEARNING_RATE = 40, 1e-4
 
 
 def minilm_folder() -> Path | None:

@@ -16,12 +16,13 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "classification": {
         "k": 13,
         "predictor_length": 64,
-        "block_length": 128,
-        "steps": 50,
+        "block_length": 96,
+        "steps": 40,
         "batch_size": 8,
         "learning_rate": 2e-5,
         "sea_learning_rate": 3e-3,
-        "eval_rows": 106,
+        "loss_rows": 32,
+        "eval_rows": 64,
     },
     "causal-lm": {"k": 16, "predictor_length": 64, "block_length": 256, "steps": 200, "loss_rows": 64, "eval_rows": 16},
 }
