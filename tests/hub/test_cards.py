@@ -187,3 +187,25 @@ def test_a_distilled_model_names_its_teacher(tmp_path):
     assert "Distilled from me/teacher (on the validation rows: perplexity 11.5)." in str(card)
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("perplexity", 12.5)]
     assert "trust_remote_code=True" in str(card)
+
+
+def test_the_card_of_the_example_names_what_it_was_distilled_from(tmp_path):
+    """A classifier's loss is one of texts, its teacher the example's, and it has no cache that could grow."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from hf_linear_attn.conversion import linearize
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    host = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=16, **sizes))
+    linearize(host, "sea", k=2, predictor_length=4).save_pretrained(tmp_path)
+    report = {
+        "after": {"loss": 0.5, "accuracy": 0.75, "teacher_accuracy": 0.8},
+        "steps": 7, "seconds": 3.0, "peak_memory_mb": 100.0, "machine": {"device": "x86_64"},
+        "options": {"example": True, "task": "classification", "teacher": None, "k": 2, "seed": 0},
+    }  # fmt: skip
+    (tmp_path / "distillation_report.json").write_text(json.dumps(report))
+    card = str(build_card(tmp_path, speed=False))
+    assert "Distilled from MiniLM" in card
+    assert "| validation | Loss (nats per text) | 0.5 |" in card
+    assert "nats per token |" not in card
+    assert "cache grows" not in card

