@@ -97,3 +97,10 @@ def test_packed_tokens_cannot_be_undone():
     cache.activate_past_recording()
     with pytest.raises(ValueError, match="packed rows cannot be undone"):
         student(**packed(ids), past_key_values=cache)
+
+
+@pytest.mark.parametrize("host", ["bert", "gpt2"])
+def test_one_answer_for_several_documents_is_refused(host):
+    student = make_student(host, "AutoModelForSequenceClassification")
+    with pytest.raises(ValueError, match="one answer a row"):
+        student(**packed(make_ids(1, sum(LENGTHS))))

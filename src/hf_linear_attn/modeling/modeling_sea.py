@@ -85,8 +85,6 @@ class SeaModel(SeaPreTrainedModel):
 class _SeaWithLabels(SeaPreTrainedModel):
     """The forward of the heads that take `labels`, in the host's form: one a token, or (`labels_of`) one a text."""
 
-    labels_of = "tokens"
-
     @can_return_tuple
     def forward(
         self,

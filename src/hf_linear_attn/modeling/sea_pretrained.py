@@ -30,6 +30,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     config: SeaConfig
     base_model_prefix = "host"
     supports_gradient_checkpointing = True
+    labels_of = "tokens"  # or "texts": what an answer of the model is about
     _is_stateful = False
     _can_compile_fullgraph = False
     _skip_keys_device_placement = ["past_key_values", "sea_call"]
@@ -122,6 +123,11 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         cache = self._cache(past_key_values, causal, use_cache, tokens.shape[0], distillation is not None)
         past = 0 if cache is None else cache.get_seq_length()
         call, sequence = self._prepare(tokens, attention_mask, position_ids, cache, past, kwargs)
+        if call.documents is not None and self.labels_of == "texts":
+            raise ValueError(
+                "a classifier of texts gives one answer a row, and this row holds several packed documents: put each into "
+                "its own row, padded, with an `attention_mask`"
+            )
         call.collect = output_sea or distillation is not None
         call.distillation = distillation
         if causal:
