@@ -30,6 +30,13 @@ def test_every_layer_is_a_block(row):
 
 
 @every_row
+def test_blocks_are_of_classes_that_there_are(row):
+    """Accelerate's FSDP refuses a name that it does not find, such as that of a hybrid's softmax block without one."""
+    for model in (row.build("AutoModel"), row.build("AutoModelForSequenceClassification")):
+        assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+
+
+@every_row
 def test_the_plan_names_what_there_is(row):
     """Transformers' own FSDP2 shards by the configuration's plan: every layer, and only modules that exist."""
     model = row.build("AutoModel")

@@ -65,6 +65,12 @@ class DanetPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     }
     create_masks_for_generate = staticmethod(danet_mask_for_generate)
 
+    def post_init(self):
+        """Name as whole blocks only classes that are there: Accelerate's FSDP refuses a name that it does not find."""
+        super().post_init()
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules if name in present}
+
     @torch.no_grad()
     def _init_weights(self, module):
         """Specification 1.7: uniform linear layers, normal embeddings (all rows), small query matrices, norms at 1."""
