@@ -72,7 +72,7 @@ def test_links_of_the_cards_lead_somewhere(page):
 
 
 def test_tables_are_those_of_their_commands():
-    """README.md and docs/results.md hold what the commands print from docs/data now."""
+    """The pages hold what the commands print from docs/data now."""
     from benchmarks.pages import main
 
     assert main(["--check"]) == 0, "run `python -m benchmarks.pages`"

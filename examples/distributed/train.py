@@ -60,10 +60,20 @@ def build_model(options: argparse.Namespace, vocabulary: int, shards: int):
     if int(os.environ["RANK"]) == 0:
         model.save_pretrained(start, include_code=False)
     torch.distributed.barrier()
-    model = auto_class.from_pretrained(start, distributed_config=DistributedConfig(fsdp_size=shards))
-    # It is sharded already. Transformers 5.17 would wrap it for DDP besides, which PyTorch 2.11 refuses.
-    model._is_accelerate_prepared = True
-    return model
+    return auto_class.from_pretrained(start, distributed_config=DistributedConfig(fsdp_size=shards))
+
+
+def save_whole(model, options: argparse.Namespace) -> None:
+    """Gather the shards, which all processes have to do, and save them from process 0 as an ordinary checkpoint."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if int(os.environ["RANK"]) == 0:
+        auto_class = AutoModelForMaskedLM if options.masked else AutoModelForCausalLM
+        whole = auto_class.from_pretrained(options.output / "initial")
+        whole.load_state_dict(weights)
+        whole.save_pretrained(options.output)
+    torch.distributed.barrier()
 
 
 def main() -> None:
@@ -89,7 +99,7 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=not options.cpu,
-        save_only_model=options.shard,  # Trainer cannot save the optimizer of a model that was sharded while loading
+        save_strategy="no" if options.shard else "steps",  # not every Trainer can save what was sharded while loading
         **checkpointing,
     )
     with arguments.main_process_first(desc="tokenizing"):
@@ -100,9 +110,14 @@ def main() -> None:
         rows = MaskedOnce(rows, MaskingCollator(tokenizer, share=0.15))
     model = build_model(options, len(tokenizer), processes if options.shard else 1)
     trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    if options.shard:  # while loading: Accelerate is to leave the model as it is
+        trainer.accelerator.prepare_model = lambda model, **_: model
     trainer.train(resume_from_checkpoint=options.resume or None)
     sharded = sum("DTensor" in type(p).__name__ for p in trainer.model.parameters())
-    trainer.save_model()
+    if options.shard:
+        save_whole(trainer.model, options)
+    else:
+        trainer.save_model()
     if trainer.is_world_process_zero():
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         kind = str(trainer.accelerator.distributed_type).rpartition(".")[2]
