@@ -4,7 +4,6 @@ python -m benchmarks run --suite encoder                     on an accelerator, 
 python -m benchmarks run --suite train --lengths 1024 16384 --only LEAP
 python -m benchmarks run --suite leap-train --rounds 5       on a CPU (the options of benchmarks.cpu_speed)
 python -m benchmarks table docs/data/h200-encoder.json
-python -m benchmarks table docs/data/cpu-danet-forward-30m.json --into docs/performance.md
 python -m benchmarks picture docs/data/h200-encoder.json docs/img/h200-encoder.png
 """
 
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from . import cpu_speed
 from .registry import SUITES, run_suite
-from .report import danet_aims, picture, put_into, table
+from .report import danet_aims, picture, table
 from .suites import SUITES as CPU_SUITES
 
 
@@ -41,18 +40,14 @@ def main() -> None:
     show.add_argument("json", type=Path)
     aims = commands.add_parser("danet-aims", help="print what DANet reaches on a CPU beside its aims")
     aims.add_argument("folder", type=Path, help="folder with cpu-danet-forward-*.json")
-    for command in (show, aims):
-        command.add_argument("--into", type=Path, help="page to put it into, between <!-- table NAME --> and its end")
     draw = commands.add_parser("picture", help="draw speed and memory against length")
     draw.add_argument("json", type=Path)
     draw.add_argument("png", type=Path)
     arguments, rest = parser.parse_known_args()
-    if arguments.command in ("table", "danet-aims"):
-        shown = arguments.command == "table"
-        text = table(arguments.json) if shown else danet_aims(arguments.folder)
-        print(text)
-        if arguments.into:
-            put_into(arguments.into, arguments.json.name if shown else "danet-aims", text)
+    if arguments.command == "table":
+        print(table(arguments.json))
+    elif arguments.command == "danet-aims":
+        print(danet_aims(arguments.folder))
     elif arguments.command == "picture":
         picture(arguments.json, arguments.png)
     elif arguments.suite in CPU_SUITES:

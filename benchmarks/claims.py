@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+from .encoder_tasks import chosen
 from .language_model_report import best_runs
 from .long_range import PUBLISHED_ACCURACY
 from .paper_wikitext import PUBLISHED
@@ -24,7 +25,7 @@ Row = tuple[str, str, str, str, str]
 def main() -> None:
     """Print the table."""
     print("| claim | claimed | measured here | holds | how |\n|---|---|---|---|---|")
-    for makers in (language_models, sea, danet, speed):
+    for makers in (language_models, sea, danet, encoders, speed):
         for row in makers():
             print("| " + " | ".join(row) + " |")
 
@@ -162,6 +163,24 @@ def danet() -> Iterator[Row]:
         f"{a:.2f} against {b:.2f} ({'one seed' if seeds == 1 else f'{seeds} seeds'})",
         verdict([a > b]) + ", the order",
         "[long sequences](#danet-on-long-sequences)",
+    )
+
+
+def encoders() -> Iterator[Row]:
+    """DANet and BERT after the same pre-training."""
+    runs = chosen(json.loads((DATA / "encoder-tasks" / "encoder-tasks.json").read_text())["finetuning"])
+    scores = {
+        names: 100 * statistics.mean(run["test"]["accuracy"] for run in of_rate)
+        for names, (_, of_rate, _) in runs.items()
+        if names[2] == "pretrained"
+    }
+    pairs = {name: [scores[name, family, "pretrained"] for family in ("danet", "bert")] for name, _, _ in scores}
+    yield (
+        "a DANet encoder classifies at least as well as BERT",
+        "GLUE 86.4 against 85.2",
+        "; ".join(f"{name} {ours:.2f} against {theirs:.2f}" for name, (ours, theirs) in pairs.items()) + " (accuracy)",
+        verdict([ours >= theirs for ours, theirs in pairs.values()]),
+        "[masked words, then classification](#danet-and-bert-masked-words-then-classification)",
     )
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = ("danet", "bert")
+STARTS = ("pretrained", "new")
 REPORT = "training_report.json"
 
 
@@ -203,7 +204,7 @@ def _start_words(preset: Preset, family: str, checkpoint: Path) -> dict[str, lis
 
 def run(options: argparse.Namespace) -> None:
     """Pre-train, choose, fine-tune."""
-    preset = with_steps(PRESETS[options.preset], options)
+    preset = with_changes(PRESETS[options.preset], options)
     commands = {}
     for family in FAMILIES:
         for rate in preset.pretraining_rates[family]:
@@ -217,7 +218,7 @@ def run(options: argparse.Namespace) -> None:
     def fine_tuning(start: str, seed: int) -> dict[Path, list[Any]]:
         """The runs of one start and seed: at every rate with the first seed, at the best one with another."""
         found = {}
-        for data in options.sets:
+        for data in options.sets if start in options.starts else ():
             for family, checkpoint in checkpoints.items():
                 best = best_rate(options.output, data, family, start, first)
                 rates = preset.finetuning_rates[family] if seed == first else (() if best is None else (best,))
@@ -236,11 +237,22 @@ def run(options: argparse.Namespace) -> None:
     table(options)
 
 
-def with_steps(preset: Preset, options: argparse.Namespace) -> Preset:
-    """The preset with the steps that the command line names."""
-    given = {"pretraining": options.pretraining_steps, "finetuning": options.finetuning_steps}
-    changes = {stage: getattr(preset, stage) | {"steps": steps} for stage, steps in given.items() if steps}
+def with_changes(preset: Preset, options: argparse.Namespace) -> Preset:
+    """The preset with the steps and rates that the command line names."""
+    changes: dict[str, Any] = {}
+    for stage in ("pretraining", "finetuning"):
+        if steps := getattr(options, f"{stage}_steps"):
+            changes[stage] = getattr(preset, stage) | {"steps": steps}
+        changes[f"{stage}_rates"] = getattr(preset, f"{stage}_rates") | dict(getattr(options, f"{stage}_rates"))
     return replace(preset, **changes)
+
+
+def family_rates(word: str) -> tuple[str, tuple[float, ...]]:
+    """danet=1e-3,3e-3 of the command line."""
+    family, _, rates = word.partition("=")
+    if family not in FAMILIES:
+        raise argparse.ArgumentTypeError(f"{word!r} does not begin with one of {', '.join(FAMILIES)} and =")
+    return family, tuple(float(rate) for rate in rates.split(","))
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -280,25 +292,38 @@ def table(options: argparse.Namespace) -> None:
             f"| {each['training_tokens'] / 1e6:.1f}M | {each['validation']['loss']:.3f} | {each['test']['loss']:.3f} "
             f"| {100 * each['test']['accuracy']:.1f}% |"
         )
-    print("\n| set | family | start | rate | seeds | test accuracy | macro F1 |")
-    print("|---|---|---|---:|---:|---|---|")
-    groups: dict[tuple[str, str, str], dict[float, list[dict]]] = {}
-    for each in found["finetuning"]:
-        rates = groups.setdefault((each["set"], each["family"], each["start"]), {})
-        rates.setdefault(each["learning_rate"], []).append(each)
-    for (data, family, start), rates in groups.items():
-        first = min(run["seed"] for runs in rates.values() for run in runs)
-        best = {
-            rate: run["validation"]["accuracy"] for rate, runs in rates.items() for run in runs if run["seed"] == first
-        }
-        rate = max(best, key=best.__getitem__)
-        runs = rates[rate]
+    print(
+        "\n| set | family | start | rate | seeds | test accuracy | macro F1 | validation accuracy at each rate, first seed |"
+    )
+    print("|---|---|---|---:|---:|---|---|---|")
+    for names, (rate, runs, tried) in chosen(found["finetuning"]).items():
         cells = []
         for metric in ("accuracy", "macro_f1"):
             values = [100 * each["test"][metric] for each in runs]
             spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
-        print(f"| {data} | {family} | {start} | {rate:g} | {len(runs)} | {cells[0]} | {cells[1]} |")
+        cells.append(", ".join(f"{each:g}: {100 * tried[each]:.1f}" for each in sorted(tried)))
+        print(f"| {' | '.join(names)} | {rate:g} | {len(runs)} | {' | '.join(cells)} |")
+
+
+def chosen(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[float, list[dict], dict[float, float]]]:
+    """(set, family, start) -> rate chosen, its runs, and the validation accuracy of the first seed at each rate."""
+    groups: dict[tuple[str, str, str], dict[float, list[dict]]] = {}
+    for each in runs:
+        rates = groups.setdefault((each["set"], each["family"], each["start"]), {})
+        rates.setdefault(each["learning_rate"], []).append(each)
+    found = {}
+    for names, rates in groups.items():
+        first = min(run["seed"] for of_rate in rates.values() for run in of_rate)
+        tried = {
+            rate: run["validation"]["accuracy"]
+            for rate, of_rate in rates.items()
+            for run in of_rate
+            if run["seed"] == first
+        }
+        best = max(tried, key=tried.__getitem__)
+        found[names] = best, rates[best], tried
+    return found
 
 
 def main(words: list[str] | None = None) -> None:
@@ -321,8 +346,17 @@ def main(words: list[str] | None = None) -> None:
             command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
             command.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="runs at once")
             command.add_argument("--gpus", nargs="+", default=[], help="devices to spread the runs over, as in 0 1")
-            command.add_argument("--pretraining-steps", type=int, help="instead of the preset's")
-            command.add_argument("--finetuning-steps", type=int, help="instead of the preset's")
+            for stage in ("pretraining", "finetuning"):
+                command.add_argument(f"--{stage}-steps", type=int, help="instead of the preset's")
+                command.add_argument(
+                    f"--{stage}-rates",
+                    type=family_rates,
+                    nargs="+",
+                    default=[],
+                    metavar="FAMILY=RATE,RATE",
+                    help="instead of the preset's",
+                )
+            command.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="of fine-tuning")
             command.add_argument("--threads", type=int, help="CPU threads of a run")
             command.add_argument("--cpu", action="store_true", help="stay on the CPU, in float32")
     options = parser.parse_args(words)

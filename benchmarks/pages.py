@@ -1,6 +1,6 @@
 """Tables of the pages, printed again by their commands: nothing between the marks is typed by hand.
 
-    python -m benchmarks.pages             writes README.md, docs/results.md, docs/howto/distributed.md
+    python -m benchmarks.pages             writes the pages named in PAGES
     python -m benchmarks.pages --check     changes nothing; exit code 1 where a table is out of date
 
 In a page, what stands between `<!-- table: python -m MODULE ARGUMENTS -->` and `<!-- end of table -->` is what that command
@@ -19,7 +19,9 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/howto/distributed.md"))
+PAGES = tuple(
+    ROOT / name for name in ("README.md", "docs/results.md", "docs/performance.md", "docs/howto/distributed.md")
+)
 MARKED = re.compile(r"(<!-- table: python -m (\S+)([^\n]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 

@@ -46,18 +46,6 @@ def danet_aims(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def put_into(page: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- table NAME -->` and the next `<!-- end of table -->` of a page.
-
-    ValueError where the page has no such place.
-    """
-    before, start, rest = page.read_text("utf-8").partition(f"<!-- table {name} -->\n")
-    _, end, after = rest.partition("<!-- end of table -->")
-    if not end:
-        raise ValueError(f"{page} has no place for a table: <!-- table {name} --> and <!-- end of table -->")
-    page.write_text(f"{before}{start}\n{text}\n\n{end}{after}", "utf-8")
-
-
 def contenders(result: dict) -> dict[str, dict[int, dict]]:
     """Name -> length -> row, in the order of the run."""
     names: dict[str, dict[int, dict]] = {}

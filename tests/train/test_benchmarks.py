@@ -135,19 +135,6 @@ def test_a_part_of_the_layers_stands_for_the_memory_of_all():
     assert whole.absent_mb == 0
 
 
-def test_tables_go_into_their_place_on_a_page(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "a\n<!-- table x.json -->\nold\n<!-- end of table -->\nb\n<!-- table y.json -->\n<!-- end of table -->\n"
-    )
-    report.put_into(page, "x.json", "| new |")
-    assert page.read_text().startswith(
-        "a\n<!-- table x.json -->\n\n| new |\n\n<!-- end of table -->\nb\n<!-- table y.json -->"
-    )
-    with pytest.raises(ValueError, match=r"z\.json"):
-        report.put_into(page, "z.json", "")
-
-
 def test_aims_stand_beside_what_is_reached(tmp_path):
     bert = {"contender": "BERT, SDPA", "speed_ratio": 3.0, "speed_ratio_quartiles": [2.5, 3.5], "operations_ratio": 6.0}
     for size in ("30m", "330m"):

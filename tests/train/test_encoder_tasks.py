@@ -53,13 +53,27 @@ def test_other_seeds_take_the_best_rate(started, tmp_path, capsys):
                 assert runs == [*first, f"{data}-{family}-{start}-{best:g}-seed4"]
     assert len(rates["danet"]) == len(rates["bert"]), "as many rates for each family"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| r8 | danet | pretrained")]
-    assert lines == ["| r8 | danet | pretrained | 0.003 | 2 | 0.20 (0.20 to 0.20) | 0.10 (0.10 to 0.10) |"]
+    tried = "0.0001: 0.0, 0.0003: 0.0, 0.001: 0.1, 0.003: 0.2"
+    assert lines == [f"| r8 | danet | pretrained | 0.003 | 2 | 0.20 (0.20 to 0.20) | 0.10 (0.10 to 0.10) | {tried} |"]
 
 
 def test_the_comparison_comes_before_new_weights(started, tmp_path):
     encoder_tasks.main(["run", "--preset", "small", "--output", str(tmp_path), "--sets", "r8", "--seeds", "0", "1"])
     kinds = ["new" if "-new-" in name else "pretrained" for name in started if "seed" in name]
     assert kinds == sorted(kinds, reverse=True)
+
+
+def test_steps_rates_and_starts_of_the_command_line(started, tmp_path, capsys):
+    words = "--pretraining-rates danet=2e-3 bert=1e-4,3e-4 --finetuning-rates bert=5e-4 --starts pretrained --seeds 0"
+    encoder_tasks.main(["run", "--preset", "tiny", "--output", str(tmp_path), "--sets", "r8", *words.split()])
+    pretrained = {name for name in started if name.startswith("mlm-")}
+    assert pretrained == {"mlm-danet-0.002", "mlm-bert-0.0001", "mlm-bert-0.0003"}
+    rates = PRESETS["tiny"].finetuning_rates["danet"]
+    expected = {f"r8-danet-pretrained-{rate:g}-seed0" for rate in rates} | {"r8-bert-pretrained-0.0005-seed0"}
+    assert set(started) - pretrained == expected
+    with pytest.raises(SystemExit):
+        encoder_tasks.main(["run", "--finetuning-rates", "gpt2=1e-3"])
+    assert "danet, bert" in capsys.readouterr().err
 
 
 def test_runs_are_spread_over_the_devices(monkeypatch, tmp_path):
