@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-LONG_ROUND, LONGEST_ROUND = 15.0, 90.0  # seconds
+LONG_ROUND, LONGEST_ROUND, LONG_RUN = 15.0, 90.0, 10.0  # seconds
 
 
 class Contender(Protocol):
@@ -40,8 +40,8 @@ class Job:
 def time_alternately(job: Job, rounds: int, threads: int, min_seconds: float = 0.5) -> dict[str, list[float]]:
     """Seconds per token of each contender in each round: a, b, c, a, b, c, ... Short runs are repeated up to `min_seconds`.
 
-    Where one run of all of them takes longer than LONG_ROUND seconds, that first run counts and one more is made: what happens
-    once, as filling caches, is nothing beside it. Where it takes longer than LONGEST_ROUND, it is all.
+    Where one run of all of them takes longer than LONG_ROUND seconds there are two rounds, and one above LONGEST_ROUND. The first
+    run of a contender that takes longer than LONG_RUN then counts: what happens once, as filling caches, is nothing beside it.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -49,8 +49,9 @@ def time_alternately(job: Job, rounds: int, threads: int, min_seconds: float = 0
     first = {name: _time(contender, 1) for name, contender in built.items()}
     times: dict[str, list[float]] = {name: [] for name in built}
     if sum(first.values()) > LONG_ROUND:
-        times = {name: [seconds / built[name].tokens] for name, seconds in first.items()}
         rounds = 1 if sum(first.values()) < LONGEST_ROUND and rounds > 1 else 0
+        for name, contender in built.items():
+            times[name].append((first[name] if first[name] > LONG_RUN else _time(contender, 1)) / contender.tokens)
     repeats = {}
     for name, contender in built.items():
         short = first[name] <= min_seconds
