@@ -88,7 +88,7 @@ def _budget(ours: str, other: str) -> list[tuple[float, float, str]]:
 def sea() -> Iterator[Row]:
     """SEA and kernel attention distilled from the same teacher; classification; memory."""
     link = "[SmolLM2](#sea-smollm2-135m-on-the-speeches)"
-    student, teacher = (_sea_language(name) for name in ("sea-k64-m256", "teacher"))
+    student, teacher = (_sea_language(name) for name in ("sea-k64-m256-task0.1", "teacher"))
     ours, base = student["perplexity"], teacher["perplexity"]
     yield (
         "SEA within 3 % of the Transformer that it replaces",
@@ -106,8 +106,8 @@ def sea() -> Iterator[Row]:
         verdict([more["perplexity"] / lower < ours / base]),
         link,
     )
-    kernel, teacher = (_sea_language(f"first-run/{name}") for name in ("kernel", "teacher"))
-    other, base = kernel["perplexity"], teacher["perplexity"]
+    kernel = _sea_language("kernel")
+    other = kernel["perplexity"]
     yield (
         "kernel attention alone far above it",
         "30.6 against 13.9 (2.2 times)",

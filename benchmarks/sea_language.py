@@ -297,15 +297,15 @@ def table(options: argparse.Namespace) -> None:
 
 def _title(report: dict) -> str:
     """What the student is."""
-    recipe = report["recipe"]
-    if report["kind"] != "sea":
-        return "kernel attention alone"
-    if "estimate_kl" not in report:  # no layer is SEA's
-        return "softmax in every layer, distilled likewise"
-    kept = recipe.get("softmax_layers")
+    recipe, kept = report["recipe"], report["recipe"].get("softmax_layers")
     found = f"SEA, k = {recipe['k']}, M = {recipe['predictor_length']}"
-    found += f", softmax in {len(kept)} of its layers" if kept else ""
-    return found + f", labels weigh {recipe['task_weight']:g}"
+    if report["kind"] != "sea":
+        found = "kernel attention alone"
+    elif "estimate_kl" not in report:  # no layer is SEA's
+        found = "softmax in every layer, distilled likewise"
+    elif kept:
+        found += f", softmax in {len(kept)} of its layers"
+    return f"{found}, labels weigh {recipe['task_weight']:g}"
 
 
 def _row(name: str, found: dict, before: str, steps, seconds) -> str:
