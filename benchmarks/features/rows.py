@@ -19,7 +19,6 @@ CHECKED = "tests/test_feature_checks.py::test_check"
 
 NO_DECODER = "an encoder does not generate"
 NO_PREFIX = "it writes keys and values into the cache, and a state has no place for them: refused with the reason"
-NOT_RUN = "shipped under examples/distributed, with a test that needs two GPUs and has not been run on them yet"
 NO_DISTRIBUTED_SEA = "SEA is distilled from a teacher by its own trainer, not by the example script"
 
 
@@ -230,7 +229,8 @@ GROUPS: dict[str, list[Row]] = {
         ),
         Row(
             "DDP, FSDP2, DeepSpeed ZeRO-2 configurations on two GPUs",
-            no={"SEA": NO_DISTRIBUTED_SEA} | dict.fromkeys(("LEAP", "Fastformer", "DANet", "DANet encoder"), NOT_RUN),
+            tests=(DIST + "test_configurations_on_two_gpus",),
+            no={"SEA": NO_DISTRIBUTED_SEA},
         ),
         Row(
             "Resumes on another number of processes",
