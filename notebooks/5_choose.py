@@ -210,6 +210,6 @@ axis.invert_yaxis()
 # * **Reading long documents** (classification, masked words): DANet; below about a thousand tokens softmax attention with fused
 #   kernels is as fast, and is the safer choice.
 # * **A pretrained model that should read longer texts**: SEA, by distillation (notebook 3).
-# * **All-global LEAP** is the simplest, with the smallest state, and a clearly worse language model. **Fastformer** (with windows)
-#   comes near a Llama-style Transformer on both texts of `docs/results.md`, and trains the slowest of the six models there.
+# * **All-global LEAP** is the simplest, with the smallest state, and a clearly worse language model. **Fastformer** (with
+#   windows) comes near a Llama-style Transformer on both texts of `docs/results.md`, and trains the slowest of the six there.
 # * **Short texts and quality first**: softmax attention.

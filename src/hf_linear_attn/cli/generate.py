@@ -38,13 +38,14 @@ def parser() -> Parser:
     )
     made.add_argument("prompt", help="text to continue")
     made.add_argument("--max-new-tokens", type=int, default=120, metavar="INT", help="tokens to write (default: 120)")
-    made.add_argument("--temperature", type=float, default=0.8, metavar="FLOAT", help="lower is safer (default: 0.8)")
+    made.add_argument(
+        "--temperature", type=float, metavar="FLOAT", help="lower is safer (default: the model's own, else 0.8)"
+    )
     made.add_argument(
         "--top-p",
         type=float,
-        default=0.95,
         metavar="FLOAT",
-        help="share of the probability to draw from (default: 0.95)",
+        help="share of the probability to draw from (default: the model's own, else 0.95)",
     )
     made.add_argument("--greedy", action="store_true", help="always the likeliest token")
     made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the draws (default: 0)")
@@ -59,11 +60,11 @@ def run(arguments: list[str]) -> int:
     given = command.parse(arguments)
     if given["max_new_tokens"] < 1:
         command.error(f"--max-new-tokens must be at least 1, got {given['max_new_tokens']}")
-    if not given["temperature"] > 0:
+    if given["temperature"] is not None and not given["temperature"] > 0:
         command.error(
             f"--temperature must be greater than 0, got {given['temperature']}; --greedy takes the likeliest token"
         )
-    if not 0 < given["top_p"] <= 1:
+    if given["top_p"] is not None and not 0 < given["top_p"] <= 1:
         command.error(f"--top-p must be greater than 0 and at most 1, got {given['top_p']}")
     as_json = given.pop("json", False)
     checkpoint = given.pop("checkpoint")
@@ -98,13 +99,13 @@ def write_text(
     tokenizer,
     prompt: str,
     max_new_tokens: int = 120,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
+    temperature: float | None = None,
+    top_p: float | None = None,
     greedy: bool = False,
     seed: int = 0,
 ) -> dict:
     """Print prompt and continuation while it is made. Returns the text, tokens, seconds and state bytes at the start
-    and end.
+    and end. Temperature and share not given are those of a model whose generation_config samples, else 0.8 and 0.95.
 
     ValueError where the model's learned positions end before the text would.
     """
@@ -128,9 +129,12 @@ def write_text(
         model(**inputs, past_key_values=cache, use_cache=True)
     bytes_after_prompt = cache.state_size()
     cache = RecurrentCache(config=model.config)
-    sampling = (
-        {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    )
+    own = model.generation_config
+    temperature = temperature or (own.temperature if own.do_sample else None) or 0.8
+    top_p = top_p or (own.top_p if own.do_sample else None) or 0.95
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if greedy:
+        sampling = {"do_sample": False, "temperature": None, "top_p": None}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()
     ids = model.generate(
