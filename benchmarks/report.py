@@ -60,10 +60,15 @@ def cell(case: dict | None, unit: str) -> str:
         return "-"
     if "error" in case:
         return case["error"].split(":")[0]
-    value = case[unit]
+    value = shown(case, unit)
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
     memory = f" ({case['peak_gib']:.1f})" if "peak_gib" in case else ""
     return f"{value:,.{digits}f}{memory}"
+
+
+def shown(case: dict, unit: str) -> float:
+    """The number of a row; of a loop that makes tokens, what one more token takes."""
+    return case.get("ms_a_token", case["ms"]) if unit == "ms" else case[unit]
 
 
 def picture(path: Path, target: Path) -> None:
@@ -82,7 +87,7 @@ def picture(path: Path, target: Path) -> None:
             limits[n] = max(limits.get(n, 0.0), row.get("limit_ktokens_per_s", 0.0))
         if rows:
             lengths = [row["length"] for row in rows]
-            speed.plot(lengths, [row[result["unit"]] for row in rows], marker="o", label=name)
+            speed.plot(lengths, [shown(row, result["unit"]) for row in rows], marker="o", label=name)
             if all("peak_gib" in row for row in rows):
                 memory.plot(lengths, [row["peak_gib"] for row in rows], marker="o", label=name)
     if any(limits.values()) and result["unit"] == "ktokens_per_s":

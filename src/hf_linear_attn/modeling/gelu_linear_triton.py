@@ -57,7 +57,7 @@ def _backward_kernel(
     """Gradient of x, the activation once more, and this program's part of the bias's gradient."""
     column = tl.program_id(1) * C + tl.arange(0, C)
     bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    total = tl.zeros((C,), tl.float32)
+    total = tl.zeros((S, C), tl.float32)
     for step in range(R // S):
         row = tl.program_id(0).to(tl.int64) * R + step * S + tl.arange(0, S)
         place = row[:, None] * columns + column[None, :]
@@ -68,8 +68,8 @@ def _backward_kernel(
         dx = grad * (below + x * density)
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         tl.store(out_ptr + place, (x * below).to(out_ptr.dtype.element_ty), mask=inside)
-        total += tl.sum(dx, axis=0)
-    tl.store(dbias_ptr + tl.program_id(0) * columns + column, total, mask=column < columns)
+        total += tl.where(inside, dx, 0.0)
+    tl.store(dbias_ptr + tl.program_id(0) * columns + column, tl.sum(total, axis=0), mask=column < columns)
 
 
 def _sizes(x):
