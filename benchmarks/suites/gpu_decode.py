@@ -2,7 +2,6 @@
 
     step            one CUDA graph, as generate() itself records it (`DecodingGraph`)
     compiled step   one CUDA graph made by torch.compile, mode "reduce-overhead"
-                    (both: 16 steps one after another, so that Python runs ahead of the device)
     generate()      the whole loop of Transformers, greedy: the time of 72 new tokens less that of 8, a token
     prefill         one row of the context in chunks of 16,384 tokens
 
@@ -26,7 +25,7 @@ LENGTHS = (1024, 16384, 1048576)
 LONGEST_CACHE = 16384
 BATCH, WIDTH, LAYERS, HEADS, VOCABULARY = 16, 768, 12, 12, 50257
 CHUNK = 16384
-FEW, MANY, STEPS = 8, 72, 16
+FEW, MANY = 8, 72
 
 
 def about(suite: str) -> dict:
@@ -125,11 +124,10 @@ def compiled_step(make, context: int) -> Work:
 
     @torch.no_grad()
     def step():
-        for _ in range(STEPS):
-            torch.compiler.cudagraph_mark_step_begin()
-            run(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
+        torch.compiler.cudagraph_mark_step_begin()
+        run(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
 
-    return Work(step, BATCH * STEPS, facts, STEPS)
+    return Work(step, BATCH, facts)
 
 
 def graph_step(make, context: int) -> Work:
@@ -141,10 +139,9 @@ def graph_step(make, context: int) -> Work:
 
     @torch.no_grad()
     def step():
-        for _ in range(STEPS):
-            run(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=positions)
+        run(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=positions)
 
-    return Work(step, BATCH * STEPS, {"state_mib": round(cache.state_size() / 2**20, 2)}, STEPS)
+    return Work(step, BATCH, {"state_mib": round(cache.state_size() / 2**20, 2)})
 
 
 def eager_step(make, context: int) -> Work:

@@ -23,7 +23,7 @@ LOOP_TILE = {"BN": 16, "BK": 128, "STAGES": 4, "num_warps": 4}
 FLOAT32_TILE = {"BN": 16, "BK": 32, "STAGES": 2, "num_warps": 4}
 WHOLE_ROWS, WHOLE_DEPTH = 16, 1024
 WHOLE_DTYPES = (torch.bfloat16, torch.float16)
-WHOLE_TILE = {"BN": 32, "num_warps": 16}  # so that a layer of 3,072 columns is one wave of programs on 132 processors
+MANY_COLUMNS = 16384  # from so many on (a vocabulary), programs are plenty and take 32 columns
 
 
 @triton.jit
@@ -136,13 +136,14 @@ def project(x, linear, norm=None, gelu=False, residual=None):
             x, *norms, linear.weight, *pointers, out, eps, rows, columns, KP=triton.next_power_of_2(depth), **tile, **flags
         )  # fmt: skip
         return out
-    grid = triton.cdiv(columns, WHOLE_TILE["BN"]), pieces
+    width = 32 if columns > MANY_COLUMNS else 16
+    grid = triton.cdiv(columns, width), pieces
     parts = done = x
     if pieces > 1:
         parts = torch.empty(pieces, rows, columns, device=x.device)
         done = torch.zeros(grid[0], dtype=torch.int32, device=x.device)
     _whole_kernel[grid](
         x, *norms, linear.weight, *pointers, out, parts, done, eps, rows, columns,
-        KP=min(WHOLE_DEPTH, max(16, triton.next_power_of_2(depth))), PIECES=pieces, **WHOLE_TILE, **flags,
+        KP=min(WHOLE_DEPTH, max(16, triton.next_power_of_2(depth))), BN=width, PIECES=pieces, num_warps=8, **flags,
     )  # fmt: skip
     return out
