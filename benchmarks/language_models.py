@@ -166,7 +166,7 @@ def collect(options: argparse.Namespace) -> None:
     """All results of a folder into one file, which tables and pictures are made from."""
     found: dict[str, Any] = {}
     labels = {json.loads(file.read_text())["corpus"] for file in options.output.glob("*-seed*.json")}
-    for corpus in sorted(labels, reverse=True):
+    for corpus in sorted(labels, key=lambda name: (not name.startswith("speeches"), name)):
         runs = [run for runs in read_folder(options.output, corpus).values() for run in runs]
         measured = options.output / f"{corpus}-speed.json"
         if runs:
