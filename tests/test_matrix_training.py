@@ -312,3 +312,25 @@ def test_deprecations_of_transformers_are_errors(category, module):
     """The filters in pyproject.toml act on every module of the packages, not only on the top one."""
     with pytest.raises(category):
         warnings.warn_explicit("soon gone", category, "file.py", 1, module=module)
+
+
+@pytest.mark.parametrize("length", [9, 70])
+@first_rows
+def test_gradients_of_single_samples_at_once(row, length):
+    """`torch.func` with vmap, as differential privacy and influence functions need it; padding differs between the samples."""
+    if row.family == "sea":
+        pytest.skip("the keys that SEA selects are read from values, which vmap does not show")
+    model = row.causal_lm(**row.layers(2))
+    ids, mask = tokens(3, length), torch.ones(3, length, dtype=torch.long)
+    mask[0, :4] = mask[1, 5:] = 0
+
+    def loss(parameters, ids, mask):
+        arguments = {"input_ids": ids[None], "attention_mask": mask[None], "labels": ids[None], "use_cache": False}
+        return torch.func.functional_call(model, parameters, kwargs=arguments).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(dict(model.named_parameters()), ids, mask)
+    for i in range(3):
+        model.zero_grad()
+        model(ids[i : i + 1], attention_mask=mask[i : i + 1], labels=ids[i : i + 1]).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name][i], parameter.grad, atol=1e-5, rtol=1e-3)

@@ -53,8 +53,13 @@ def keep_logits(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor)
 
 
 def can_read_values() -> bool:
-    """Whether tensors hold values now that Python may look at: not while the code is traced or recorded in a CUDA graph."""
+    """Whether tensors hold values now that Python may look at.
+
+    Not while the code is traced, transformed by `torch.func` or recorded in a CUDA graph.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 

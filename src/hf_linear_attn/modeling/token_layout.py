@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from .compat import can_read_values
+
 
 class TokenLayout(NamedTuple):
     """Positions of the real tokens of a batch, computed once per forward and shared by every layer.
@@ -62,13 +64,13 @@ def token_layout(
             first one), every other id is a new document that starts from nothing.
         seen_tokens: tokens of document 0 already held by a cache, an int or (B,).
 
-    Linear in T. Works under torch.compile, where it always reorders instead of looking at the values of the mask.
+    Linear in T. Works under torch.compile and torch.vmap, where it always reorders instead of looking at the values of the mask.
     """
     order = slots = lengths = None
     if mask is not None:
         mask = mask.to(torch.bool)
         lengths = mask.sum(-1)
-        if torch.compiler.is_compiling() or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        if not can_read_values() or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
             real_slot = mask.cumsum(-1) - 1
             slots = torch.where(mask, real_slot, lengths[:, None] + (~mask).cumsum(-1) - 1)
             tokens = torch.arange(length, device=device).expand(batch_size, -1)
