@@ -245,6 +245,7 @@ class TestConvert:
             )
         torch.testing.assert_close(logits, torch.tensor(case["logits"]).view(logits.shape), atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.slow  # each export takes seconds: tests/integrations/test_export.py runs one
     def test_onnx(self, leap, tmp_path, capsys):
         """The step's file and its first state."""
         pytest.importorskip("onnxscript", reason="needs onnxscript: pip install hf-linear-attn[onnx]")

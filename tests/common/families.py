@@ -56,7 +56,6 @@ SEA_LEAVES_OUT = {
     "test_trl_packing": TRL_LOSS,
     "test_lengths_do_not_recompile_for_ever": ONE_GRAPH,
     "test_generated_code": ONE_GRAPH,
-    "test_forward_of_any_batch_and_length": ONE_GRAPH,
     "test_prefill_then_steps": ONE_GRAPH,
     "test_steps_from_nothing": ONE_GRAPH,
     "test_the_same_tokens": ONE_GRAPH,

@@ -2,8 +2,8 @@
 
     python -S remote_loader.py REQUESTS.json ANSWERS.json
 
-Requests: [{"name", "repo", "head", "causal"}]. Each answer holds the outputs, the generated ids, and both again after
-`save_pretrained` and loading from that folder; or {"error": ...}.
+Requests: [{"name", "repo", "head", "causal", "again"}]. Each answer holds the outputs, the generated ids, the `auto_map` that
+`save_pretrained` writes, and with "again" outputs and ids once more from that folder; or {"error": ...}.
 """
 
 import importlib.util
@@ -31,14 +31,15 @@ def outputs(model, causal, ids):
 
 
 def answer(request, ids):
-    """Load, compute, save, load again, compute again."""
+    """Load, compute, save; load again, compute again."""
     auto_class = getattr(transformers, request["head"])
     model = auto_class.from_pretrained(request["repo"], trust_remote_code=True).eval()
     found = {"module": type(model).__module__, "loaded": outputs(model, request["causal"], ids)}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
-        found["saved again"] = outputs(again, request["causal"], ids)
+        if request["again"]:
+            again = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
+            found["saved again"] = outputs(again, request["causal"], ids)
         with open(f"{folder}/config.json") as file:
             found["auto_map"] = json.load(file)["auto_map"]
     return found

@@ -25,7 +25,8 @@ def answers(tmp_path_factory):
                 name = f"{row.family}-{head}"
                 row.build(head).push_to_hub(f"user/{name}")
                 causal = head == "AutoModelForCausalLM"
-                requests.append({"name": name, "repo": f"user/{name}", "head": head, "causal": causal})
+                # What is saved differs between heads in their weights and map alone: one a family is loaded from it.
+                requests.append({"name": name, "repo": f"user/{name}", "head": head, "causal": causal, "again": causal})
         work = {"ids": some_ids().tolist(), "requests": requests}
         (folder / "requests.json").write_text(json.dumps(work))
         script, found = Path(__file__).with_name("remote_loader.py"), folder / "answers.json"
@@ -38,13 +39,13 @@ def answers(tmp_path_factory):
 
 @every_head
 def test_loads_computes_and_saves_again(answers, row, head):
-    """The same outputs and the same tokens as here; and again from what the fresh process saved, map included."""
+    """The same outputs and tokens as here, a complete map in what the fresh process saves, and the same again from that."""
     found = answers[f"{row.family}-{head}"]
     assert "error" not in found, found["error"]
     assert found["module"].startswith("transformers_modules.")
     model = row.build(head)
     expected = first_output(model)
-    for when in ("loaded", "saved again"):
+    for when in ("loaded", "saved again") if head == "AutoModelForCausalLM" else ("loaded",):
         torch.testing.assert_close(torch.tensor(found[when]["first"]), expected, rtol=1e-5, atol=1e-5)
     if head == "AutoModelForCausalLM":
         tokens = model.generate(some_ids(), max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()

@@ -1,4 +1,7 @@
-"""torch.export and ONNX: the exported graphs compute what the model computes, at sizes they were not exported with."""
+"""torch.export and ONNX of prefill and step: they compute what the model computes, at sizes they were not exported with.
+
+The export of a whole forward is in test_matrix_compile.
+"""
 
 import subprocess
 import sys
@@ -32,38 +35,6 @@ feeds = {name: first[name] for name in first.files} | {"input_ids": np.array([[5
 logits = onnxruntime.InferenceSession(sys.argv[1]).run(None, feeds)[0]
 assert logits.shape[0] == 1 and np.isfinite(logits).all() and "torch" not in sys.modules
 """
-
-
-class Forward(torch.nn.Module):
-    """Logits of all tokens, with padding."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        """See the class."""
-        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-
-@dynamic_rows
-def test_forward_of_any_batch_and_length(row):
-    """One graph for every batch and length, with a mask."""
-    model = row.causal_lm()
-    ids = tokens(2, 9)
-    both = {0: BATCH, 1: LENGTH}
-    with torch.no_grad():
-        shapes = {"input_ids": both, "attention_mask": both}
-        graph = export(Forward(model), (ids, torch.ones_like(ids)), dynamic_shapes=shapes, strict=False).module()
-        for batch, length in ((2, 9), (3, 40), (5, 2)):
-            ids = tokens(batch, length, seed=1)
-            mask = torch.ones_like(ids)
-            mask[0, : length // 2] = 0
-            expected = model(ids, attention_mask=mask).logits
-            torch.testing.assert_close(graph(ids, mask)[1:], expected[1:], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(
-                graph(ids, mask)[0, length // 2 :], expected[0, length // 2 :], rtol=1e-4, atol=1e-5
-            )
 
 
 @dynamic_rows
