@@ -5,6 +5,7 @@ Checked on transformers 5.17 and 5.23, PyTorch 2.11 and 2.13. When a release mov
 
 import torch
 from transformers import initialization as init
+from transformers.activations import GELUActivation
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -75,6 +76,7 @@ __all__ = [
     "STATIC_LAYER_TYPE_MAPPING",
     "CacheLayerMixin",
     "ForCausalLMLoss",
+    "GELUActivation",
     "GradientCheckpointingLayer",
     "LinearAttentionLayer",
     "OutputRecorder",

@@ -2,9 +2,9 @@
 
 import torch
 from torch import nn
-from transformers.activations import GELUActivation
 
 from .backend import runs_triton
+from .compat import GELUActivation
 from .plain_linear import has_hooks, is_plain
 from .recurrent_cache import RecurrentStateLayer
 from .step_linear import KERNEL_DTYPES, LARGEST_STEP_BATCH

@@ -14,7 +14,7 @@ Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN, GELUActivation
+from transformers.activations import ACT2FN
 
 from .causal_lm import (
     RecurrentForCausalLM,
@@ -25,7 +25,14 @@ from .causal_lm import (
     mask_for_generate,
     without_cache_in_training,
 )
-from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, init, merge_with_config_defaults
+from .compat import (
+    GELUActivation,
+    GradientCheckpointingLayer,
+    OutputRecorder,
+    capture_outputs,
+    init,
+    merge_with_config_defaults,
+)
 from .configuration_leap import LeapConfig
 from .gelu_linear import gelu_feed_forward
 from .layer_output import LayerOutput, refuse_maps_after
