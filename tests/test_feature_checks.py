@@ -13,8 +13,15 @@ from benchmarks.features.models import SUBJECTS
 ROOT = Path(__file__).parents[1]
 MEASURED = json.loads(RESULTS.read_text())
 OURS = [subject for subject in SUBJECTS.values() if subject.ours]
+# Seconds each, and in every run for the same families in tests/test_matrix_compile.py (which leaves SEA out).
+TRACING = ("compiled_prefill", "compiled_decode", "exported_fixed", "exported_dynamic")
 CASES = [
-    pytest.param(subject, check, id=f"{subject.name.lower().replace(' ', '-')}-{check}")
+    pytest.param(
+        subject,
+        check,
+        id=f"{subject.name.lower().replace(' ', '-')}-{check}",
+        marks=[pytest.mark.slow] * (check in TRACING and subject.name != "SEA"),
+    )
     for subject in OURS
     for check in (*CHECKS, *MORE)
     if MEASURED[subject.name]["checks"][check]["passed"] is not None

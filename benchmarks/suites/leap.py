@@ -43,12 +43,15 @@ def decoding_jobs(settings: Settings) -> list[Job]:
             "LEAP (published form), recomputes": partial(Recomputing, settings, context),
         }
         jobs.append(Job(f"decode, batch {DECODING_BATCH}, context {context:,}", makers))
-    alone = {
-        f"LEAP (ours), context {context:,}": partial(Decoding, our_leap, RecurrentCache, settings, context)
-        for context in sorted(settings.lengths or DECODING_CONTEXTS, reverse=True)
-    }
-    # The longest first, so that the ratios say how much faster than the shortest it is; GPT-2's cache would disturb.
-    return [Job(f"decode, batch {DECODING_BATCH}, LEAP alone", alone), *jobs]
+    contexts = sorted(settings.lengths or DECODING_CONTEXTS, reverse=True)
+    if (
+        len(contexts) > 1
+    ):  # the longest against the shorter ones, without GPT-2, whose cache of the long context would disturb
+        alone = {
+            f"LEAP (ours), context {n:,}": partial(Decoding, our_leap, RecurrentCache, settings, n) for n in contexts
+        }
+        jobs.append(Job(f"decode, batch {DECODING_BATCH}, LEAP alone", alone))
+    return jobs
 
 
 def our_leap(settings: Settings, positions: int):

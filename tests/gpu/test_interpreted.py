@@ -15,6 +15,16 @@ import torch
 ROOT = Path(__file__).parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+# Of each module one case or a few of every kernel, chosen by name: all of them take four minutes.
+QUICK = {
+    "test_leap_kernels": "near_windows and 70-4 or masks_documents and None-True-True-False",
+    "test_danet_kernels": "test",
+    "test_danet_causal_kernels": "padding or keys_that_are",
+    "test_sea_kernels": "slots or narrow or causal_kernel and 16 and False or sort and 1-query or limits and keys-3",
+    "test_decoding": "linear or fused_step and True and rotary",
+    "test_gelu_kernels": "test",
+}
+
 RUN_EVERY_FAMILY = """
 import torch
 import hf_linear_attn
@@ -42,19 +52,23 @@ def run(arguments: list[str], **environment) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel tests run on the GPU itself")
 @pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton (part of the extra `dev` on Linux)")
-@pytest.mark.parametrize(
-    "module",
-    [
-        "test_leap_kernels",
-        "test_danet_kernels",
-        "test_danet_causal_kernels",
-        "test_sea_kernels",
-        "test_decoding",
-        "test_gelu_kernels",
-    ],
-)
+@pytest.mark.parametrize("module", QUICK)
 def test_small_cases_through_the_interpreter(module):
-    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/test_{module}.py"], TRITON_INTERPRET="1")
+    interpret(module, "-k", QUICK[module])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel tests run on the GPU itself")
+@pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton (part of the extra `dev` on Linux)")
+@pytest.mark.parametrize("module", QUICK)
+def test_all_small_cases_through_the_interpreter(module):
+    interpret(module)
+
+
+def interpret(module: str, *selection: str) -> None:
+    """Run a module's tests that are small enough, or those of a selection; each takes up to seconds."""
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/{module}.py", *selection]
+    done = run(words, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "passed" in done.stdout
 

@@ -58,6 +58,8 @@ class MixinSettings(modeling.ModelTesterMixin, training.TrainingTesterMixin):
     training_overfit_learning_rate = 3e-3
 
     def setUp(self):
+        if self.row.family == "danet" and "eager_matches_sdpa_inference" in self._testMethodName:
+            self.skipTest("no layer of this row has softmax; those of hybrids are compared in tests/danet")
         self.model_tester = Sizes(self.row)
 
     def test_config(self):
