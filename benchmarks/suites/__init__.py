@@ -36,6 +36,12 @@ def _leap_decode(settings: Settings) -> list[Job]:
     return decoding_jobs(settings)
 
 
+def _leap_contexts(settings: Settings) -> list[Job]:
+    from .leap import context_jobs
+
+    return context_jobs(settings)
+
+
 def _danet_forward(settings: Settings) -> list[Job]:
     from .danet import jobs
 
@@ -51,6 +57,7 @@ def _danet_train(settings: Settings) -> list[Job]:
 SUITES: dict[str, Callable[[Settings], list[Job]]] = {
     "leap-train": _leap_train,
     "leap-decode": _leap_decode,
+    "leap-contexts": _leap_contexts,
     "danet-forward": _danet_forward,
     "danet-train": _danet_train,
 }

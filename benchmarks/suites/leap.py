@@ -43,15 +43,17 @@ def decoding_jobs(settings: Settings) -> list[Job]:
             "LEAP (published form), recomputes": partial(Recomputing, settings, context),
         }
         jobs.append(Job(f"decode, batch {DECODING_BATCH}, context {context:,}", makers))
-    contexts = sorted(settings.lengths or DECODING_CONTEXTS, reverse=True)
-    if (
-        len(contexts) > 1
-    ):  # the longest against the shorter ones, without GPT-2, whose cache of the long context would disturb
-        alone = {
-            f"LEAP (ours), context {n:,}": partial(Decoding, our_leap, RecurrentCache, settings, n) for n in contexts
-        }
-        jobs.append(Job(f"decode, batch {DECODING_BATCH}, LEAP alone", alone))
     return jobs
+
+
+def context_jobs(settings: Settings) -> list[Job]:
+    """LEAP alone, from states of several contexts: the longest first, so that the others are compared with it.
+
+    Without GPT-2 in the process, whose cache of a long context takes the processor's caches from whatever runs next.
+    """
+    contexts = sorted(settings.lengths or DECODING_CONTEXTS, reverse=True)
+    makers = {f"LEAP (ours), context {n:,}": partial(Decoding, our_leap, RecurrentCache, settings, n) for n in contexts}
+    return [Job(f"decode, batch {DECODING_BATCH}", makers)]
 
 
 def our_leap(settings: Settings, positions: int):
