@@ -37,7 +37,7 @@ docs: $(STAMP) ## build the documentation site, links checked, into build/site
 
 notebooks: $(STAMP) ## execute the notebooks at their small size (a few minutes)
 	@echo "== notebooks"
-	OMP_NUM_THREADS=2 $(BIN)/pytest -p no:cacheprovider --nbmake --nbmake-timeout=1200 --timeout=1800 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:cacheprovider --nbmake --nbmake-timeout=1200 --timeout=1800 notebooks
 
 lint: $(STAMP) ## ruff check, ruff format, mypy
 	@echo "== lint"
