@@ -38,7 +38,12 @@ def printed(module: str, arguments: str) -> str:
 
 
 def filled(text: str) -> str:
-    """The page with every marked table printed anew."""
+    """The page with every marked table printed anew; ValueError where a mark names no command."""
+    marks, tables = len(re.findall("<!-- table", text)), len(MARKED.findall(text))
+    if marks != tables:
+        raise ValueError(
+            f"{marks} marks begin a table, {tables} have the form '<!-- table: python -m MODULE ARGUMENTS -->' with an end"
+        )
     return MARKED.sub(lambda m: f"{m[1]}\n{printed(m[2], m[3])}\n\n{m[4]}", text)
 
 

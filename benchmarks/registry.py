@@ -59,6 +59,20 @@ class Case:
     limit: float | None = None
 
 
+def layer_pass(attend: Callable[..., torch.Tensor], given: list[torch.Tensor], tokens: int, training: bool) -> Work:
+    """`attend(*given)`, and its backward into `given` where `training`."""
+
+    def step():
+        with torch.set_grad_enabled(training):
+            out = attend(*given)
+            if training:
+                for x in given:
+                    x.grad = None
+                out.float().square().mean().backward()
+
+    return Work(step, tokens)
+
+
 def device() -> str:
     """Where cases run."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hf_linear_attn.modeling.backend import use_backend
 from hf_linear_attn.modeling.dense_attention import dense_attention
 
-from ..registry import Case, Work, device, relative_error
+from ..registry import Case, Work, device, layer_pass, relative_error
 
 LENGTHS = (1024, 16384, 131072)
 TOKENS = 65536
@@ -47,16 +47,7 @@ def flash(q, k, v):
 def make(attend, length: int, training: bool) -> Work:
     """One pass."""
     given = inputs(length, grad=training)
-
-    def step():
-        with torch.set_grad_enabled(training):
-            out = attend(*given)
-            if training:
-                for x in given:
-                    x.grad = None
-                out.float().square().mean().backward()
-
-    return Work(step, given[0].shape[0] * length)
+    return layer_pass(attend, given, given[0].shape[0] * length, training)
 
 
 def check(arguments: dict, length: int) -> tuple[float, float]:

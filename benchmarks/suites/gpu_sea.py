@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hf_linear_attn.modeling.backend import use_backend
 from hf_linear_attn.modeling.sea_attention import SeaAttentionCore, SeaOptions
 
-from ..registry import Case, Work, device, relative_error
+from ..registry import Case, Work, device, layer_pass, relative_error
 
 LENGTHS = (512, 2048, 8192, 32768, 65536, 262144)
 TOKENS = 65536
@@ -71,17 +71,8 @@ def flash(length: int):
 
 def make(build, length: int, training: bool) -> Work:
     """One pass of a layer."""
-    attend, given = build(length), inputs(length, grad=training)
-
-    def step():
-        with torch.set_grad_enabled(training):
-            out = attend(*given)
-            if training:
-                for x in given:
-                    x.grad = None
-                out.float().square().mean().backward()
-
-    return Work(step, given[0].shape[0] * length)
+    given = inputs(length, grad=training)
+    return layer_pass(build(length), given, given[0].shape[0] * length, training)
 
 
 def check(length: int) -> tuple[float, float]:
