@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 2 examples/distributed/train.py --cpu --shard --output outputs/sharded
 
 `--masked` trains an encoder on masked words: --family danet --masked --config '{"is_causal": false}'.
+`--teacher FOLDER` distils a pretrained BERT, Llama, OPT or GPT-2 into its SEA student: --teacher FOLDER --config '{"k": 64}'.
 `--batch-size` counts rows over all processes, so that runs on another number of processes see the same batches.
 The loss of every step goes to OUTPUT/losses.json.
 """
@@ -17,7 +18,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments, set_seed
 
+from hf_linear_attn.conversion import linearize
 from hf_linear_attn.registration import FAMILIES
+from hf_linear_attn.training import SeaDistillationArguments, SeaDistillationTrainer
 from hf_linear_attn.training.masked_words import MaskedOnce, MaskingCollator
 from hf_linear_attn.training.text_data import load_files, load_speeches
 from hf_linear_attn.training.tokenized_text import TokenBlocks, prepare_text
@@ -27,7 +30,8 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="leap", choices=list(FAMILIES))
-    parser.add_argument("--config", type=json.loads, default={}, help="fields of the family's configuration, as JSON")
+    parser.add_argument("--teacher", help="folder or Hub id of a pretrained model, distilled into its SEA student")
+    parser.add_argument("--config", type=json.loads, default={}, help="fields of the configuration, as JSON")
     parser.add_argument("--masked", action="store_true", help="guess masked words (encoders), not the next word")
     parser.add_argument("--data", nargs="*", default=[], help="text files (default: the State of the Union speeches)")
     parser.add_argument("--vocab-size", type=int, default=4000)
@@ -46,11 +50,14 @@ def parse() -> argparse.Namespace:
 
 def build_model(options: argparse.Namespace, vocabulary: int, shards: int):
     """The model of the family with its first weights, the same on every number of processes; sharded on request."""
-    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "hidden_dropout_prob": 0.0}
-    config = FAMILIES[options.family][0](**(sizes | {"vocab_size": vocabulary} | options.config))
     auto_class = AutoModelForMaskedLM if options.masked else AutoModelForCausalLM
     set_seed(0)
-    model = auto_class.from_config(config)
+    if options.teacher:
+        model = linearize(auto_class.from_pretrained(options.teacher), "sea", **options.config)
+    else:
+        sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "hidden_dropout_prob": 0.0}
+        config = FAMILIES[options.family][0](**(sizes | {"vocab_size": vocabulary} | options.config))
+        model = auto_class.from_config(config)
     if shards == 1:
         return model
     from transformers.distributed import DistributedConfig
@@ -76,6 +83,15 @@ def save_whole(model, options: argparse.Namespace) -> None:
     torch.distributed.barrier()
 
 
+def build_trainer(options: argparse.Namespace, model, arguments: TrainingArguments, rows, tokenizer) -> Trainer:
+    """A Trainer, or that of distillation with a whole teacher in every process."""
+    if not options.teacher:
+        return Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    auto_class = AutoModelForMaskedLM if options.masked else AutoModelForCausalLM
+    teacher = auto_class.from_pretrained(options.teacher)
+    return SeaDistillationTrainer(model, teacher, arguments, train_dataset=rows, processing_class=tokenizer)
+
+
 def main() -> None:
     """Train, and write down every loss."""
     options = parse()
@@ -86,7 +102,8 @@ def main() -> None:
         raise SystemExit(f"--batch-size {options.batch_size} is not a multiple of the {processes} processes")
     names = {"activation_checkpointing", "gradient_checkpointing"} & set(TrainingArguments.__dataclass_fields__)
     checkpointing = {min(names): True} if options.activation_checkpointing else {}
-    arguments = TrainingArguments(
+    arguments_class = SeaDistillationArguments if options.teacher else TrainingArguments
+    arguments = arguments_class(
         output_dir=str(options.output),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size // processes,
@@ -104,12 +121,12 @@ def main() -> None:
     )
     with arguments.main_process_first(desc="tokenizing"):
         text = load_files(options.data, [], []) if options.data else load_speeches()
-        tokenizer, tokens = prepare_text(text, options.vocab_size, None, for_encoder=options.masked)
+        tokenizer, tokens = prepare_text(text, options.vocab_size, options.teacher, for_encoder=options.masked)
     rows = TokenBlocks(tokens.ids["train"], options.block_length, name="train")
     if options.masked:  # drawn once, so that every number of processes guesses the same words
         rows = MaskedOnce(rows, MaskingCollator(tokenizer, share=0.15))
     model = build_model(options, len(tokenizer), processes if options.shard else 1)
-    trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer = build_trainer(options, model, arguments, rows, tokenizer)
     if options.shard:  # while loading: Accelerate is to leave the model as it is
         trainer.accelerator.prepare_model = lambda model, **_: model
     trainer.train(resume_from_checkpoint=options.resume or None)

@@ -18,25 +18,37 @@ import torch
 import yaml
 from common.families import COMMON, ROWS, TINY
 from safetensors.torch import load_file
+from sea.hosts import make_teacher
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from hf_linear_attn.training.tokenized_text import train_bpe_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"
 RUNNER = Path(__file__).with_name("run_examples.py")
-# Each family's language model, and an encoder. SEA is made from a pretrained model: its training is distillation
-# (tests/sea/test_sea_distillation.py).
-KINDS = ("leap", "fastformer", "danet", "danet-encoder")
+# Each family's language model, and an encoder; SEA is distilled from a tiny Llama.
+KINDS = ("leap", "fastformer", "danet", "danet-encoder", "sea")
 TRAINED = [row for row in ROWS if row.name in KINDS]
 every_kind = pytest.mark.parametrize("row", TRAINED, ids=[row.name for row in TRAINED])
 STEPS, SAVE = 4, 2
 
 
 def arguments(row, output, text, *more):
-    """Arguments of a tiny run."""
+    """Arguments of a tiny run; beside `text` lies the teacher of SEA."""
     config = {k: v for k, v in (COMMON | TINY[row.family] | row.options).items() if k != "vocab_size"}
+    model = ["--family", row.family]
+    if row.family == "sea":
+        model, config = ["--teacher", str(text.with_name("teacher"))], {"k": 4, "predictor_length": 16}
     fixed = ["--vocab-size", "280", "--block-length", "12", "--batch-size", "4", "--steps", str(STEPS), "--cpu"]
-    named = ["--family", row.family, "--config", json.dumps(config), "--data", str(text), "--output", str(output)]
+    named = [*model, "--config", json.dumps(config), "--data", str(text), "--output", str(output)]
     return [*fixed, "--save-steps", str(SAVE), *named, *([] if row.causal else ["--masked"]), *more]
+
+
+def save_teacher(text):
+    """A tiny Llama with a tokenizer of `text`, in a folder beside it."""
+    tokenizer = train_bpe_tokenizer([text.read_text()], 280)
+    tokenizer.save_pretrained(text.with_name("teacher"))
+    make_teacher("llama", vocab_size=len(tokenizer)).save_pretrained(text.with_name("teacher"))
 
 
 def environment(**more):
@@ -64,6 +76,7 @@ def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     text = folder / "text.txt"
     text.write_text(" ".join(f"Message {i * i % 97} of {i}: peace and work." for i in range(150)))
+    save_teacher(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_LINEAR_ATTN_CACHE", str(folder / "cache"))
         for row in TRAINED:

@@ -9,9 +9,8 @@ from .parser import Parser
 from .result import show, words_aside
 
 DESCRIPTION = """\
-Continue a prompt with a model from a folder or the Hub, printing the text as it comes, then the size of the state that
-the
-model carries and the tokens per second. A linear attention model's state does not grow with the text;
+Continue a prompt with a model from a folder or the Hub, printing the text as it comes, then the size of the state
+that the model carries and the tokens per second. A linear attention model's state does not grow with the text;
 GPT-2's cache does.
 """
 

@@ -46,9 +46,8 @@ def linearize(
     Args:
         model: a BERT, Llama, OPT or GPT-2 in memory (it is not changed), or the path or Hub id of one.
         family: `"sea"`, the only family that can be put into a pretrained model.
-        task (*optional*): the Auto class to load a path with, such as `"AutoModelForCausalLM"`; from its
-        configuration's
-            `architectures` if not given. For a model in memory its class decides.
+        task (*optional*): the Auto class to load a path with, such as `"AutoModelForCausalLM"`; from the
+            `architectures` of its configuration if not given. For a model in memory its class decides.
         dtype (*optional*): dtype to load a path in; float32 if not given.
         **options: fields of `SeaConfig`, such as `k`, `predictor_length`, `softmax_layers`.
 

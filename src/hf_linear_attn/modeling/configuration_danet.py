@@ -31,56 +31,50 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 32): number of blocks L.
         num_attention_heads (`int`, defaults to 1): heads H. One head is best for language; more heads are cheaper.
         is_causal (`bool`, defaults to `False`): `False` is an encoder, `True` a decoder that sees earlier tokens alone.
-        layer_pattern (`str`, defaults to `"g"`): codes joined by `_` and repeated over the layers:
-        `g` global, `l` local, `sl`
-            shifted local, `sw` sliding window (causal only);
-            `softmax` is ordinary attention, `swa@softmax` (causal only), `l@softmax` and `sl@softmax` are ordinary
-            attention in the windows of `sw`, `l` and `sl`.
-        window_size (`int`, defaults to 1024): tokens w in a window of every code but `g` and `softmax`;
-        positive and even.
-        attention_mode (`str`, defaults to `"auto"`): order of the products in global encoder layers:
-        `"linear"`, `"quadratic"`,
-            or linear when the head size is at most the length, and in a torch.export program of dynamic length. Results
-            are equal; windows always choose by themselves.
+        layer_pattern (`str`, defaults to `"g"`): codes joined by `_` and repeated over the layers: `g` global, `l`
+            local, `sl` shifted local, `sw` sliding window (causal only); `softmax` is ordinary attention,
+            `swa@softmax` (causal only), `l@softmax` and `sl@softmax` are ordinary attention in the windows of `sw`,
+            `l` and `sl`.
+        window_size (`int`, defaults to 1024): tokens w in a window of every code but `g` and `softmax`; positive and
+            even.
+        attention_mode (`str`, defaults to `"auto"`): order of the products in global encoder layers: `"linear"`,
+            `"quadratic"`, or linear when the head size is at most the length, and in a torch.export program of dynamic
+            length. Results are equal; windows always choose by themselves.
         chunk_size (`int`, *optional*): tokens of a causal chunk; near the head size if not given. Results are equal.
         ffn_type (`str`, defaults to `"relu"`): `"relu"` (also fit for float16) or `"swiglu"` (needs bfloat16 or
-        float32).
+            float32).
         ffn_expansion (`float`, defaults to 4): f. The feed-forward layer is f d wide, for SwiGLU 2 f d / 3.
         intermediate_size (`int`, *optional*): its width; from `ffn_expansion` if not given (SwiGLU: rounded up to 128).
-        position_embedding_type (`str`, defaults to `"rotary"`):
-        `"learned"` (bounded) or `"sinusoidal"`, added to the embeddings;
-            `"rotary"`, `"cosine"`, `"cos_minus_sin"`, applied in each layer; or `"none"`.
+        position_embedding_type (`str`, defaults to `"rotary"`): `"learned"` (bounded) or `"sinusoidal"`, added to the
+            embeddings; `"rotary"`, `"cosine"`, `"cos_minus_sin"`, applied in each layer; or `"none"`.
         max_position_embeddings (`int`, defaults to 512): longest text with learned positions; no limit for the others.
-        relpe_scheme (`str`, defaults to `"q,k"`): what the layers' positions multiply:
-        `"qkv"` (the input of the layer), or any
-            of `q`, `k`, `v` joined by commas.
+        relpe_scheme (`str`, defaults to `"q,k"`): what the layers' positions multiply: `"qkv"` (the input of the
+            layer), or any of `q`, `k`, `v` joined by commas.
         rope_theta (`float`, defaults to 10000.0): base of the wavelengths.
         local_relpe (`bool`, defaults to `True`): whether positions in `l` and `sl` layers count from the window's
-        start.
-        pre_norm, post_norm (`str`, default to `"max_norm"`):
-        norm before the attention and after the feed-forward layer.
+            start.
+        pre_norm, post_norm (`str`, default to `"max_norm"`): norm before the attention and after the feed-forward
+            layer.
         embedding_norm, final_norm, lm_head_norm, pooler_norm (`str`, *optional*): the other norms; `None` is none.
-        maxnorm_eps (`float`, defaults to 1e-3): epsilon of `max_norm`. scaled_norm_eps (`float`, defaults to 1e-12):
-        of the others.
+        maxnorm_eps (`float`, defaults to 1e-3): epsilon of `max_norm`.
+        scaled_norm_eps (`float`, defaults to 1e-12): epsilon of the other norms.
         scale_mode (`str`, *optional*): the factor n^(-1/3) of global layers has n = the real tokens of the text
-            (`"valid_length"`, for encoders) or n = `scale_length` (`"fixed"`, for decoders:
-            a prefix does not depend on the rest).
+            (`"valid_length"`, for encoders) or n = `scale_length` (`"fixed"`, for decoders: a prefix does not depend
+            on the rest).
         scale_length (`int`, defaults to 2048): n of `"fixed"`; the length that the model is trained at.
-        hidden_dropout_prob, attention_dropout, embedding_dropout (`float`, default to 0.0):
-        dropout in the feed-forward layers, on
-            the layers' inputs and after the embeddings.
+        hidden_dropout_prob, attention_dropout, embedding_dropout (`float`, default to 0.0): dropout in the
+            feed-forward layers, on the layers' inputs and after the embeddings.
         classifier_dropout (`float`, *optional*): dropout before a classifier, `hidden_dropout_prob` if not given.
         initializer_range (`float`, defaults to 0.02): embeddings N(0, r), linear layers uniform(-r, r).
         query_initializer_range (`float`, *optional*): deviation of the query matrices, r / sqrt(2 L d) if not given.
-        pooler (`str`, *optional*): token(s) that stand for the text: `"first"`, `"mean"`, `"max"`, `"last"`;
-        mean for encoders,
-            last for decoders if not given. pooler_mask_padding (`bool`, defaults to `True`):
-            whether padding is left out;
-            `False` is the published behaviour.
+        pooler (`str`, *optional*): token(s) that stand for the text: `"first"`, `"mean"`, `"max"`, `"last"`; mean for
+            encoders, last for decoders if not given.
+        pooler_mask_padding (`bool`, defaults to `True`): whether padding is left out; `False` is the published
+            behaviour.
         pooler_dense (`bool`, defaults to `True`), pooler_act (`str`, defaults to `"gelu"`): what follows.
         lm_head_act (`str`, defaults to `"gelu"`), classifier_bias (`bool`, defaults to `False`): the heads.
-        use_token_type (`bool`, defaults to `False`), type_vocab_size (`int`, defaults to 2):
-        embeddings of text A and text B.
+        use_token_type (`bool`, defaults to `False`), type_vocab_size (`int`, defaults to 2): embeddings of text A and
+            text B.
         softmax_attention_heads (`int`, *optional*), attention_bias (`bool`, defaults to `False`): of softmax layers.
         use_cache (`bool`, *optional*): whether a decoder returns its state; needs `scale_mode="fixed"`.
         tie_word_embeddings (`bool`, defaults to `True`): whether logits use the embedding matrix.

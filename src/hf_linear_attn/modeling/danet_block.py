@@ -86,8 +86,8 @@ class DenseAttention(nn.Module):
             hidden_states (`torch.Tensor` of shape `(B, T, d)`): normalised and scaled.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 keeps; padding may stand anywhere.
             position_ids (`torch.Tensor` of shape `(B, T)` or `(1, T)`, *optional*): counted if not given.
-            segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): documents, non-decreasing;
-            0 goes on from the state.
+            segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): documents, non-decreasing; 0 goes on from the
+                state.
             past_key_values (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
             state, return_state: what an earlier call returned, and whether to return it (causal layers only).
             output_attentions (`bool`): also return the raw scores A_ij (q_i . k_j), which are not normalised; O(T^2).

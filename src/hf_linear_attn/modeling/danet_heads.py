@@ -14,8 +14,7 @@ class DanetPooler(nn.Module):
     """One vector (B, d) for each text: a token, the mean or the maximum, then dense layer, activation and norm.
 
     Padding is left out on any side; `pooler_mask_padding=False` takes all columns, as the published model does.
-    A row of padding
-    alone pools to a finite vector.
+    A row of padding alone pools to a finite vector.
     """
 
     def __init__(self, config: DanetConfig):

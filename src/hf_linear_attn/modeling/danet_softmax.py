@@ -1,9 +1,7 @@
-"""The softmax layers of a hybrid DANet: an ordinary pre-norm Transformer block through Transformers' attention
-interface.
+"""The softmax layers of a hybrid DANet: ordinary pre-norm blocks through Transformers' attention interface.
 
-It keeps keys and values in the ordinary cache, beside the fixed-size states of the DenseAttention layers.
-Unlike the published
-hybrid it honours padding. Source: DANet specification, section 3.4.
+They keep keys and values in the ordinary cache, beside the fixed-size states of the DenseAttention layers. Unlike the
+published hybrid they honour padding. Source: DANet specification, section 3.4.
 """
 
 import torch

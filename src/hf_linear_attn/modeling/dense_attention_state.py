@@ -18,8 +18,7 @@ class DenseAttentionState(NamedTuple):
     """State of one layer; its size does not depend on the number of tokens seen.
 
     memory: (B, H, D, D) in float32 or wider for g, l and sl; (B, 2, w, H, D) ring of keys and values for sw, where the
-        token of
-        rank p stands in slot p mod w and a slot never written holds zeros.
+        token of rank p stands in slot p mod w and a slot never written holds zeros.
     count: (B,) int64, tokens seen in the current document.
     """
 

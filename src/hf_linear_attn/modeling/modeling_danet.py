@@ -141,8 +141,7 @@ class DanetModel(DanetPreTrainedModel):
             past_key_values (`Cache`, *optional*): the state to go on from; updated in place. Decoders only.
             use_cache (`bool`, *optional*): whether to make and return a state.
             **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions` (raw
-            scores,
-                which are not normalised).
+                scores, which are not normalised).
 
         Returns:
             [`RecurrentModelOutput`].

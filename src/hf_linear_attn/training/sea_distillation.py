@@ -2,13 +2,11 @@
 
     teacher = AutoModelForCausalLM.from_pretrained("path/or/hub-id")
     student = linearize(teacher, "sea", k=64, predictor_length=128)
-    trainer = SeaDistillationTrainer(model=student, teacher=teacher, args=SeaDistillationArguments("out",
-    max_steps=1000),
-                                     train_dataset=...)
-    trainer.train()
+    args = SeaDistillationArguments("out", max_steps=1000)
+    SeaDistillationTrainer(model=student, teacher=teacher, args=args, train_dataset=...).train()
 
-The teacher runs frozen, a batch at a time; of each of its layers only queries, keys and context are kept, and every T
-x T comparison is made by blocks of rows in the student's layer, so memory stays linear in the length.
+The teacher runs frozen, a batch at a time; of each of its layers only queries, keys and context are kept, and every
+T x T comparison is made by blocks of rows in the student's layer, so memory stays linear in the length.
 """
 
 from collections import defaultdict
