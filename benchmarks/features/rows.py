@@ -19,7 +19,6 @@ CHECKED = "tests/test_feature_checks.py::test_check"
 
 NO_DECODER = "an encoder does not generate"
 NO_PREFIX = "it writes keys and values into the cache, and a state has no place for them: refused with the reason"
-NO_DISTRIBUTED_SEA = "SEA is distilled from a teacher by its own trainer, not by the example script"
 
 
 @dataclass(frozen=True)
@@ -220,22 +219,18 @@ GROUPS: dict[str, list[Row]] = {
         Row(
             "`accelerate launch`, DDP: two processes give one process's losses",
             tests=(DIST + "test_losses_are_those_of_one_process",),
-            no={"SEA": NO_DISTRIBUTED_SEA},
         ),
         Row(
             "FSDP2: every parameter is a DTensor, same losses",
             tests=(DIST + "test_fsdp2_really_shards",),
-            no={"SEA": NO_DISTRIBUTED_SEA},
         ),
         Row(
             "DDP, FSDP2, DeepSpeed ZeRO-2 configurations on two GPUs",
             tests=(DIST + "test_configurations_on_two_gpus",),
-            no={"SEA": NO_DISTRIBUTED_SEA},
         ),
         Row(
             "Resumes on another number of processes",
             tests=(DIST + "test_resumes_on_another_number_of_processes",),
-            no={"SEA": NO_DISTRIBUTED_SEA},
         ),
         Row(
             check="whole_blocks",

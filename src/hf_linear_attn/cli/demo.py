@@ -74,7 +74,7 @@ def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn demo", description=DESCRIPTION, epilog=EXAMPLES)
     made.add_argument(
-        "--steps", type=int, default=700, metavar="INT", help="optimizer steps of each model (default: 700)"
+        "--steps", type=int, default=560, metavar="INT", help="optimizer steps of each model (default: 560)"
     )
     made.add_argument(
         "--output", default="outputs/demo", metavar="FOLDER", help="folder of the results (default: outputs/demo)"
