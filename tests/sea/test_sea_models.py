@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, T5Config
 
 import hf_linear_attn
@@ -170,6 +171,17 @@ def test_attention_estimate_and_cells_can_be_looked_at(host):
     torch.testing.assert_close(plain.logits, output.logits, atol=1e-5, rtol=1e-4)
     assert plain.get("attentions") is None
     assert "estimated_attentions" not in plain
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_outputs_can_be_taken_apart_and_built_again(host):
+    """DistributedDataParallel does that with every output."""
+    output = make_student(host)(make_ids(), output_sea=True)
+    leaves, structure = tree_flatten(output)
+    again = tree_unflatten(leaves, structure)
+    assert type(again) is type(output)
+    assert list(again) == list(output)
+    assert again.kept_cells[1] is output.kept_cells[1]
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -9,6 +9,7 @@ from .configuration_common import DerivedLayerTypes, check_format
 from .sea_attention import SeaOptions
 from .sea_cache import SEA_LAYER_TYPE
 from .sea_hosts import find_host, head_size
+from .sea_output import SEA_FIELDS
 
 # Kept equal in both configurations, because Transformers reads them on ours and the host's heads on theirs.
 SHARED_WITH_HOST = (
@@ -52,14 +53,7 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
     """
 
     model_type = "sea"
-    keys_to_ignore_at_inference = [
-        "past_key_values",
-        "estimated_attentions",
-        "kept_cells",
-        "kept_keys",
-        "attention_losses",
-        "fidelity",
-    ]
+    keys_to_ignore_at_inference = ["past_key_values", *SEA_FIELDS]
     sub_configs = {"host_config": AutoConfig}
 
     host_config: dict | PreTrainedConfig | None = None

@@ -37,6 +37,16 @@ class Distillation:
     measure: bool = False
 
 
+class LayerResults:
+    """What the layers of a call leave behind, by layer, in `found`.
+
+    Neither a dataclass nor a dict, since FSDP2 copies those, with what they hold, on their way into each layer.
+    """
+
+    def __init__(self):
+        self.found: dict[int, Any] = {}
+
+
 @dataclass
 class SeaCall:
     """One forward call of a SEA model.
@@ -50,8 +60,8 @@ class SeaCall:
         output_attentions: whether layers return their T x S attention.
         collect: whether layers leave their results in `results`.
         distillation: a teacher's targets, None outside distillation.
-        recorded: where softmax layers leave their own targets (a teacher's forward), or None.
-        results: layer -> SeaCoreOutput (its state removed).
+        recorded: where softmax layers leave their own `TeacherTargets` (a teacher's forward), or None.
+        results: where SEA layers leave their `SeaCoreOutput` (its state removed).
     """
 
     layout: TokenLayout
@@ -62,8 +72,8 @@ class SeaCall:
     output_attentions: bool = False
     collect: bool = False
     distillation: Distillation | None = None
-    recorded: dict[int, TeacherTargets] | None = None
-    results: dict[int, SeaCoreOutput] = field(default_factory=dict)
+    recorded: LayerResults | None = None
+    results: LayerResults = field(default_factory=LayerResults)
 
 
 def register_attention() -> None:
@@ -102,7 +112,8 @@ def sea_attention_forward(
         output = _softmax_layer(query, key, value, sea_call, bool(module.is_causal), scaling, dropout)
         if sea_call.recorded is not None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            sea_call.recorded[index] = TeacherTargets(context=output[0].flatten(2), q=query, k=key, scaling=scale)
+            targets = TeacherTargets(context=output[0].flatten(2), q=query, k=key, scaling=scale)
+            sea_call.recorded.found[index] = targets
         return output
     output = _sea_layer(core, query, key, value, sea_call, index, scaling)
     if layer is not None:
@@ -115,7 +126,7 @@ def sea_attention_forward(
         output.state = None
         if not sea_call.output_attentions:
             output.kept = output.attention_probs = None  # the dense backend's: T x S, and nobody asked for them
-        sea_call.results[index] = output
+        sea_call.results.found[index] = output
     context = output.context.unflatten(-1, (query.shape[1], -1))
     return context, output.attention_probs if sea_call.output_attentions else None
 

@@ -21,6 +21,7 @@ from .sea_documents import PackedRows
 from .sea_host_attention import ATTENTION_NAME, SeaCall, register_attention
 from .sea_hosts import attention_layers, find_host, head_size
 from .sea_inputs import check_call, join_masks, pooling_real_tokens
+from .sea_output import extend_output
 from .sequence_inputs import SequenceInputs, prepare_sequence
 
 
@@ -139,17 +140,18 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
         if causal and cache is None and "past_key_values" in output:
             output["past_key_values"] = None
-        results = [call.results[i] for i in sorted(call.results)]
+        results = [result for _, result in sorted(call.results.found.items())]
+        found = {}
         if output_sea:
-            output["estimated_attentions"] = tuple(result.estimated_probs for result in results)
-            output["kept_cells"] = tuple(result.cells for result in results)
+            found["estimated_attentions"] = tuple(result.estimated_probs for result in results)
+            found["kept_cells"] = tuple(result.cells for result in results)
             if call.output_attentions:
-                output["kept_keys"] = tuple(result.kept for result in results)
+                found["kept_keys"] = tuple(result.kept for result in results)
         if distillation is not None:
-            output["attention_losses"] = tuple(result.losses for result in results)
+            found["attention_losses"] = tuple(result.losses for result in results)
             if distillation.measure:
-                output["fidelity"] = tuple(result.fidelity for result in results)
-        return output, sequence
+                found["fidelity"] = tuple(result.fidelity for result in results)
+        return extend_output(output, **found), sequence
 
     def _prepare(self, tokens, attention_mask, position_ids, cache, past: int, kwargs: dict):
         """Ranks and masks of a call; takes the keywords out of `kwargs` that only matter here."""

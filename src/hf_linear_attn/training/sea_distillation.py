@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..modeling.modeling_sea import SeaPreTrainedModel
 from ..modeling.real_token_order import TokenLayout
 from ..modeling.sea_documents import PackedRows
-from ..modeling.sea_host_attention import ATTENTION_NAME, Distillation, SeaCall, register_attention
+from ..modeling.sea_host_attention import ATTENTION_NAME, Distillation, LayerResults, SeaCall, register_attention
 from ..modeling.sea_hosts import HOSTS
 from ..modeling.sea_inputs import PACKING_KEYWORDS
 from ..modeling.sea_losses import TeacherTargets
@@ -131,7 +131,7 @@ def record_targets(teacher: PreTrainedModel, inputs: dict[str, Any]) -> tuple[di
     packed = None
     if sequence.segment_ids is not None:
         packed = PackedRows.find(sequence.segment_ids.expand(batch, -1), mask, mask, 0)
-    call = SeaCall(layout=layout, mask=mask, key_mask=mask, documents=packed, recorded={})
+    call = SeaCall(layout=layout, mask=mask, key_mask=mask, documents=packed, recorded=LayerResults())
     if HOSTS[teacher.config.model_type].causal:
         arguments["use_cache"] = False
     if not HOSTS[teacher.config.model_type].token_types:
@@ -140,7 +140,7 @@ def record_targets(teacher: PreTrainedModel, inputs: dict[str, Any]) -> tuple[di
         output = teacher(
             **arguments, position_ids=positions, output_hidden_states=True, return_dict=True, sea_call=call
         )
-    return call.recorded, output
+    return call.recorded.found, output
 
 
 class SeaDistillationTrainer(Trainer):

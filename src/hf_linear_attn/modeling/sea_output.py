@@ -1,0 +1,24 @@
+"""What a SEA model returns: the host's output class, extended by the fields that were asked for.
+
+They are fields of a class, not keys added to an output: whoever takes outputs apart and puts them together again
+(DistributedDataParallel, FSDP, pipelines of stages) builds them from their fields.
+"""
+
+from dataclasses import field, make_dataclass
+from functools import cache
+
+from transformers.utils import ModelOutput
+
+SEA_FIELDS = ("estimated_attentions", "kept_cells", "kept_keys", "attention_losses", "fidelity")
+
+
+@cache
+def sea_output_class(host_class: type[ModelOutput]) -> type[ModelOutput]:
+    """The subclass of a host's output class with SEA's fields, each None unless it was asked for."""
+    fields = [(name, tuple | None, field(default=None)) for name in SEA_FIELDS]
+    return make_dataclass(f"Sea{host_class.__name__}", fields, bases=(host_class,), namespace={"__module__": __name__})
+
+
+def extend_output(output: ModelOutput, **found: tuple) -> ModelOutput:
+    """`output` with these of SEA's fields."""
+    return sea_output_class(type(output))(**output, **found) if found else output
