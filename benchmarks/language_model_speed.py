@@ -19,7 +19,8 @@ def measure_models(
     training step (weights, gradients and Adam's averages included), bytes of the state after `length` tokens.
 
     Models take turns in every round, so that other work on the machine slows all of them. Weights are float32, the forward
-    pass is autocast to bfloat16 on a GPU, nothing is compiled. Decoding: batch 1, at a context of `length` tokens.
+    pass is autocast to bfloat16 on a GPU; training steps are compiled where the recipe says so. Decoding: batch 1, eager, at a
+    context of `length` tokens.
     """
     trainers = {name: Trainer(name, setting, vocab_size, device) for name in names}
     found: dict[str, dict[str, Any]] = {
@@ -53,6 +54,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(0)
         self.model = build(name, setting, vocab_size).to(device)
+        self.run = torch.compile(self.model) if setting.recipe.compile else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.ids = torch.randint(3, vocab_size, (setting.recipe.batch_size, setting.recipe.length), device=device)
         self.seconds(3)
@@ -65,7 +67,7 @@ class Trainer:
         started = time.perf_counter()
         for _ in range(steps):
             with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=self.cuda):
-                loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+                loss = self.run(input_ids=self.ids, labels=self.ids, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.setting.recipe.clip)
             self.optimizer.step()

@@ -1,5 +1,6 @@
 """Language models of ten million parameters on one budget: GPT-2, a Llama-style Transformer, LEAP (windowed, all-global),
-Fastformer and causal DANet, on the speeches (BPE of 8192) and on docs8 (bytes). `benchmarks.corpora` makes the texts.
+Fastformer and causal DANet, on the speeches (BPE of 8192), on docs8 and on a slice of it (bytes). `benchmarks.corpora` makes the
+texts.
 
     python -m benchmarks.language_models sweep --data outputs/speeches.npz --output outputs/language-models --jobs 18
     python -m benchmarks.language_models speed --data outputs/speeches.npz --output outputs/language-models
@@ -35,7 +36,8 @@ RATES = (5e-4, 1.5e-3, 4.5e-3)
 RECIPE = Recipe(length=1024, batch_size=8, schedule="cosine", warmup=0.05, weight_decay=0.1, evaluations=12)
 SETTINGS = {
     "speeches": Setting(320, 6, 5, replace(RECIPE, epochs=4)),
-    "docs8": Setting(384, 6, 6, replace(RECIPE, epochs=1)),
+    "docs8": Setting(384, 6, 6, replace(RECIPE, epochs=1, batch_size=32)),
+    "docs8-slice": Setting(384, 6, 6, replace(RECIPE, epochs=1)),
 }
 TINY = Setting(32, 3, 1, replace(RECIPE, length=64, batch_size=4, epochs=1, max_steps=12, evaluations=3))
 
@@ -228,9 +230,10 @@ def label_of(options: argparse.Namespace) -> str:
 def setting_of(options: argparse.Namespace) -> Setting:
     """The corpus's setting, or the tiny one; with the batch size asked for."""
     setting = TINY if options.tiny else SETTINGS[corpus_of(options.data)]
+    recipe = replace(setting.recipe, compile=options.compile)
     if options.batch_size:
-        return replace(setting, recipe=replace(setting.recipe, batch_size=options.batch_size))
-    return setting
+        recipe = replace(recipe, batch_size=options.batch_size)
+    return replace(setting, recipe=recipe)
 
 
 def device_of(options: argparse.Namespace) -> str:
@@ -296,6 +299,7 @@ def arguments() -> argparse.Namespace:
         command.add_argument(
             "--batch-size", type=int, help="another one: smaller batches are more steps on the same tokens"
         )
+        command.add_argument("--compile", action="store_true", help="training steps through torch.compile")
         command.add_argument("--rounds", type=int, default=5, help="of `speed`")
         command.add_argument("--jobs", type=int, default=1, help="runs at once")
         command.add_argument("--threads", type=int, default=1, help="CPU threads of a run")

@@ -31,7 +31,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0
     precision: str = "bfloat16"
-    compile: bool = False
+    compile: bool = False  # the training steps; evaluation, whose batches differ in size, stays eager
     max_steps: int | None = None  # a shorter run, for trying things out
     evaluations: int | None = None  # points of the curve, at equal distances; one an epoch if not given
 
@@ -75,7 +75,7 @@ def train(
         training_loss = torch.stack(losses).mean().item()  # waits for the device, so the clock is right
         seconds += time.perf_counter() - started
         losses.clear()
-        validation_loss = mean_loss(run, blocks["validation"], recipe)
+        validation_loss = mean_loss(model, blocks["validation"], recipe)
         curve.append({"step": step, "training": training_loss, "validation": validation_loss, "seconds": seconds})
         print(f"step {step}/{steps}: training {training_loss:.4f}, validation {validation_loss:.4f}", flush=True)
         if on_evaluation is not None:
@@ -84,7 +84,7 @@ def train(
         started = time.perf_counter()
     return {
         "validation": _metrics(curve[-1]["validation"], text, "validation"),
-        "test": _metrics(mean_loss(run, blocks["test"], recipe), text, "test"),
+        "test": _metrics(mean_loss(model, blocks["test"], recipe), text, "test"),
         "curve": curve,
         "steps": steps,
         "training_seconds": seconds,

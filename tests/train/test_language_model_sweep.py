@@ -37,15 +37,17 @@ def test_the_other_seeds_run_at_the_best_rate_until_all_are_there():
 
 def test_bytes_are_cut_into_splits_and_come_back(tmp_path):
     data = bytes(range(200))
-    facts = save_bytes(data, tmp_path / "text.xz", train_bytes=50, held_out_bytes=5)
+    facts = save_bytes(data, tmp_path / "text.xz", {"train": 50, "validation": 5, "test": 7})
     text, read = load_text(tmp_path / "text.xz")
     assert read == facts
     assert facts["corpus_sha256"] == hashlib.sha256(data).hexdigest()
     assert {split: bytes(ids) for split, ids in text.ids.items()} == {
         "train": data[:50],
         "validation": data[180:185],
-        "test": data[190:195],
+        "test": data[190:197],
     }
+    assert facts["corpus"] == "docs8-slice"
+    assert save_bytes(data, tmp_path / "whole.xz", {"validation": 5})["corpus"] == "docs8"
     (tmp_path / "text.json").write_text((tmp_path / "text.json").read_text().replace(facts["sha256"], "0" * 64))
     with pytest.raises(ValueError, match="is not the file"):
         load_text(tmp_path / "text.xz")
