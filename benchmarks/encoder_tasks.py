@@ -5,8 +5,9 @@
 
 Both families get the same text, tokenizer, batches and steps, and as many learning rates to choose from, each around those that
 suit it. Pre-training: each rate once, the best one by validation loss goes on. Fine-tuning on each set: each rate with the first
-seed, from that checkpoint and from new weights; the rate that is best by validation accuracy then with the other seeds, too. The
-test part chooses nothing. Every run is a folder with training_report.json, and is not repeated while that file is there.
+seed, from that checkpoint and from new weights; the rate that is best by validation accuracy then with the other seeds, too.
+--finetuning-config danet=pooler=max tries every rate with that change of the model, too, and the choice is among all. The test
+part chooses nothing. Every run is a folder with training_report.json, and is not repeated while that file is there.
 `--preset tiny` tries everything out in minutes on two cores.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 FAMILIES = ("danet", "bert")
 STARTS = ("pretrained", "new")
 REPORT = "training_report.json"
+Choice = tuple[float, str]  # a learning rate, and what of the model's config was changed ("" is nothing)
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,10 @@ def pretraining_command(
 
 
 def finetuning_command(
-    preset: Preset, data: str, rate: float, seed: int, start: list[Any], folder: Path, options: argparse.Namespace
+    preset: Preset, data: str, choice: Choice, seed: int, start: list[Any], folder: Path, options: argparse.Namespace
 ) -> list[str]:
     """`hf-linear-attn train --task classification`; start: the words that name a checkpoint or new weights."""
+    rate, change = choice
     words = [
         "--task",
         "classification",
@@ -113,6 +116,7 @@ def finetuning_command(
         "--learning-rate",
         rate,
     ]
+    words += ["--config", *change.split(",")] if change else []
     return [*words, "--seed", seed, *start, *_flags(preset.finetuning), *_common(options, folder)]
 
 
@@ -188,11 +192,15 @@ def best_pretraining(output: Path, family: str) -> Path | None:
     return min(done, key=lambda pair: pair[1]["validation"]["loss"])[0] if done else None
 
 
-def best_rate(output: Path, data: str, family: str, start: str, seed: int) -> float | None:
-    """Learning rate of the finished fine-tuning with that seed that has the highest validation accuracy."""
+def best_choice(output: Path, data: str, family: str, start: str, seed: int) -> Choice | None:
+    """Rate and change of the model with the highest validation accuracy among the finished fine-tunings with that seed."""
     done = reports(f"{_name_of(data)}-{family}-{start}-*-seed{seed}", output)
     best = max(done, key=lambda each: each["validation"]["accuracy"], default=None)
-    return None if best is None else best["options"]["learning_rate"]
+    return None if best is None else (best["options"]["learning_rate"], _change(best["options"]))
+
+
+def _change(options: dict[str, Any]) -> str:
+    return ",".join(options.get("config") or [])
 
 
 def _start_words(preset: Preset, family: str, checkpoint: Path) -> dict[str, list[Any]]:
@@ -213,19 +221,28 @@ def run(options: argparse.Namespace) -> None:
     run_together(commands, options.jobs, options.gpus)
 
     first, *others = options.seeds
+    all_choices = {
+        family: [
+            (rate, change)
+            for change in ("", *(change for name, change in options.finetuning_config if name == family))
+            for rate in preset.finetuning_rates[family]
+        ]
+        for family in FAMILIES
+    }
     checkpoints = {family: found for family in FAMILIES if (found := best_pretraining(options.output, family))}
 
     def fine_tuning(start: str, seed: int) -> dict[Path, list[Any]]:
-        """The runs of one start and seed: at every rate with the first seed, at the best one with another."""
+        """The runs of one start and seed: every choice with the first seed, the best one with another."""
         found = {}
         for data in options.sets if start in options.starts else ():
             for family, checkpoint in checkpoints.items():
-                best = best_rate(options.output, data, family, start, first)
-                rates = preset.finetuning_rates[family] if seed == first else (() if best is None else (best,))
-                for rate in rates:
-                    folder = options.output / f"{_name_of(data)}-{family}-{start}-{rate:g}-seed{seed}"
+                best = best_choice(options.output, data, family, start, first)
+                choices = all_choices[family] if seed == first else ([] if best is None else [best])
+                for rate, change in choices:
+                    name = f"{_name_of(data)}-{family}-{start}-{rate:g}{f'-{change}' if change else ''}-seed{seed}"
+                    folder = options.output / name
                     words = _start_words(preset, family, checkpoint)[start]
-                    found[folder] = finetuning_command(preset, data, rate, seed, words, folder, options)
+                    found[folder] = finetuning_command(preset, data, (rate, change), seed, words, folder, options)
         return found
 
     run_together(fine_tuning("pretrained", first), options.jobs, options.gpus)
@@ -247,11 +264,17 @@ def with_changes(preset: Preset, options: argparse.Namespace) -> Preset:
     return replace(preset, **changes)
 
 
-def family_rates(word: str) -> tuple[str, tuple[float, ...]]:
-    """danet=1e-3,3e-3 of the command line."""
-    family, _, rates = word.partition("=")
+def of_family(word: str) -> tuple[str, str]:
+    """danet=... of the command line."""
+    family, _, rest = word.partition("=")
     if family not in FAMILIES:
         raise argparse.ArgumentTypeError(f"{word!r} does not begin with one of {', '.join(FAMILIES)} and =")
+    return family, rest
+
+
+def family_rates(word: str) -> tuple[str, tuple[float, ...]]:
+    """danet=1e-3,3e-3 of the command line."""
+    family, rates = of_family(word)
     return family, tuple(float(rate) for rate in rates.split(","))
 
 
@@ -271,6 +294,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     finetuning = [
         {key: each[key] for key in ("family", "parameters", "steps", "training_seconds", "validation", "test")}
         | {key: each["options"][key] for key in ("learning_rate", "seed")}
+        | {"change": _change(each["options"])}
         | {"set": Path(each["options"]["output"]).name.partition(f"-{each['family']}-")[0]}
         | {"start": "pretrained" if each["options"]["from_checkpoint"] else "new"}
         for each in reports("*-seed*", options.output)
@@ -296,33 +320,39 @@ def table(options: argparse.Namespace) -> None:
         "\n| set | family | start | rate | seeds | test accuracy | macro F1 | validation accuracy at each rate, first seed |"
     )
     print("|---|---|---|---:|---:|---|---|---|")
-    for names, (rate, runs, tried) in chosen(found["finetuning"]).items():
+    for names, (choice, runs, tried) in chosen(found["finetuning"]).items():
         cells = []
         for metric in ("accuracy", "macro_f1"):
             values = [100 * each["test"][metric] for each in runs]
             spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
-        cells.append(", ".join(f"{each:g}: {100 * tried[each]:.1f}" for each in sorted(tried)))
-        print(f"| {' | '.join(names)} | {rate:g} | {len(runs)} | {' | '.join(cells)} |")
+        cells.append(", ".join(f"{_words(each)}: {100 * tried[each]:.1f}" for each in sorted(tried)))
+        print(f"| {' | '.join(names)} | {_words(choice)} | {len(runs)} | {' | '.join(cells)} |")
 
 
-def chosen(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[float, list[dict], dict[float, float]]]:
-    """(set, family, start) -> rate chosen, its runs, and the validation accuracy of the first seed at each rate."""
-    groups: dict[tuple[str, str, str], dict[float, list[dict]]] = {}
+def _words(choice: Choice) -> str:
+    """0.001, or 0.001 with pooler=max."""
+    rate, change = choice
+    return f"{rate:g} with {change}" if change else f"{rate:g}"
+
+
+def chosen(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[Choice, list[dict], dict[Choice, float]]]:
+    """(set, family, start) -> the choice, its runs, and the validation accuracy of the first seed at each choice."""
+    groups: dict[tuple[str, str, str], dict[Choice, list[dict]]] = {}
     for each in runs:
-        rates = groups.setdefault((each["set"], each["family"], each["start"]), {})
-        rates.setdefault(each["learning_rate"], []).append(each)
+        choices = groups.setdefault((each["set"], each["family"], each["start"]), {})
+        choices.setdefault((each["learning_rate"], each.get("change", "")), []).append(each)
     found = {}
-    for names, rates in groups.items():
-        first = min(run["seed"] for of_rate in rates.values() for run in of_rate)
+    for names, choices in groups.items():
+        first = min(run["seed"] for of_choice in choices.values() for run in of_choice)
         tried = {
-            rate: run["validation"]["accuracy"]
-            for rate, of_rate in rates.items()
-            for run in of_rate
+            choice: run["validation"]["accuracy"]
+            for choice, of_choice in choices.items()
+            for run in of_choice
             if run["seed"] == first
         }
         best = max(tried, key=tried.__getitem__)
-        found[names] = best, rates[best], tried
+        found[names] = best, choices[best], tried
     return found
 
 
@@ -356,6 +386,14 @@ def main(words: list[str] | None = None) -> None:
                     metavar="FAMILY=RATE,RATE",
                     help="instead of the preset's",
                 )
+            command.add_argument(
+                "--finetuning-config",
+                type=of_family,
+                nargs="+",
+                default=[],
+                metavar="FAMILY=KEY=VALUE",
+                help="changes of a family's model that fine-tuning may choose, at every rate beside the unchanged one",
+            )
             command.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="of fine-tuning")
             command.add_argument("--threads", type=int, help="CPU threads of a run")
             command.add_argument("--cpu", action="store_true", help="stay on the CPU, in float32")

@@ -26,9 +26,11 @@ def started(monkeypatch):
             start = value_of(words, "--from-checkpoint") if "--from-checkpoint" in words else None
             family = Path(start).name.split("-")[1] if start else value_of(words, "--family")
             good = min(rate, 2e-3)  # the best rate is the one just above 2e-3 or the largest
-            scores = {"loss": -good, "accuracy": good, "macro_f1": good / 2}
             options = {"learning_rate": rate, "seed": 0 if masked else int(value_of(words, "--seed"))}
             options |= {"output": str(folder), "from_checkpoint": start}
+            options["config"] = [value_of(words, "--config")] if "--config" in words else []
+            good += 1e-4 * len(options["config"])  # any change is a little better
+            scores = {"loss": -good, "accuracy": good, "macro_f1": good / 2}
             report = {"family": family, "parameters": 1, "steps": 2, "training_tokens": 3, "training_seconds": 4.0}
             report |= {"validation": scores, "test": scores, "options": options, "machine": {}}
             folder.mkdir(parents=True)
@@ -74,6 +76,20 @@ def test_steps_rates_and_starts_of_the_command_line(started, tmp_path, capsys):
     with pytest.raises(SystemExit):
         encoder_tasks.main(["run", "--finetuning-rates", "gpt2=1e-3"])
     assert "danet, bert" in capsys.readouterr().err
+
+
+def test_a_change_of_the_model_is_one_more_choice_at_every_rate(started, tmp_path, capsys):
+    words = "--finetuning-rates danet=1e-3,3e-3 bert=1e-4 --finetuning-config danet=pooler=max --starts pretrained"
+    encoder_tasks.main(
+        ["run", "--preset", "tiny", "--output", str(tmp_path), "--sets", "r8", "--seeds", "0", "1", *words.split()]
+    )
+    kinds = ("0.001", "0.003", "0.001-pooler=max", "0.003-pooler=max")
+    runs = [name for name in started if name.startswith("r8-danet")]
+    first = [f"r8-danet-pretrained-{kind}-seed0" for kind in kinds]
+    assert runs == [*first, "r8-danet-pretrained-0.003-pooler=max-seed1"]
+    assert [name for name in started if name.startswith("r8-bert") and "pooler" in name] == []
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| r8 | danet")]
+    assert lines[0].startswith("| r8 | danet | pretrained | 0.003 with pooler=max | 2 |")
 
 
 def test_runs_are_spread_over_the_devices(monkeypatch, tmp_path):
