@@ -20,6 +20,12 @@ DATA = Path(__file__).parents[1] / "docs" / "data"
 BUDGET = "[one budget](#six-language-models-one-budget)"
 PAPER = "[paper's setting](#leap-against-gpt-2-at-the-papers-setting)"
 SPEED = "[performance](performance.md)"
+# of the comparison on one budget: what is given, and what the text is
+TEXTS = {
+    "speeches": ("perplexity", "the speeches"),
+    "docs8": ("bits_per_byte", "docs8"),
+    "docs8-slice": ("bits_per_byte", "a tenth of docs8"),
+}
 Row = tuple[str, str, str, str, str]
 
 
@@ -59,16 +65,24 @@ def language_models() -> Iterator[Row]:
 
 
 def _tried() -> str:
-    """The best variant of DANet on docs8, beside the Llama of the same seed."""
-    runs = json.loads((DATA / "language-models.json").read_text())["docs8"]["runs"]
-    variants = [run for run in runs if run["model"] in VARIANTS and run["model"].startswith("danet")]
-    best = min(variants, key=lambda run: run["validation"]["loss"])
-    llama = next(
-        run for run in best_runs([run for run in runs if run["model"] == "llama"]) if run["seed"] == best["seed"]
-    )
-    a, b = (run["test"]["bits_per_byte"] for run in (best, llama))
-    change = CHANGES[best["model"]].removeprefix("DANet: ")
-    return f"with {change}, one seed, {a:.3f} against {b:.3f}"
+    """The best variant of DANet on each text that has one, beside the Llama of the same seeds."""
+    written = []
+    for corpus, found in _texts():
+        runs = found[corpus]["runs"]
+        variants = [run for run in runs if run["model"] in VARIANTS and run["model"].startswith("danet")]
+        if not variants:
+            continue
+        name = min(variants, key=lambda run: run["validation"]["loss"])["model"]
+        best, llama = (best_runs([run for run in runs if run["model"] == each]) for each in (name, "llama"))
+        seeds = {run["seed"] for run in best} & {run["seed"] for run in llama}
+        a, b = (
+            statistics.mean(run["test"]["bits_per_byte"] for run in each if run["seed"] in seeds)
+            for each in (best, llama)
+        )
+        change = CHANGES[name].removeprefix("DANet: ")
+        number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        written.append(f"with {change}, {number}, {a:.3f} against {b:.3f} on {TEXTS[corpus][1]}")
+    return "; ".join(written)
 
 
 def _against(pairs: list[tuple[float, float, str]]) -> str:
@@ -85,17 +99,21 @@ def _paper(model: str) -> float:
     return statistics.mean(json.loads(file.read_text())["test"]["perplexity"] for file in files)
 
 
-def _budget(ours: str, other: str) -> list[tuple[float, float, str]]:
-    """Means of the seeds at each one's best rate, on both texts."""
+def _texts() -> Iterator[tuple[str, dict]]:
+    """Names of the texts that are measured, each with all results."""
     found = json.loads((DATA / "language-models.json").read_text())
+    return ((corpus, found) for corpus in TEXTS if "runs" in found.get(corpus, {}))
+
+
+def _budget(ours: str, other: str) -> list[tuple[float, float, str]]:
+    """Means of the seeds at each one's best rate, on each text that has both."""
     pairs = []
-    for corpus, key, what in (
-        ("speeches", "perplexity", "at ten million parameters"),
-        ("docs8", "bits_per_byte", "bits per byte"),
-    ):
-        runs = [best_runs([run for run in found[corpus]["runs"] if run["model"] == name]) for name in (ours, other)]
-        a, b = (statistics.mean(run["test"][key] for run in each) for each in runs)
-        pairs.append((a, b, what))
+    for corpus, found in _texts():
+        key, what = TEXTS[corpus]
+        runs = [[run for run in found[corpus]["runs"] if run["model"] == name] for name in (ours, other)]
+        if all(runs):
+            a, b = (statistics.mean(run["test"][key] for run in best_runs(each)) for each in runs)
+            pairs.append((a, b, f"on {what}" if key == "perplexity" else f"bits per byte on {what}"))
     return pairs
 
 

@@ -82,13 +82,14 @@ def _facts(found: dict) -> str:
     at_once = sorted({run["runs_at_once"] for run in found["runs"]})
     beside = f"{at_once[0]} to {at_once[-1]}" if len(at_once) > 1 else f"{at_once[0]}"
     recipe, machine = run["setting"]["recipe"], run["machine"]
+    compiled = "torch.compile; " if recipe.get("compile") else ""
     tokens = run["steps"] * recipe["batch_size"] * recipe["length"]
     sha = run["text"].get("corpus_sha256", run["text"]["sha256"])
     return (
         f"{tokens / 1e6:.1f} million training tokens in {run['steps']:,} steps of {recipe['batch_size']} x "
         f"{recipe['length']:,}; AdamW, weight decay {recipe['weight_decay']}, {recipe['schedule']} schedule with "
         f"{recipe['warmup']:.0%} warm-up, clip {recipe['clip']}, {recipe['precision']} autocast, no dropout; "
-        f"{beside} runs at once on one {machine['device']}, PyTorch {machine['torch']}, transformers "
+        f"{compiled}{beside} runs at once on one {machine['device']}, PyTorch {machine['torch']}, transformers "
         f"{machine['transformers']}, {machine['date']}. Text: {run['text'].get('description', run['text']['corpus'])}, "
         f"{run['text']['bytes']['train']:,} bytes of training text, sha256 {sha[:16]}."
     )
