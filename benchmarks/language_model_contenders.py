@@ -60,7 +60,9 @@ def _llama(setting: Setting, vocab_size: int, width: int) -> Any:
     )
 
 
-def _averaging(family: str, setting: Setting, vocab_size: int, width: int, windows: bool = True, **fields: Any) -> Any:
+def _averaging(
+    family: str, setting: Setting, vocab_size: int, width: int, windows: bool = True, more_heads: int = 1, **fields: Any
+) -> Any:
     """LEAP or Fastformer: weighted running means, over windows or over everything so far."""
     import hf_linear_attn
 
@@ -73,7 +75,7 @@ def _averaging(family: str, setting: Setting, vocab_size: int, width: int, windo
             vocab_size=vocab_size,
             hidden_size=setting.hidden_size,
             num_hidden_layers=setting.num_layers,
-            num_attention_heads=setting.num_heads,
+            num_attention_heads=more_heads * setting.num_heads,
             intermediate_size=width,
             max_position_embeddings=setting.recipe.length,
             use_local_attention=windows,
@@ -81,6 +83,12 @@ def _averaging(family: str, setting: Setting, vocab_size: int, width: int, windo
             **fields,
         )
     )
+
+
+def _leap_wide(setting: Setting, *sizes: int, **fields: Any) -> Any:
+    """Windows that double from layer to layer up to 64, and one global layer, the last."""
+    windows = [min(64, 4 * 2**layer) for layer in range(setting.num_layers - 1)]
+    return _averaging("leap", setting, *sizes, layer_windows=[*windows, None], **fields)
 
 
 def _danet(setting: Setting, vocab_size: int, width: int, **fields: Any) -> Any:
@@ -132,4 +140,7 @@ VARIANTS: dict[str, Callable[[Setting, int, int], Any]] = {
     ),
     "leap-rotary": partial(_averaging, "leap", position_embedding_type="rotary"),
     "leap-exp": partial(_averaging, "leap", focus_function="exp"),
+    "leap-wide": _leap_wide,
+    "leap-more-heads": partial(_averaging, "leap", more_heads=4),
+    "leap-wide-more-heads": partial(_leap_wide, more_heads=4),
 }

@@ -26,6 +26,9 @@ CHANGES = {
     "danet-three-changes": "DANet: windows of 16, a head for 64 features and initial weights up to 0.05 together",
     "leap-rotary": "LEAP: rotary positions",
     "leap-exp": "LEAP: exponential focus",
+    "leap-wide": "LEAP: windows of 4, 8, 16, 32, 64 and a global layer",
+    "leap-more-heads": "LEAP: four times as many heads",
+    "leap-wide-more-heads": "LEAP: these windows and four times as many heads",
 }
 PARTS = ("facts", "models", "claims", "costs", "rates", "variants", "cut")
 # (ours, the other, whether ours is claimed to be lower, published perplexities of the two)
