@@ -6,8 +6,7 @@ after an installation. Text: the presidents' speeches, which are in the public d
     python -m model_cards.tiny_leap --install outputs/tiny/leap                                        (into the package)
 
 Rows are short, because a prompt is: with rows of 1,024 tokens a model hardly practises beginnings. The weights are kept in
-float16 and computed with in float32. `--max-steps 20` tries it out on a CPU. The weights in the package are those after 2,145
-of the 2,860 steps, when the time on the GPU was over.
+float16 and computed with in float32. `--max-steps 20` tries it out on a CPU.
 """
 
 import argparse
