@@ -1,8 +1,12 @@
 """The documentation names what exists: functions and tests of the paper index, pages of the site, classes of the reference."""
 
+import argparse
 import ast
 import importlib
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +80,55 @@ def test_tables_are_those_of_their_commands():
     from benchmarks.pages import main
 
     assert main(["--check"]) == 0, "run `python -m benchmarks.pages`"
+
+
+def written_commands(page):
+    """Words of each command of ours in a page, continued lines joined, variables of the shell that the page sets filled in."""
+    text = page.read_text().replace("\\\n", " ")
+    variables = dict(re.findall(r'^\s+(\w+)="([^"]*)"$', text, flags=re.MULTILINE))
+    lines = re.findall(
+        r"^(?: {4}|\$ )?((?:python -m (?:benchmarks|model_cards)|hf-linear-attn ).*)$", text, re.MULTILINE
+    )
+    lines += re.findall(r"`((?:python -m (?:benchmarks|model_cards)|hf-linear-attn )[^`\n]*)`", text)
+    for line in lines:
+        for each in re.split(r" && | \|\| | ; | # | {2,}\(", re.sub(r"\$\(seq (\d+) (\d+)\)", r"\1 \2", line)):
+            filled = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), each)
+            words = shlex.split(filled, comments=True)
+            if words and words[0] in ("python", "hf-linear-attn"):
+                yield words
+
+
+class Parsed(Exception):
+    """The command line was understood."""
+
+
+class Misunderstood(Exception):
+    """Words were left that the parser does not know."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_understood(page, monkeypatch):
+    """Every flag and value of a documented command is one that its parser takes."""
+    real = argparse.ArgumentParser.parse_known_args
+
+    def parse(self, *given, **named):
+        """Ends the command before it does anything, whichever of argparse's methods was called."""
+        _, rest = real(self, *given, **named)
+        raise Misunderstood(rest) if rest else Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    for words in written_commands(page):
+        name, arguments = (words[2], words[3:]) if words[0] == "python" else ("hf_linear_attn", words[1:])
+        if not arguments:
+            continue  # a bare name in the text
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        try:
+            runpy.run_module(name, run_name="__main__")
+        except Parsed:
+            continue
+        except SystemExit as stop:
+            if stop.code in (None, 0):  # --help
+                continue
+        except Misunderstood:
+            pass
+        pytest.fail(f"not understood: {' '.join(words)}")
