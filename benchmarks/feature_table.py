@@ -108,11 +108,11 @@ def verdict(row: Row, column: str, results: dict) -> tuple[str, str]:
         return "no", measured["reason"]
     if measured is not None and not measured["passed"]:
         return "no", row.no.get(column) or reason(measured["reason"])
+    if column in row.no:
+        return "no", row.no[column]
     test = proof(row, column)
     if test is not None:
         return "yes", test
-    if column in row.no:
-        return "no", row.no[column]
     raise ValueError(f"{row_title(row)!r}: {column} has neither a test nor a reason why not")
 
 
