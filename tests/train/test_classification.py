@@ -1,6 +1,7 @@
 """Masked words and classification through the same command: what is masked, what is learnt, saved, resumed and refused."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from hf_linear_attn.training.checkpoints import StopOnSignal
 from hf_linear_attn.training.classification import train_classifier
 from hf_linear_attn.training.language_modeling import TrainingInterrupted, train_language_model
 from hf_linear_attn.training.masked_words import BlocksToMask, MaskedOnce, MaskingCollator, share_of_right_guesses
+from hf_linear_attn.training.model_choice import DANET_POOLER_NORM
 from hf_linear_attn.training.options import TrainingOptions
 from hf_linear_attn.training.tokenized_text import TokenBlocks, train_bpe_tokenizer
 
@@ -196,6 +198,30 @@ def test_task_decides_family_and_rate_where_none_are_given():
     assert (TrainingOptions().family, TrainingOptions().learning_rate) == ("leap", 3e-3)
     assert TrainingOptions(task="mlm").family == "danet"
     assert TrainingOptions(task="classification").learning_rate == 5e-4
+
+
+def test_the_pooled_vector_of_danet_has_a_norm_that_can_be_switched_off(encoder, classifier, tmp_path):
+    """From masked words, from new weights, and not in a classifier that was trained without."""
+
+    def norm_of(options):
+        train_classifier(options)
+        return json.loads((Path(options.output) / "config.json").read_text())["pooler_norm"]
+
+    train_language_model(encoder(steps=2, eval_every=2))
+    words, plain = str(tmp_path / "mlm-danet"), str(tmp_path / "plain")
+    few = {
+        "steps": 2,
+        "eval_every": 2,
+        "family": None,
+        "from_checkpoint": words,
+        "hidden_size": 128,
+        "vocab_size": 4096,
+    }
+    few |= {"num_hidden_layers": 4, "num_attention_heads": 2}
+    assert norm_of(classifier(output=str(tmp_path / "normed"), **few)) == DANET_POOLER_NORM
+    assert norm_of(classifier(output=plain, config=["pooler_norm=no_ln"], **few)) == "no_ln"
+    assert norm_of(classifier(output=str(tmp_path / "again"), **(few | {"from_checkpoint": plain}))) == "no_ln"
+    assert norm_of(classifier(output=str(tmp_path / "new"), steps=2, eval_every=2)) == DANET_POOLER_NORM
 
 
 def test_wrong_checkpoints_are_named(encoder, classifier, tmp_path):

@@ -10,6 +10,9 @@ from .options import ENCODERS, TrainingOptions
 WINDOWED_FAMILIES = ("leap", "fastformer")
 ENCODER_WINDOW = 32  # of the published encoders at 128 tokens
 DANET_WINDOW = 8  # of 8 and 32, the better one on the speeches in blocks of 512
+# The mean of vectors that MaxNorm keeps below 1 is small, and the layers of a new head make it smaller still: logits near 1e-3,
+# which take hundreds of steps to grow. Of the published models lra-text has this norm, which has no weights.
+DANET_POOLER_NORM = "uncentered_fixed_ln"
 
 
 # Task -> Auto class of its models.
@@ -39,7 +42,7 @@ def build_model(options: TrainingOptions, tokenizer, labels: Sequence[str] = ())
 
 
 def _checkpoint_fields(options: TrainingOptions) -> dict[str, Any]:
-    """Changes to a checkpoint's config that the options ask for, after a look at whether it fits them."""
+    """Changes to a checkpoint's config that the options ask for or the task wants, after a look at whether it fits them."""
     from transformers import AutoConfig
 
     import hf_linear_attn  # noqa: F401  (registers our families)
@@ -61,7 +64,11 @@ def _checkpoint_fields(options: TrainingOptions) -> dict[str, Any]:
         )
     for key in options.config_fields():
         _check_field(config, key, config.model_type)
-    return _dropout_fields(config.model_type, options.dropout) | options.config_fields()
+    values = _dropout_fields(config.model_type, options.dropout)
+    trained = any("SequenceClassification" in name for name in config.architectures or ())
+    if config.model_type == "danet" and options.task == "classification" and not trained and config.pooler_norm is None:
+        values["pooler_norm"] = DANET_POOLER_NORM
+    return values | options.config_fields()
 
 
 def _dropout_fields(family: str, dropout: float) -> dict[str, float]:
@@ -112,7 +119,8 @@ def build_config(options: TrainingOptions, tokenizer) -> Any:
 def _danet_fields(options: TrainingOptions) -> dict[str, Any]:
     """The published designs. Of the decoder: windows for short blocks, and global layers scaled for the length trained at."""
     if options.task != "causal-lm" and not options.causal:
-        return {"layer_pattern": "l_sl_g", "window_size": ENCODER_WINDOW}
+        encoder = {"layer_pattern": "l_sl_g", "window_size": ENCODER_WINDOW}
+        return encoder | ({"pooler_norm": DANET_POOLER_NORM} if options.task == "classification" else {})
     if not options.causal:
         raise ValueError("danet has an encoder and a decoder, and language models that write are decoders: give causal")
     return {
