@@ -299,7 +299,9 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         | {"start": "pretrained" if each["options"]["from_checkpoint"] else "new"}
         for each in reports("*-seed*", options.output)
     ]
+    newest = max(folder.stat().st_mtime for folder in options.output.glob(f"*/{REPORT}"))
     machine = reports("mlm-*", options.output)[0]["machine"]
+    machine |= {"date": time.strftime("%Y-%m-%d", time.gmtime(newest))}
     found = {"preset": options.preset, "machine": machine, "pretraining": pretraining, "finetuning": finetuning}
     file.write_text(json.dumps(found, indent=1) + "\n")
     return found
