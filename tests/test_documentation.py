@@ -75,6 +75,19 @@ def test_links_of_the_cards_lead_somewhere(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+SITE = ROOT / "docs"
+
+
+@pytest.mark.parametrize("page", sorted(SITE.rglob("*.md")), ids=lambda page: str(page.relative_to(SITE)))
+def test_links_of_the_site_stay_inside_it(page):
+    """What lies outside of docs/ is not part of the site, and its strict build refuses such a link."""
+    for target in re.findall(r"\]\(([^)#\s]+)", re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)):
+        if "://" not in target:
+            found = (page.parent / target).resolve()
+            assert found.exists(), target
+            assert found.is_relative_to(SITE), target
+
+
 def test_tables_are_those_of_their_commands():
     """The pages hold what the commands print from docs/data now."""
     from benchmarks.pages import main
