@@ -61,7 +61,7 @@ def test_head_sizes(head, window):
 @pytest.mark.parametrize("length", [2, 31, 70])
 def test_near_windows_in_one_backward_kernel(length, window, packed, monkeypatch):
     """What bfloat16 takes by itself, in float32."""
-    monkeypatch.setattr("hf_linear_attn.modeling.leap_mechanism_triton.NEAR_DTYPES", (torch.float32,))
+    monkeypatch.setattr("hf_linear_attn.modeling.leap_mechanism_triton.SMALL_DTYPES", (torch.float32,))
     projected, arguments = make(length, 16, packed=packed)
     compare(projected, window, arguments)
 

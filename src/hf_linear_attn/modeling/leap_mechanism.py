@@ -37,7 +37,7 @@ def leap_mechanism(
     Returns:
         `tuple`: the output (B, T, H, E) in the inputs' dtype, and the state or None.
     """
-    obstacle = _kernel_obstacle(projected, window, exponential, mask, initial_state, return_state)
+    obstacle = kernel_obstacle(projected, window, exponential, mask, initial_state, return_state)
     arguments = {"mask": mask, "segment_ids": segment_ids, "initial_state": initial_state, "return_state": return_state}
     if projected.shape[1] > 1 and runs_triton(projected, obstacle):
         return _with_kernel(projected, rotated, window, dropout, **arguments)
@@ -100,7 +100,7 @@ def _window_state(projected, rotated, window, counts, documents, last_document, 
     return windowed_mean(key_value, weights, window, mask=here, initial_state=initial_state, return_state=True)[1]
 
 
-def _kernel_obstacle(projected, window, exponential, mask, initial_state, return_state) -> str | None:
+def kernel_obstacle(projected, window, exponential, mask, initial_state, return_state) -> str | None:
     """Why the Triton kernel cannot do this call, or None."""
     if exponential:
         return "it has no exp focus"

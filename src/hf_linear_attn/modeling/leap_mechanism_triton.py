@@ -1,10 +1,10 @@
 """The LEAP mechanism as operators of Triton kernels (`leap_triton_kernels`), forward and backward.
 
-Chunks have 64 tokens (32 for near windows). Global layers take two steps more than windows: every chunk's total, and their
-running sum, which is 1/64 of the data.
+Global layers take two steps more than windows: every chunk's total, and their running sum. Near windows have a kernel of their
+own in backward, which walks along strips of small chunks (`leap_triton_windows`).
 
-Bytes a token and head of E features in b bytes: forward 5 E b (global 8 E b), backward 9 E b; where a window reaches further than
-a chunk of 32, and in global layers, backward takes two kernels, with 4 E float32 in between.
+Bytes a token and head of E features in b bytes: forward 5 E b (global 8 E b), backward 9 E b; far windows and global layers read
+the projections and the gradient once more (and global ones keys, values and focus a third time), in a second kernel.
 """
 
 import torch
@@ -15,22 +15,17 @@ except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
 from .backend import on_its_device
-from .leap_triton_kernels import (
-    backward_inputs_kernel,
-    backward_sums_kernel,
-    backward_window_kernel,
-    forward_kernel,
-    totals_kernel,
-)
+from .leap_triton_kernels import backward_readers_kernel, backward_writers_kernel, forward_kernel, totals_kernel
+from .leap_triton_windows import backward_strip_kernel
 from .running_sum import running_sum
 from .windowed_mean import EPS, windowed_sum
 
-CHUNK = 64
-# Windows that reach back no further than NEAR tokens run in smaller chunks: half the registers, so twice the programs at once.
-SMALL_CHUNK = 32
-NEAR = 16
-# Products in float32 take so many registers that the smaller chunk gains nothing.
-NEAR_DTYPES = (torch.bfloat16,)
+# Tokens a chunk and warps a program. Small chunks leave less for a program to wait for, and a near window wastes less of a table;
+# products in float32 are not bound by that.
+FAR_CHUNK, GLOBAL_CHUNK, NEAR_CHUNK = (64, 4), (32, 2), (16, 1)
+SMALL_DTYPES = (torch.bfloat16,)
+# The strips of near windows in backward: chunks, how many steps ahead inputs are asked for, warps.
+STRIP, STAGES, STRIP_WARPS = 16, 2, 2
 
 
 class _Call:
@@ -39,8 +34,9 @@ class _Call:
     def __init__(self, projected, query, key, window, dropout, mask, segment_ids):
         self.B, self.T, _, self.H, self.E = projected.shape
         bf16 = projected.dtype == torch.bfloat16
-        self.is_near = projected.dtype in NEAR_DTYPES and window is not None and window - 1 <= NEAR
-        self.C = SMALL_CHUNK if self.is_near else CHUNK
+        small = projected.dtype in SMALL_DTYPES
+        self.is_near = small and window is not None and window - 1 <= NEAR_CHUNK[0]
+        self.C, warps = NEAR_CHUNK if self.is_near else GLOBAL_CHUNK if small and window is None else FAR_CHUNK
         self.N = triton.cdiv(self.T, self.C)
         self.grid = (self.N, self.H, self.B)
         self.EP = max(16, triton.next_power_of_2(self.E))
@@ -66,7 +62,7 @@ class _Call:
             "PACKED": segment_ids is not None,
             "DROPOUT": dropout > 0,
             "ROTATED": rotated,
-            "num_warps": self.C // 16 if self.EP <= 64 else self.C // 8,
+            "num_warps": warps if self.EP <= 64 else 2 * warps,
             "num_stages": 1,
         }
         # How far a window reaches into the chunk before: as few rows as its length and the matrix units allow.
@@ -77,6 +73,13 @@ class _Call:
             "L": lookback if bf16 else self.C,
             "BF16": bf16,
         }
+
+    def strips(self):
+        """Grid and flags of the kernel for near windows."""
+        warps = STRIP_WARPS if self.EP <= 64 else 2 * STRIP_WARPS
+        flags = {**self.load_flags, "W": self.flags["W"], "BF16": self.flags["BF16"]}
+        flags |= {"S": STRIP, "STAGES": STAGES, "num_warps": warps}
+        return (triton.cdiv(self.N, STRIP), self.H, self.B), flags
 
     def scratch(self):
         """Empty totals of all chunks: (B, N, H, 2, EP) and (B, N, H)."""
@@ -141,7 +144,7 @@ def _carry(call, seed, state_sum, state_norm):
 
 @torch.library.custom_op("hf_linear_attn::leap_forward", mutates_args=())
 @on_its_device
-def _leap_forward(
+def leap_forward(
     projected: torch.Tensor,
     query: torch.Tensor | None,
     key: torch.Tensor | None,
@@ -153,6 +156,7 @@ def _leap_forward(
     state_sum: torch.Tensor | None,
     state_norm: torch.Tensor | None,
 ) -> list[torch.Tensor]:
+    """The output (B, T, H, E) and, for a global layer, the state after the row; `query`, `key` are the rotated ones or None."""
     call = _Call(projected, query, key, window, dropout, mask, segment_ids)
     out = projected.new_empty(call.B, call.T, call.H, call.E)
     carry = carry_norm = documents = None
@@ -166,7 +170,7 @@ def _leap_forward(
     return [out, *final]
 
 
-@_leap_forward.register_fake
+@leap_forward.register_fake
 def _(projected, query, key, window, dropout, seed, mask, segment_ids, state_sum, state_norm):
     batch, length, _, heads, width = projected.shape
     new = projected.new_empty
@@ -178,7 +182,7 @@ def _(projected, query, key, window, dropout, seed, mask, segment_ids, state_sum
 
 @torch.library.custom_op("hf_linear_attn::leap_backward", mutates_args=())
 @on_its_device
-def _leap_backward(
+def leap_backward(
     grad: torch.Tensor,
     projected: torch.Tensor,
     query: torch.Tensor | None,
@@ -189,6 +193,7 @@ def _leap_backward(
     mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
 ) -> list[torch.Tensor]:
+    """Gradients of `projected`, and of the rotated queries and keys where there are; arguments as for `leap_forward`."""
     call = _Call(projected, query, key, window, dropout, mask, segment_ids)
     rotated = key is not None
     dx = torch.empty_like(projected, memory_format=torch.contiguous_format)
@@ -198,22 +203,22 @@ def _leap_backward(
         grads += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key)]
     dq_stride = call.H * call.E * (1 if rotated else 4)
     if call.is_near:
-        # Held to 128 registers, twice as many programs run at once: 0.69 instead of 0.87 ms for 65,536 x 768.
-        backward_window_kernel[call.grid](
+        grid, flags = call.strips()
+        backward_strip_kernel[grid](
             call.query, *call.inputs, grad.contiguous(), grads[1] if rotated else dx, dx, grads[2] if rotated else dx,
-            dq_stride, *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H, call.N,
-            *call.query_strides, *call.strides, **{**call.flags, "num_warps": 4, "maxnreg": 128},
+            dq_stride, *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H,
+            *call.query_strides, *call.strides, **flags,
         )  # fmt: skip
         return grads
     carry = carry_norm = documents = total = total_norm = None
     if window is None:
         carry, carry_norm, documents, *_ = _carry(call, seed, None, None)
         total, total_norm = call.scratch()
-    dsums = torch.empty(call.B, call.T, call.H, 2, call.E, device=projected.device)
-    dnorm = torch.empty(call.B, call.T, call.H, device=projected.device)
-    backward_sums_kernel[call.grid](
-        call.query, *call.inputs, *call.pointers(carry, carry_norm, documents), grad.contiguous(),
-        grads[1] if rotated else dx, dsums, dnorm, *call.pointers(total, total_norm),
+    grad = grad.contiguous()
+    readers = torch.empty(call.B, call.H, 3, call.T, device=projected.device)
+    backward_readers_kernel[call.grid](
+        call.query, *call.inputs, *call.pointers(carry, carry_norm, documents), grad,
+        grads[1] if rotated else dx, readers, *call.pointers(total, total_norm),
         dq_stride, *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H, call.N,
         *call.query_strides, *call.strides, **call.flags,
     )  # fmt: skip
@@ -224,17 +229,40 @@ def _leap_backward(
         carry, carry_norm = (x.flip(1).contiguous() for x in _before(*running))
         if first is not None:
             documents = torch.cat([first[:, 1:], last[:, -1:]], dim=1).contiguous()
-    backward_inputs_kernel[call.grid](
-        *call.inputs, dsums, dnorm, *call.pointers(carry, carry_norm, documents), dx, grads[2] if rotated else dx,
-        *call.pointers(seed), dropout, call.scale, call.T, call.H, call.N, *call.strides, **call.flags,
+    backward_writers_kernel[call.grid](
+        call.query, *call.inputs, *call.pointers(carry, carry_norm, documents), grad, readers, dx, grads[2] if rotated else dx,
+        *call.pointers(seed), dropout, call.scale, call.T, call.H, call.N, *call.query_strides, *call.strides, **call.flags,
     )  # fmt: skip
     return grads
 
 
-@_leap_backward.register_fake
+@leap_backward.register_fake
 def _(grad, projected, query, key, window, dropout, seed, mask, segment_ids):
     like = [projected] if key is None else [projected, query, key]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+
+
+@torch.library.custom_op("hf_linear_attn::leap_forward_again", mutates_args=())
+def leap_forward_again(
+    grad: torch.Tensor,
+    projected: torch.Tensor,
+    window: int | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """The output of `leap_forward` once more, in backward.
+
+    `grad` is any gradient that is there by then: a compiler keeps the first output if nothing says that this call comes later.
+    """
+    return leap_forward(projected, None, None, window, dropout, seed, mask, segment_ids, None, None)[0]
+
+
+@leap_forward_again.register_fake
+def _(grad, projected, window, dropout, seed, mask, segment_ids):
+    batch, length, _, heads, width = projected.shape
+    return projected.new_empty(batch, length, heads, width)
 
 
 def _save(ctx, inputs, output):
@@ -245,11 +273,11 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grads):
     projected, query, key, seed, mask, segment_ids = ctx.saved_tensors
-    dx, *rotated = _leap_backward(grads[0], projected, query, key, *ctx.arguments, seed, mask, segment_ids)
+    dx, *rotated = leap_backward(grads[0], projected, query, key, *ctx.arguments, seed, mask, segment_ids)
     return dx, *(rotated or (None, None)), *[None] * 7
 
 
-_leap_forward.register_autograd(_differentiate, setup_context=_save)
+leap_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def leap_kernel(projected, rotated, window, dropout, mask, segment_ids, state):
@@ -261,7 +289,7 @@ def leap_kernel(projected, rotated, window, dropout, mask, segment_ids, state):
     projected, query, key = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (projected, *(rotated or (None, None)))
     )
-    out, *final = _leap_forward(
+    out, *final = leap_forward(
         projected, query, key, window, dropout, seed, mask, segment_ids, *(state or (None, None))
     )
     return out, tuple(final) or None

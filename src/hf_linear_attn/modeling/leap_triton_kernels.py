@@ -1,9 +1,15 @@
 """Triton kernels of the LEAP mechanism (LEAP specification, section 2); `leap_mechanism_triton` runs them.
 
-A row is cut into chunks of C tokens; a program does one chunk of one head. It reads the projections once, forms the weighted
-sums of its chunk as products with a masked table of focus weights, adds what came before (the end of the previous chunk for a
-window, a carried sum for a global layer) and writes the gated mean. Nothing but the projections is kept for backward: it forms
-the same sums again, and the gradients of the sums flow back through the transposed table.
+A row is cut into chunks of C tokens; a program does one chunk of one head. With A the masked table of focus weights of a chunk
+(row: the token that reads, column: the token read), no sum of keys is ever formed, since only its product with the query counts:
+
+    q_i Sk_i = sum_j A_ij G_ij        G = q k^T            out_i = factor_i (A v)_i
+    dout_i Sv_i = sum_j A_ij D_ij     D = dout v^T         factor_i = sigmoid(s r_i q_i Sk_i) r_i
+
+What came before is the end of the previous chunk for a window, or a carried sum for a global layer. Nothing but the projections
+is kept for backward. The gradients through the sums are three numbers a token (m, factor and dN of `leap_mechanism_torch`):
+
+    dq = (m A) k        dk = (m A)^T q + dl f        dv = (factor A)^T dout        da_j = sum_i (m_i G_ij + factor_i D_ij + dN_i)
 """
 
 try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
@@ -39,26 +45,23 @@ def _focus(f, k, scale, kept, real):
 
 
 @triton.jit
-def _weighted(table, x, BF16: tl.constexpr):
-    """Table @ x to float32 precision, for x that came in half precision or in float32."""
+def _weighted(table, x, total, BF16: tl.constexpr):
+    """Total + table @ x to float32 precision, for x that came in half precision or in float32."""
     if BF16:
         # x is exact in bfloat16, and two such numbers hold 16 bits of a weight: twice what the output keeps.
         high = table.to(tl.bfloat16)
         low = (table - high.to(tl.float32)).to(tl.bfloat16)
         exact = x.to(tl.bfloat16)
-        return tl.dot(high, exact) + tl.dot(low, exact)
-    return tl.dot(table, x, input_precision="tf32x3")
+        return tl.dot(low, exact, tl.dot(high, exact, total))
+    return tl.dot(table, x.to(tl.float32), total, input_precision="tf32x3")
 
 
 @triton.jit
-def _selected(table, x, BF16: tl.constexpr):
-    """Table @ x for a table of 0 and 1."""
+def _product(x, y, BF16: tl.constexpr):
+    """X @ y^T to float32 precision, for rows that came in half precision or in float32."""
     if BF16:
-        exact = table.to(tl.bfloat16)
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(exact, high) + tl.dot(exact, low)
-    return tl.dot(table, x, input_precision="tf32x3")
+        return tl.dot(x.to(tl.bfloat16), tl.trans(y.to(tl.bfloat16)))
+    return tl.dot(x.to(tl.float32), tl.trans(y.to(tl.float32)), input_precision="tf32x3")
 
 
 @triton.jit
@@ -91,47 +94,48 @@ def _load_chunk(
 
 
 @triton.jit
-def _sums(
-    k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
-    seed, p, scale, b, c, h, T, H, N, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
-    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    """Weighted sums of keys and values (C, EP) and of weights (C,) over each token's window."""
-    gap = t[:, None] - t[None, :]
+def _sees(document, document0, gap, W: tl.constexpr, PACKED: tl.constexpr):
+    """Whether tokens (rows) see those that stand `gap` places before them (columns)."""
     visible = gap >= 0
     if W > 0:
         visible = visible & (gap < W)
     if PACKED:
-        visible = visible & (document[:, None] == document[None, :])
-    table = tl.where(visible, weight[None, :], 0.0)
-    sum_k = _weighted(table, k, BF16)
-    sum_v = _weighted(table, v, BF16)
-    norm = tl.sum(table, axis=1)
-    if W > 1:
-        earlier = c * C - L + tl.arange(0, L)
-        _, _, k0, v0, weight0, _, document0 = _load_chunk(
-            x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, earlier, h, T, H,
-            sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
-        )  # fmt: skip
-        visible = (t[:, None] - earlier[None, :]) < W
-        if PACKED:
-            visible = visible & (document[:, None] == document0[None, :])
-        table = tl.where(visible, weight0[None, :], 0.0)
-        sum_k += _weighted(table, k0, BF16)
-        sum_v += _weighted(table, v0, BF16)
-        norm += tl.sum(table, axis=1)
-    if W == 0:
-        place = (b * N + c) * H + h
-        carry_k = tl.load(carry_ptr + place * 2 * EP + features)
-        carry_v = tl.load(carry_ptr + place * 2 * EP + EP + features)
-        carried = tl.full(t.shape, 1.0, tl.float32)
-        if PACKED:
-            carried = (document == tl.load(carry_doc_ptr + b * N + c)).to(tl.float32)
-        sum_k += carried[:, None] * carry_k[None, :]
-        sum_v += carried[:, None] * carry_v[None, :]
-        norm += carried * tl.load(carry_norm_ptr + place)
-    return sum_k, sum_v, norm
+        visible = visible & (document[:, None] == document0[None, :])
+    return visible
+
+
+@triton.jit
+def _carried(
+    carry_ptr, carry_norm_ptr, carry_doc_ptr, document, b, c, h, H, N, features, EP: tl.constexpr, PACKED: tl.constexpr
+):
+    """Sums of keys, values (EP,) and weights that reach a chunk, and 1 for those of its tokens (C,) that they reach."""
+    place = (b * N + c) * H + h
+    keys = tl.load(carry_ptr + place * 2 * EP + features)
+    values = tl.load(carry_ptr + place * 2 * EP + EP + features)
+    reached = tl.full(document.shape, 1.0, tl.float32)
+    if PACKED:
+        reached = (document == tl.load(carry_doc_ptr + b * N + c)).to(tl.float32)
+    return keys, values, tl.load(carry_norm_ptr + place), reached
+
+
+@triton.jit
+def _is_real(mask_ptr, b, t, T, MASKED: tl.constexpr):
+    """Whether tokens t stand in the row and are no padding."""
+    real = t < T
+    if MASKED:
+        real = real & (tl.load(mask_ptr + b * T + t, mask=real, other=0) != 0)
+    return real
+
+
+@triton.jit
+def _load_query(
+    q_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features, E: tl.constexpr, DROPOUT: tl.constexpr
+):  # fmt: skip
+    """Queries of tokens t after dropout (C, E)."""
+    q = _rows(q_ptr, b, t, h, T, sq_b, sq_t, sq_h, features, E)
+    if DROPOUT:
+        q *= _kept(seed, b, t, h, 0, features, T, H, p, E)
+    return q
 
 
 @triton.jit
@@ -139,42 +143,74 @@ def _load_readers(
     q_ptr, grad_ptr, mask_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features,
     E: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Queries after dropout and gradients of the output of tokens t (C, E), and the dropout factors."""
-    inside = t < T
-    if MASKED:
-        inside = inside & (tl.load(mask_ptr + b * T + t, mask=inside, other=0) != 0)
-    q = _rows(q_ptr, b, t, h, T, sq_b, sq_t, sq_h, features, E)
-    kept = 1.0
-    if DROPOUT:
-        kept = _kept(seed, b, t, h, 0, features, T, H, p, E)
-        q *= kept
+    """Queries after dropout and gradients of the output of tokens t (C, E)."""
+    real = _is_real(mask_ptr, b, t, T, MASKED)
+    q = _load_query(q_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features, E, DROPOUT)
     here = ((b * T + t[:, None]) * H + h) * E + features[None, :]
-    grad = tl.load(grad_ptr + here, mask=inside[:, None] & (features[None, :] < E), other=0.0).to(tl.float32)
-    return q, grad, kept
+    return q, tl.load(grad_ptr + here, mask=real[:, None] & (features[None, :] < E), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _reader_gradients(q, grad, sum_k, sum_v, norm, scale, eps):
-    """Gradient of the queries by 1 / `share`, of the sums of keys, values (C, E) and weights (C,)."""
+def _store_query_gradient(
+    dq, dq_ptr, dq_t, seed, p, b, t, h, T, H, features, E: tl.constexpr, DROPOUT: tl.constexpr
+):  # fmt: skip
+    """Store the gradient (C, E) of the queries of tokens t < T."""
+    if DROPOUT:
+        dq *= _kept(seed, b, t, h, 0, features, T, H, p, E)
+    there = (b * T + t[:, None]) * dq_t + h * E + features[None, :]
+    tl.store(dq_ptr + there, dq.to(dq_ptr.dtype.element_ty), mask=(t[:, None] < T) & (features[None, :] < E))
+
+
+@triton.jit
+def _load_numbers(reader, t, T):
+    """The three numbers of tokens t that `backward_readers_kernel` left, 0 outside."""
+    inside = t < T
+    dscore = tl.load(reader + t, mask=inside, other=0.0)
+    factor = tl.load(reader + T + t, mask=inside, other=0.0)
+    return dscore, factor, tl.load(reader + 2 * T + t, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_output(out_ptr, out, score, norm, real, scale, eps, b, t, h, T, H, features, E: tl.constexpr):
+    """Store the gated means of tokens t, from Sv, <q, Sk> and the sum of weights; 0 where they are not real."""
     share = 1.0 / (norm + eps)
-    score = tl.sum(q * sum_k, axis=1) * share
+    factor = tl.where(real, share * tl.sigmoid(score * share * scale), 0.0)
+    pointers = out_ptr + ((b * T + t[:, None]) * H + h) * E + features[None, :]
+    within = (t[:, None] < T) & (features[None, :] < E)
+    tl.store(pointers, (out * factor[:, None]).to(out_ptr.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _reader_gradients(score, gained, norm, scale, eps):
+    """From <q, Sk>, <dout, Sv> and the sum of weights of a token: the gradients of the first, of Sv by dout, of the last."""
+    share = 1.0 / (norm + eps)
+    score *= share
     gate = tl.sigmoid(score * scale)
-    gained = tl.sum(grad * sum_v, axis=1) * share * gate
+    factor = gate * share
+    gained *= factor
     dscore = gained * (1.0 - gate) * scale * share
-    dnorm = -share * gained - dscore * score
-    return dscore[:, None] * sum_k, dscore[:, None] * q, (gate * share)[:, None] * grad, dnorm
+    return dscore, factor, -share * gained - dscore * score
+
+
+@triton.jit
+def _returned(
+    visible, weight, q, grad, on_k, on_v, dscore, factor, dnorm, dk, dv, dweight, BF16: tl.constexpr
+):  # fmt: skip
+    """Add what tokens that read (rows of `visible`) hand back to those that they read: keys, values (C, EP), weights (C,)."""
+    table = tl.where(visible, weight[None, :], 0.0)
+    dk = _weighted(tl.trans(dscore[:, None] * table), q, dk, BF16)
+    dv = _weighted(tl.trans(factor[:, None] * table), grad, dv, BF16)
+    each = dscore[:, None] * on_k + factor[:, None] * on_v + dnorm[:, None]
+    return dk, dv, dweight + tl.sum(tl.where(visible, each, 0.0), axis=0)
 
 
 @triton.jit
 def _store_writer_gradients(
-    f, key, k, v, weight, slope, back_k, back_v, back_norm, dx_ptr, dk_ptr,
+    f, key, slope, dk, dv, dweight, dx_ptr, dk_ptr,
     seed, p, scale, b, t, h, T, H, features, E: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of focus, keys and values of tokens t, from those of all sums that hold them."""
-    dweight = tl.sum(back_k * k, axis=1) + tl.sum(back_v * v, axis=1) + back_norm
+    """Store the gradients of focus, keys and values of tokens t, from those of averaged keys, values (C, E) and weights (C,)."""
     dlogit = dweight * slope * scale
-    dk = weight[:, None] * back_k
-    dv = weight[:, None] * back_v
     df = dlogit[:, None] * key
     dkey = dlogit[:, None] * f
     if DROPOUT:
@@ -232,95 +268,102 @@ def forward_kernel(
         x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
         sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
-    sum_k, sum_v, norm = _sums(
-        k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr,
-        carry_ptr, carry_norm_ptr, carry_doc_ptr, seed, p, scale, b, c, h, T, H, N,
-        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
-        W, L, E, EP, C, BF16, MASKED, PACKED, DROPOUT, ROTATED,
-    )  # fmt: skip
-    q = _rows(q_ptr, b, t, h, T, sq_b, sq_t, sq_h, features, E)
-    if DROPOUT:
-        q *= _kept(seed, b, t, h, 0, features, T, H, p, E)
-    share = 1.0 / (norm + eps)
-    gate = tl.sigmoid(tl.sum(q * sum_k, axis=1) * share * scale)
-    out = sum_v * (gate * share)[:, None]
-    inside = t < T
-    if MASKED:
-        real = tl.load(mask_ptr + b * T + t, mask=inside, other=0) != 0
-        out = tl.where(real[:, None], out, 0.0)
-    pointers = out_ptr + ((b * T + t[:, None]) * H + h) * E + features[None, :]
-    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (features[None, :] < E))
+    q = _load_query(q_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features, E, DROPOUT)
+    table = tl.where(_sees(document, document, t[:, None] - t[None, :], W, PACKED), weight[None, :], 0.0)
+    norm = tl.sum(table, axis=1)
+    score = tl.sum(table * _product(q, k, BF16), axis=1)
+    out = _weighted(table, v, tl.zeros((C, EP), tl.float32), BF16)
+    if W > 1:
+        earlier = c * C - L + tl.arange(0, L)
+        _, _, k0, v0, weight0, _, document0 = _load_chunk(
+            x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, earlier, h, T, H,
+            sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
+        )  # fmt: skip
+        table = tl.where(_sees(document, document0, t[:, None] - earlier[None, :], W, PACKED), weight0[None, :], 0.0)
+        norm += tl.sum(table, axis=1)
+        score += tl.sum(table * _product(q, k0, BF16), axis=1)
+        out = _weighted(table, v0, out, BF16)
+    if W == 0:
+        carry_k, carry_v, carry_norm, reached = _carried(
+            carry_ptr, carry_norm_ptr, carry_doc_ptr, document, b, c, h, H, N, features, EP, PACKED
+        )
+        norm += reached * carry_norm
+        score += reached * tl.sum(q * carry_k[None, :], axis=1)
+        out += reached[:, None] * carry_v[None, :]
+    real = _is_real(mask_ptr, b, t, T, MASKED)
+    _store_output(out_ptr, out, score, norm, real, scale, eps, b, t, h, T, H, features, E)
 
 
 @triton.jit
-def _chunk_gradients(
-    q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, grad_ptr, dq_ptr, dq_t,
-    seed, p, scale, eps, b, c, h, t, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
-    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    """Form a chunk again and store its queries' gradients: what its tokens write (as `_load_chunk`), gradients of its sums."""
-    f, key, k, v, weight, slope, document = _load_chunk(
-        x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
-        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
-    )  # fmt: skip
-    sum_k, sum_v, norm = _sums(
-        k, v, weight, document, t, x_ptr, k_ptr, mask_ptr, segment_ptr,
-        carry_ptr, carry_norm_ptr, carry_doc_ptr, seed, p, scale, b, c, h, T, H, N,
-        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
-        W, L, E, EP, C, BF16, MASKED, PACKED, DROPOUT, ROTATED,
-    )  # fmt: skip
-    q, grad, kept = _load_readers(
-        q_ptr, grad_ptr, mask_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features, E, MASKED, DROPOUT
-    )
-    dq, dsum_k, dsum_v, dnorm = _reader_gradients(q, grad, sum_k, sum_v, norm, scale, eps)
-    there = (b * T + t[:, None]) * dq_t + h * E + features[None, :]
-    tl.store(dq_ptr + there, (dq * kept).to(dq_ptr.dtype.element_ty), mask=(t[:, None] < T) & (features[None, :] < E))
-    return f, key, k, v, weight, slope, document, dsum_k, dsum_v, dnorm
-
-
-@triton.jit
-def backward_sums_kernel(
+def backward_readers_kernel(
     q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, grad_ptr,
-    dq_ptr, ds_ptr, dnorm_ptr, total_ptr, total_norm_ptr, dq_t,
+    dq_ptr, reader_ptr, total_ptr, total_norm_ptr, dq_t,
     seed_ptr, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
     W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, and of the sums (for the second kernel), with each chunk's totals for a global layer."""
+    """Gradients of the queries, three numbers a token for the second kernel, and each chunk's totals for a global layer."""
     seed = tl.load(seed_ptr) if DROPOUT else 0
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
-    _, _, _, _, _, _, document, dsum_k, dsum_v, dnorm = _chunk_gradients(
-        q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, grad_ptr, dq_ptr, dq_t,
-        seed, p, scale, eps, b, c, h, t, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
-        W, L, E, EP, C, BF16, MASKED, PACKED, DROPOUT, ROTATED,
+    _, _, k, v, weight, _, document = _load_chunk(
+        x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
+        sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
+    q, grad = _load_readers(
+        q_ptr, grad_ptr, mask_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features, E, MASKED, DROPOUT
+    )
+    table = tl.where(_sees(document, document, t[:, None] - t[None, :], W, PACKED), weight[None, :], 0.0)
+    norm = tl.sum(table, axis=1)
+    score = tl.sum(table * _product(q, k, BF16), axis=1)
+    gained = tl.sum(table * _product(grad, v, BF16), axis=1)
+    sum_k = _weighted(table, k, tl.zeros((C, EP), tl.float32), BF16)
+    if W > 1:
+        earlier = c * C - L + tl.arange(0, L)
+        _, _, k0, v0, weight0, _, document0 = _load_chunk(
+            x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, earlier, h, T, H,
+            sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
+        )  # fmt: skip
+        table = tl.where(_sees(document, document0, t[:, None] - earlier[None, :], W, PACKED), weight0[None, :], 0.0)
+        norm += tl.sum(table, axis=1)
+        score += tl.sum(table * _product(q, k0, BF16), axis=1)
+        gained += tl.sum(table * _product(grad, v0, BF16), axis=1)
+        sum_k = _weighted(table, k0, sum_k, BF16)
+    if W == 0:
+        carry_k, carry_v, carry_norm, reached = _carried(
+            carry_ptr, carry_norm_ptr, carry_doc_ptr, document, b, c, h, H, N, features, EP, PACKED
+        )
+        norm += reached * carry_norm
+        score += reached * tl.sum(q * carry_k[None, :], axis=1)
+        gained += reached * tl.sum(grad * carry_v[None, :], axis=1)
+        sum_k += reached[:, None] * carry_k[None, :]
+    dscore, factor, dnorm = _reader_gradients(score, gained, norm, scale, eps)
     inside = t < T
-    within = inside[:, None] & (features[None, :] < E)
-    there = ((b * T + t[:, None]) * H + h) * 2 * E + features[None, :]
-    tl.store(ds_ptr + there, dsum_k, mask=within)
-    tl.store(ds_ptr + there + E, dsum_v, mask=within)
-    tl.store(dnorm_ptr + (b * T + t) * H + h, dnorm, mask=inside)
+    _store_query_gradient(dscore[:, None] * sum_k, dq_ptr, dq_t, seed, p, b, t, h, T, H, features, E, DROPOUT)
+    reader = reader_ptr + (b * H + h) * 3 * T + t
+    tl.store(reader, dscore, mask=inside)
+    tl.store(reader + T, factor, mask=inside)
+    tl.store(reader + 2 * T, dnorm, mask=inside)
     if W == 0:
         # Handed to the chunks before: what belongs to the document that is open at this chunk's beginning.
         flows = tl.where(inside, 1.0, 0.0)
         if PACKED:
             flows = tl.where(document == tl.load(segment_ptr + b * T + c * C).to(tl.int32), flows, 0.0)
         place = (b * N + c) * H + h
-        tl.store(total_ptr + place * 2 * EP + features, tl.sum(flows[:, None] * dsum_k, axis=0))
-        tl.store(total_ptr + place * 2 * EP + EP + features, tl.sum(flows[:, None] * dsum_v, axis=0))
+        tl.store(total_ptr + place * 2 * EP + features, tl.sum((flows * dscore)[:, None] * q, axis=0))
+        tl.store(total_ptr + place * 2 * EP + EP + features, tl.sum((flows * factor)[:, None] * grad, axis=0))
         tl.store(total_norm_ptr + place, tl.sum(flows * dnorm, axis=0))
 
 
 @triton.jit
-def backward_inputs_kernel(
-    x_ptr, k_ptr, mask_ptr, segment_ptr, ds_ptr, dnorm_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr,
-    dx_ptr, dk_ptr, seed_ptr, p, scale, T, H, N, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
+def backward_writers_kernel(
+    q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, carry_ptr, carry_norm_ptr, carry_doc_ptr, grad_ptr,
+    reader_ptr, dx_ptr, dk_ptr,
+    seed_ptr, p, scale, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
     W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of focus, keys and values from those of the sums of every token that sees them."""
+    """Gradients of focus, keys and values, from every token that sees them; here the carry comes from the chunks after."""
     seed = tl.load(seed_ptr) if DROPOUT else 0
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
@@ -328,100 +371,38 @@ def backward_inputs_kernel(
         x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, t, h, T, H,
         sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
     )  # fmt: skip
-    ds_t, ds_b = H * 2 * E, T * H * 2 * E
-    dsum_k = _rows(ds_ptr, b, t, h, T, ds_b, ds_t, 2 * E, features, E)
-    dsum_v = _rows(ds_ptr + E, b, t, h, T, ds_b, ds_t, 2 * E, features, E)
-    dnorm = tl.load(dnorm_ptr + (b * T + t) * H + h, mask=t < T, other=0.0)
-    gap = t[None, :] - t[:, None]  # row: the token written, column: the token that reads it
-    visible = gap >= 0
-    if W > 0:
-        visible = visible & (gap < W)
-    if PACKED:
-        visible = visible & (document[:, None] == document[None, :])
-    table = tl.where(visible, 1.0, 0.0)
-    back_k = _selected(table, dsum_k, BF16)
-    back_v = _selected(table, dsum_v, BF16)
-    back_norm = tl.sum(table * dnorm[None, :], axis=1)
+    q, grad = _load_readers(
+        q_ptr, grad_ptr, mask_ptr, seed, p, b, t, h, T, H, sq_b, sq_t, sq_h, features, E, MASKED, DROPOUT
+    )
+    reader = reader_ptr + (b * H + h) * 3 * T
+    dscore, factor, dnorm = _load_numbers(reader, t, T)
+    visible = _sees(document, document, t[:, None] - t[None, :], W, PACKED)
+    nothing = tl.zeros((C, EP), tl.float32)
+    dk, dv, dweight = _returned(
+        visible, weight, q, grad, _product(q, k, BF16), _product(grad, v, BF16), dscore, factor, dnorm,
+        nothing, nothing, tl.zeros((C,), tl.float32), BF16,
+    )  # fmt: skip
     if W > 1:
         later = (c + 1) * C + tl.arange(0, L)
-        dsum_k = _rows(ds_ptr, b, later, h, T, ds_b, ds_t, 2 * E, features, E)
-        dsum_v = _rows(ds_ptr + E, b, later, h, T, ds_b, ds_t, 2 * E, features, E)
-        dnorm = tl.load(dnorm_ptr + (b * T + later) * H + h, mask=later < T, other=0.0)
-        visible = (later[None, :] - t[:, None]) < W
-        if PACKED:
-            document1 = tl.load(segment_ptr + b * T + later, mask=later < T, other=-1).to(tl.int32)
-            visible = visible & (document[:, None] == document1[None, :])
-        table = tl.where(visible, 1.0, 0.0)
-        back_k += _selected(table, dsum_k, BF16)
-        back_v += _selected(table, dsum_v, BF16)
-        back_norm += tl.sum(table * dnorm[None, :], axis=1)
-    if W == 0:
-        place = (b * N + c) * H + h
-        carried = tl.full(t.shape, 1.0, tl.float32)
-        if PACKED:
-            carried = (document == tl.load(carry_doc_ptr + b * N + c)).to(tl.float32)
-        back_k += carried[:, None] * tl.load(carry_ptr + place * 2 * EP + features)[None, :]
-        back_v += carried[:, None] * tl.load(carry_ptr + place * 2 * EP + EP + features)[None, :]
-        back_norm += carried * tl.load(carry_norm_ptr + place)
-    _store_writer_gradients(
-        f, key, k, v, weight, slope, back_k, back_v, back_norm, dx_ptr, dk_ptr,
-        seed, p, scale, b, t, h, T, H, features, E, DROPOUT, ROTATED,
-    )  # fmt: skip
-
-
-@triton.jit
-def backward_window_kernel(
-    q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, grad_ptr, dq_ptr, dx_ptr, dk_ptr, dq_t,
-    seed_ptr, p, scale, eps, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h,
-    W: tl.constexpr, L: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, BF16: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    """All gradients of a chunk, for windows that reach no further than L <= C tokens.
-
-    The L tokens after the chunk, which read it, are formed again here, so that no gradient of a sum goes through memory.
-    """
-    seed = tl.load(seed_ptr) if DROPOUT else 0
-    c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    t, features = c * C + tl.arange(0, C), tl.arange(0, EP)
-    f, key, k, v, weight, slope, document, dsum_k, dsum_v, dnorm = _chunk_gradients(
-        q_ptr, x_ptr, k_ptr, mask_ptr, segment_ptr, x_ptr, x_ptr, x_ptr, grad_ptr, dq_ptr, dq_t,
-        seed, p, scale, eps, b, c, h, t, T, H, N, sq_b, sq_t, sq_h, sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features,
-        W, L, E, EP, C, BF16, MASKED, PACKED, DROPOUT, ROTATED,
-    )  # fmt: skip
-    gap = t[None, :] - t[:, None]  # row: the token written, column: the token that reads it
-    visible = (gap >= 0) & (gap < W)
-    if PACKED:
-        visible = visible & (document[:, None] == document[None, :])
-    table = tl.where(visible, 1.0, 0.0)
-    back_k = _selected(table, dsum_k, BF16)
-    back_v = _selected(table, dsum_v, BF16)
-    back_norm = tl.sum(table * dnorm[None, :], axis=1)
-    if W > 1:
-        later = (c + 1) * C + tl.arange(0, L)
-        _, _, k1, v1, weight1, _, document1 = _load_chunk(
-            x_ptr, k_ptr, mask_ptr, segment_ptr, seed, p, scale, b, later, h, T, H,
-            sx_b, sx_t, sx_4, sx_h, sk_b, sk_t, sk_h, features, E, MASKED, PACKED, DROPOUT, ROTATED,
-        )  # fmt: skip
-        gap = later[:, None] - later[None, :]
-        visible = (gap >= 0) & (gap < W)
-        across = (later[:, None] - t[None, :]) < W
-        if PACKED:
-            visible = visible & (document1[:, None] == document1[None, :])
-            across = across & (document1[:, None] == document[None, :])
-        table = tl.where(visible, weight1[None, :], 0.0)
-        near = tl.where(across, weight[None, :], 0.0)
-        sum_k1 = _weighted(table, k1, BF16) + _weighted(near, k, BF16)
-        sum_v1 = _weighted(table, v1, BF16) + _weighted(near, v, BF16)
-        norm1 = tl.sum(table, axis=1) + tl.sum(near, axis=1)
-        q1, grad1, _ = _load_readers(
+        q, grad = _load_readers(
             q_ptr, grad_ptr, mask_ptr, seed, p, b, later, h, T, H, sq_b, sq_t, sq_h, features, E, MASKED, DROPOUT
         )
-        _, dsum_k1, dsum_v1, dnorm1 = _reader_gradients(q1, grad1, sum_k1, sum_v1, norm1, scale, eps)
-        table = tl.trans(tl.where(across, 1.0, 0.0))
-        back_k += _selected(table, dsum_k1, BF16)
-        back_v += _selected(table, dsum_v1, BF16)
-        back_norm += tl.sum(table * dnorm1[None, :], axis=1)
+        dscore, factor, dnorm = _load_numbers(reader, later, T)
+        document1 = tl.zeros_like(later)
+        if PACKED:
+            document1 = tl.load(segment_ptr + b * T + later, mask=later < T, other=-1).to(tl.int32)
+        visible = _sees(document1, document, later[:, None] - t[None, :], W, PACKED)
+        dk, dv, dweight = _returned(
+            visible, weight, q, grad, _product(q, k, BF16), _product(grad, v, BF16), dscore, factor, dnorm, dk, dv, dweight, BF16
+        )  # fmt: skip
+    if W == 0:
+        carry_k, carry_v, carry_norm, reached = _carried(
+            carry_ptr, carry_norm_ptr, carry_doc_ptr, document, b, c, h, H, N, features, EP, PACKED
+        )
+        dweight += reached * (tl.sum(k * carry_k[None, :] + v * carry_v[None, :], axis=1) + carry_norm)
+        dk += (reached * weight)[:, None] * carry_k[None, :]
+        dv += (reached * weight)[:, None] * carry_v[None, :]
     _store_writer_gradients(
-        f, key, k, v, weight, slope, back_k, back_v, back_norm, dx_ptr, dk_ptr,
+        f, key, slope, dk, dv, dweight, dx_ptr, dk_ptr,
         seed, p, scale, b, t, h, T, H, features, E, DROPOUT, ROTATED,
     )  # fmt: skip
