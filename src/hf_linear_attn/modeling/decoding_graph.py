@@ -107,6 +107,9 @@ class DecodingGraph:
                     graph.capture_end()
         except RuntimeError as error:
             self._refused = True
+            # A recording that breaks off leaves the generator of random numbers waiting for its end; a copy does not wait.
+            generator = torch.cuda.default_generators[inputs["input_ids"].device.index]
+            generator.graphsafe_set_state(generator.clone_state())
             for layer, length in zip(cache.layers, before):
                 layer.cumulative_length = length
             warnings.warn(

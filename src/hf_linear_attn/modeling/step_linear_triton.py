@@ -4,16 +4,22 @@ With few rows such a product is the reading of its weight. The library's kernels
 number of rows is odd (a vocabulary of 50,257) sends them to one that reads two bytes at a time. A program here holds all rows of
 the batch and a few columns; LayerNorm's statistics are formed again in each, which costs less than a launch.
 
-Up to 16 rows in half precision, a program asks for its whole part of the weight at once and waits for the memory one time;
-deeper weights are cut, and the last program to finish a column adds the pieces up, always in the same order. Otherwise it goes
-through the depth in a loop.
+Up to 16 rows in half precision, a program asks for its whole part of the weight at once and waits for the memory one time, and
+each of its warps multiplies a part of the depth; deeper weights are cut, and the last program to finish a column adds the pieces
+up, always in the same order. Otherwise it goes through the depth in a loop.
+
+From Hopper on, a program asks for its weights while the kernel before is still at work (programmatic dependent launch), which
+therefore must not be one that writes them. Nothing else is read, and nothing is written, before that kernel has ended.
 """
+
+import functools
 
 import torch
 
 try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
@@ -21,9 +27,10 @@ from .backend import on_its_device
 
 LOOP_TILE = {"BN": 16, "BK": 128, "STAGES": 4, "num_warps": 4}
 FLOAT32_TILE = {"BN": 16, "BK": 32, "STAGES": 2, "num_warps": 4}
-WHOLE_ROWS, WHOLE_DEPTH = 16, 1024
+WHOLE_ROWS, WHOLE_DEPTH, WARPS = 16, 1024, 4
 WHOLE_DTYPES = (torch.bfloat16, torch.float16)
-MANY_COLUMNS = 16384  # from so many on (a vocabulary), programs are plenty and take 32 columns
+NARROW = 16  # columns a program
+MANY_COLUMNS = 16384  # from so many on (a vocabulary), programs are plenty and take twice as many columns
 
 
 @triton.jit
@@ -47,24 +54,30 @@ def _finish(
 @triton.jit
 def _whole_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, pieces_ptr, done_ptr, norm_eps, B, N,
-    K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """As `_loop_kernel`; program (i, j) multiplies columns i with the depth from j KP on."""
+    """As `_loop_kernel`; program (i, j) multiplies columns i with the depth from j KP on, in G parts at once: a warp each."""
+    if EARLY:
+        gdc_launch_dependents()
     m, n = tl.arange(0, BM), tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    k = tl.program_id(1) * KP + tl.arange(0, KP)
+    k = tl.program_id(1) * KP + tl.arange(0, G)[:, None] * (KP // G) + tl.arange(0, KP // G)[None, :]
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
-    inside = (m[:, None] < B) & (k[None, :] < K)
-    x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=inside, other=0.0)
+    known = (k[:, :, None] < K) & (n[None, None, :] < N)
+    weight = tl.load(weight_ptr + n[None, None, :] * K + k[:, :, None], mask=known, other=0.0)
+    if EARLY:
+        gdc_wait()
+    inside = (m[None, :, None] < B) & (k[:, None, :] < K)
+    x = tl.load(x_ptr + m[None, :, None] * K + k[:, None, :], mask=inside, other=0.0)
     if NORM:
         norm_weight = tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         norm_bias = tl.load(norm_bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
-        centred = tl.where(inside, wide - (tl.sum(wide, axis=1) / K)[:, None], 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / K + norm_eps)
-        x = (centred * scale[:, None] * norm_weight[None, :] + norm_bias[None, :]).to(dtype)
-    total = tl.dot(x, weight)
+        mean = tl.sum(tl.sum(wide, axis=2), axis=0) / K
+        centred = tl.where(inside, wide - mean[None, :, None], 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, axis=2), axis=0) / K + norm_eps)
+        x = (centred * scale[None, :, None] * norm_weight[:, None, :] + norm_bias[:, None, :]).to(dtype)
+    total = tl.sum(tl.dot(x, weight), axis=0)
     if PIECES == 1:
         _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RESIDUAL)
     else:
@@ -111,9 +124,29 @@ def _loop_kernel(
     _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RESIDUAL)
 
 
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether kernels on this device may start before the one in front of them has ended."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early_options(device: torch.device) -> dict:
+    """Flag and launch option of a kernel that may start early."""
+    early = launches_early(device)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+def counters_of(linear, device: torch.device) -> torch.Tensor:
+    """Room for what `project` counts at a deep layer: pieces of each column that are finished. It must be 0 before."""
+    return torch.empty(triton.cdiv(linear.out_features, NARROW), dtype=torch.int32, device=device)
+
+
 @on_its_device
-def project(x, linear, norm=None, gelu=False, residual=None):
-    """`linear` on x (B, K), B <= 64, with a LayerNorm before it and the exact GELU or a residual (B, N) after it: (B, N)."""
+def project(x, linear, norm=None, gelu=False, residual=None, done=None):
+    """`linear` on x (B, K), B <= 64, with a LayerNorm before it and the exact GELU or a residual (B, N) after it: (B, N).
+
+    done: `counters_of(linear)` that an earlier kernel set to 0; without it a launch more does that, where the layer is deep.
+    """
     rows, depth = x.shape
     columns = linear.out_features
     out = x.new_empty(rows, columns)
@@ -136,14 +169,15 @@ def project(x, linear, norm=None, gelu=False, residual=None):
             x, *norms, linear.weight, *pointers, out, eps, rows, columns, KP=triton.next_power_of_2(depth), **tile, **flags
         )  # fmt: skip
         return out
-    width = 32 if columns > MANY_COLUMNS else 16
+    width = 2 * NARROW if columns > MANY_COLUMNS else NARROW
     grid = triton.cdiv(columns, width), pieces
-    parts = done = x
+    parts = x
     if pieces > 1:
         parts = torch.empty(pieces, rows, columns, device=x.device)
-        done = torch.zeros(grid[0], dtype=torch.int32, device=x.device)
+        done = counters_of(linear, x.device).zero_() if done is None else done
     _whole_kernel[grid](
-        x, *norms, linear.weight, *pointers, out, parts, done, eps, rows, columns,
-        KP=min(WHOLE_DEPTH, max(16, triton.next_power_of_2(depth))), BN=width, PIECES=pieces, num_warps=8, **flags,
+        x, *norms, linear.weight, *pointers, out, parts, x if done is None else done, eps, rows, columns,
+        KP=min(WHOLE_DEPTH, max(16 * WARPS, triton.next_power_of_2(depth))), G=WARPS, BN=width, PIECES=pieces, num_warps=WARPS,
+        **early_options(x.device), **flags,
     )  # fmt: skip
     return out
