@@ -1,8 +1,8 @@
 """float8 inference through torchao: four layers with quantized projections beside bfloat16, forward of 65,536 tokens.
 
-Rows of 1,024 tokens by default. Dynamic float8 for activations and weights, a scale a row; each block compiled. "difference" is
-|float8 - bfloat16| / |bfloat16| of the last hidden states of a model with random weights; "check" has no gate, since float8 is
-asked to be near, not equal.
+Rows of 1,024 tokens by default. Dynamic float8 for activations and weights, a scale a row; each block compiled. "output_error" is
+|x - float32| / |float32| of the last hidden states of a model with random weights; there is no gate, since float8 is asked to be
+near, not equal. torchao's settings for the compiler are not taken: they time every choice of every kernel, for minutes.
 """
 
 from functools import partial
@@ -39,17 +39,16 @@ def make(build, vocabulary: int, float8: bool, length: int) -> Work:
     torch.manual_seed(0)
     with torch.device(device()):
         model = build(length)
-    model = model.to(torch.bfloat16).eval()
+    model = model.eval()
     ids = torch.randint(0, vocabulary, (max(1, TOKENS // length), length), device=device())
-    facts = {}
-    if float8:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    with torch.no_grad():
+        exact = model(ids[:4]).last_hidden_state
+        model = model.to(torch.bfloat16)
+        if float8:
+            from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-        with torch.inference_mode():
-            exact = model(ids[:4]).last_hidden_state
-        quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        with torch.no_grad():
-            facts["difference"] = round(relative_error(model(ids[:4]).last_hidden_state, exact), 4)
+            quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
+        facts = {"output_error": round(relative_error(model(ids[:4]).last_hidden_state, exact), 5)}
     for layer in model.layers:
         layer.compile()
 
