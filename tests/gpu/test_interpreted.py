@@ -23,6 +23,8 @@ QUICK = {
     "test_sea_kernels": "slots or narrow or causal_kernel and 16 and False or sort and 1-query or limits and keys-3",
     "test_decoding": "linear or fused_step and True and rotary",
     "test_gelu_kernels": "test",
+    "test_normed_linear": "test",
+    "test_leap_block_training": "whole-4 or padded-4 or frozen",
 }
 
 RUN_EVERY_FAMILY = """

@@ -8,8 +8,12 @@ from .compat import is_transformed
 from .plain_linear import is_plain
 
 
-def gelu_feed_forward(up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def gelu_feed_forward(
+    up: nn.Module, down: nn.Module, x: torch.Tensor, inner: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """`down(gelu(up(x)))` with the exact GELU, or None where the kernels cannot do it or have nothing to gain.
+
+    `inner` is the first product without its bias, where it has been formed already (x then gives no more than its kind).
 
     The activation is four times as wide as the model: it is formed again in backward, in the pass that reads its input for the
     derivative anyway, and the gradient of the first bias is summed there, too.
@@ -18,7 +22,7 @@ def gelu_feed_forward(up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.
         return None
     from .gelu_linear_triton import gelu_linear
 
-    inner = nn.functional.linear(x, up.weight)
+    inner = nn.functional.linear(x, up.weight) if inner is None else inner
     return gelu_linear(inner, up.bias, down.weight, down.bias)
 
 

@@ -16,7 +16,9 @@ except ImportError as error:
 
 from .backend import on_its_device
 
-ROWS, STEP, COLUMNS = 64, 8, 256  # a program goes through its rows in steps that registers hold
+# A program goes through its rows in steps that registers hold; backward asks for its inputs some steps ahead.
+ROWS, STEP, COLUMNS = 64, 4, 256
+FORWARD_STAGES, BACKWARD_STAGES = 1, 4
 
 
 @triton.jit
@@ -36,11 +38,12 @@ def _normal(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, bias_ptr, out_ptr, rows, columns, R: tl.constexpr, S: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr
+    x_ptr, bias_ptr, out_ptr, rows, columns,
+    R: tl.constexpr, S: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * C + tl.arange(0, C)
     bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    for step in range(R // S):
+    for step in tl.range(R // S, num_stages=STAGES):
         row = tl.program_id(0).to(tl.int64) * R + step * S + tl.arange(0, S)
         place = row[:, None] * columns + column[None, :]
         inside = (row[:, None] < rows) & (column[None, :] < columns)
@@ -52,13 +55,13 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     x_ptr, bias_ptr, grad_ptr, dx_ptr, out_ptr, dbias_ptr, rows, columns,
-    R: tl.constexpr, S: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x, the activation once more, and this program's part of the bias's gradient."""
     column = tl.program_id(1) * C + tl.arange(0, C)
     bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     total = tl.zeros((S, C), tl.float32)
-    for step in range(R // S):
+    for step in tl.range(R // S, num_stages=STAGES):
         row = tl.program_id(0).to(tl.int64) * R + step * S + tl.arange(0, S)
         place = row[:, None] * columns + column[None, :]
         inside = (row[:, None] < rows) & (column[None, :] < columns)
@@ -72,17 +75,18 @@ def _backward_kernel(
     tl.store(dbias_ptr + tl.program_id(0) * columns + column, tl.sum(total, axis=0), mask=column < columns)
 
 
-def _sizes(x):
+def _sizes(x, stages):
     columns = x.shape[-1]
     rows = x.numel() // columns
     grid = triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS)
-    return grid, rows, columns, {"R": ROWS, "S": STEP, "C": COLUMNS, "EXACT": x.dtype == torch.float32, "num_warps": 4}
+    flags = {"R": ROWS, "S": STEP, "C": COLUMNS, "STAGES": stages, "EXACT": x.dtype == torch.float32, "num_warps": 4}
+    return grid, rows, columns, flags
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """GELU(x + bias) for contiguous x (..., n); no gradient."""
     out = torch.empty_like(x)
-    grid, rows, columns, flags = _sizes(x)
+    grid, rows, columns, flags = _sizes(x, FORWARD_STAGES)
     _forward_kernel[grid](x, bias, out, rows, columns, **flags)
     return out
 
@@ -94,7 +98,7 @@ def bias_gelu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x and the bias, and GELU(x + bias)."""
     dx, out = torch.empty_like(x), torch.empty_like(x)
-    grid, rows, columns, flags = _sizes(x)
+    grid, rows, columns, flags = _sizes(x, BACKWARD_STAGES)
     dbias = torch.empty(grid[0], columns, device=x.device)
     _backward_kernel[grid](x, bias, grad.contiguous(), dx, out, dbias, rows, columns, **flags)
     return dx, dbias.sum(0).to(bias.dtype), out

@@ -36,9 +36,11 @@ from .compat import (
 from .configuration_leap import LeapConfig
 from .gelu_linear import gelu_feed_forward
 from .layer_output import LayerOutput, refuse_maps_after
+from .leap_block_training import leap_block_middle
 from .leap_mechanism import leap_mechanism
 from .leap_mechanism_torch import averaged, focus_weights
 from .leap_step import leap_block_step
+from .normed_linear import normed_linear
 from .plain_linear import has_hooks
 from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
@@ -79,6 +81,7 @@ class LeapAttention(nn.Module):
         return_state: bool = False,
         output_attentions: bool = False,
         output_focus_weights: bool = False,
+        projected: torch.Tensor | None = None,
     ) -> LayerOutput:
         """Mix tokens causally.
 
@@ -91,6 +94,7 @@ class LeapAttention(nn.Module):
             state, return_state: the tensors an earlier call returned, and whether to return them (see `windowed_mean`).
             output_attentions (`bool`): also build the (B, H, T, T) rows behind the means; O(T^2).
             output_focus_weights (`bool`): also return the focus weights (B, H, T).
+            projected (`torch.Tensor` of shape `(B, T, 4 d)`, *optional*): what `qfkv_proj` gives, where it is formed already.
 
         Returns:
             [`LayerOutput`].
@@ -108,7 +112,8 @@ class LeapAttention(nn.Module):
             attention_mask, position_ids = sequence.mask, sequence.position_ids
 
         # queries, focus, keys, values: (B, T, 4, H, E)
-        projected = self.qfkv_proj(hidden_states).unflatten(-1, (4, self.num_heads, self.head_dim))
+        projected = self.qfkv_proj(hidden_states) if projected is None else projected
+        projected = projected.unflatten(-1, (4, self.num_heads, self.head_dim))
         rotated = None
         if self.rope_theta is not None:
             rotated = tuple(rotate(projected[:, :, i], position_ids, self.rope_theta) for i in (0, 2))
@@ -180,13 +185,14 @@ class LeapMLP(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, T, d) -> (B, T, d)."""
+    def forward(self, hidden_states: torch.Tensor, inner: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, d) -> (B, T, d). `inner`: the first product without its bias, where it has been formed already."""
         out = None
         if type(self.activation) is GELUActivation and not has_hooks(self.activation):
-            out = gelu_feed_forward(self.up_proj, self.down_proj, hidden_states)
+            out = gelu_feed_forward(self.up_proj, self.down_proj, hidden_states, inner)
         if out is None:
-            out = self.down_proj(self.activation(self.up_proj(hidden_states)))
+            inner = self.up_proj(hidden_states) if inner is None else inner + self.up_proj.bias
+            out = self.down_proj(self.activation(inner))
         return self.dropout(out)
 
 
@@ -215,16 +221,28 @@ class LeapBlock(GradientCheckpointingLayer):
         step = leap_block_step(self, hidden_states, attention_mask, past_key_values, return_state, kwargs)
         if step is not None:
             return step
-        mixed = self.attention(
-            self.attention_norm(hidden_states),
-            attention_mask,
-            past_key_values=past_key_values,
-            return_state=return_state,
-            **kwargs,
+        normed, hidden_states, projected = normed_linear(
+            self.attention_norm, self.attention.qfkv_proj, self.attention, hidden_states
         )
-        hidden_states = hidden_states + mixed.hidden_states
-        hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
-        return (hidden_states, mixed.state) if return_state else hidden_states
+        middle, state = None, None
+        if projected is not None:
+            middle = leap_block_middle(
+                self, hidden_states, projected, attention_mask, past_key_values, return_state, kwargs
+            )
+        if middle is None:
+            mixed = self.attention(
+                normed,
+                attention_mask,
+                past_key_values=past_key_values,
+                return_state=return_state,
+                projected=projected,
+                **kwargs,
+            )
+            state, hidden_states = mixed.state, hidden_states + mixed.hidden_states
+            middle = normed_linear(self.mlp_norm, self.mlp.up_proj, self.mlp, hidden_states, with_bias=False)
+        normed, hidden_states, inner = middle
+        hidden_states = hidden_states + self.mlp(normed, inner)
+        return (hidden_states, state) if return_state else hidden_states
 
 
 class LeapPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
