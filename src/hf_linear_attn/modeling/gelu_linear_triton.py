@@ -17,7 +17,7 @@ except ImportError as error:
 from .backend import on_its_device
 
 # A program goes through its rows in steps that registers hold; backward asks for its inputs some steps ahead.
-ROWS, STEP, COLUMNS = 64, 4, 256
+ROWS, STEP, COLUMNS = 64, 2, 512
 FORWARD_STAGES, BACKWARD_STAGES = 1, 4
 
 

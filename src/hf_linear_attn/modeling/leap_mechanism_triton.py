@@ -25,7 +25,7 @@ from .windowed_mean import EPS, windowed_sum
 FAR_CHUNK, GLOBAL_CHUNK, NEAR_CHUNK = (64, 4), (32, 2), (16, 1)
 SMALL_DTYPES = (torch.bfloat16,)
 # The strips of near windows in backward: chunks, how many steps ahead inputs are asked for, warps.
-STRIP, STAGES, STRIP_WARPS = 16, 2, 2
+STRIP, STAGES, STRIP_WARPS = 32, 3, 2
 
 
 class _Call:
