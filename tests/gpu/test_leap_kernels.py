@@ -51,8 +51,9 @@ def test_lengths(length, window, dtype):
 
 @pytest.mark.parametrize("head", sizes([20], [16, 60, 64, 100, 128]))
 @pytest.mark.parametrize("window", [None, 8])
-def test_head_sizes(head, window):
-    projected, arguments = make(200 if DEVICE == "cuda" else 70, head)
+@pytest.mark.parametrize("dtype", sizes([torch.float32], [torch.bfloat16]), ids=str)
+def test_head_sizes(dtype, window, head):
+    projected, arguments = make(200 if DEVICE == "cuda" else 70, head, dtype)
     compare(projected, window, arguments)
 
 

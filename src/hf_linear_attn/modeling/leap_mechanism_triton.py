@@ -24,7 +24,7 @@ from .windowed_mean import EPS, windowed_sum
 # products in float32 are not bound by that.
 FAR_CHUNK, GLOBAL_CHUNK, NEAR_CHUNK = (64, 4), (32, 2), (16, 1)
 SMALL_DTYPES = (torch.bfloat16,)
-# The strips of near windows in backward: chunks, how many steps ahead inputs are asked for, warps.
+# The strips of near windows in backward: chunks, stages of the loads (inputs are asked for one step less ahead), warps.
 STRIP, STAGES, STRIP_WARPS = 32, 3, 2
 
 
@@ -78,8 +78,9 @@ class _Call:
         """Grid and flags of the kernel for near windows."""
         warps = STRIP_WARPS if self.EP <= 64 else 2 * STRIP_WARPS
         flags = {**self.load_flags, "W": self.flags["W"], "BF16": self.flags["BF16"]}
-        flags |= {"S": STRIP, "STAGES": STAGES, "num_warps": warps}
-        return (triton.cdiv(self.N, STRIP), self.H, self.B), flags
+        strip = min(STRIP, max(4, triton.next_power_of_2(self.N)))  # a short row fills no long strip
+        flags |= {"S": strip, "STAGES": STAGES, "num_warps": warps}
+        return (triton.cdiv(self.N, strip), self.H, self.B), flags
 
     def scratch(self):
         """Empty totals of all chunks: (B, N, H, 2, EP) and (B, N, H)."""
