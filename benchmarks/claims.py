@@ -66,9 +66,9 @@ def language_models() -> Iterator[Row]:
 
 def _tried() -> str:
     """The best variant of DANet on each text that has one, beside the Llama of the same seeds."""
-    written = []
-    for corpus, found in _texts():
-        runs = found[corpus]["runs"]
+    found: dict[str, list[str]] = {}
+    for corpus, results in _texts():
+        runs = results[corpus]["runs"]
         variants = [run for run in runs if run["model"] in VARIANTS and run["model"].startswith("danet")]
         if not variants:
             continue
@@ -79,10 +79,10 @@ def _tried() -> str:
             statistics.mean(run["test"]["bits_per_byte"] for run in each if run["seed"] in seeds)
             for each in (best, llama)
         )
-        change = CHANGES[name].removeprefix("DANet: ")
         number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-        written.append(f"with {change}, {number}, {a:.3f} against {b:.3f} on {TEXTS[corpus][1]}")
-    return "; ".join(written)
+        change = CHANGES[name].removeprefix("DANet: ")
+        found.setdefault(change, []).append(f"{a:.3f} against {b:.3f} on {TEXTS[corpus][1]} ({number})")
+    return "; ".join(f"with {change} {', '.join(each)}" for change, each in found.items())
 
 
 def _against(pairs: list[tuple[float, float, str]]) -> str:
