@@ -42,6 +42,8 @@ class QuestionAnsweringPipeline(Pipeline):
         for name, value in (("top_k", top_k), ("max_answer_len", max_answer_len), ("max_seq_len", max_seq_len)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if doc_stride is not None and doc_stride < 0:
+            raise ValueError(f"`doc_stride` must be at least 0, got {doc_stride}: it is what windows share")
         reading = {"max_seq_len": max_seq_len, "doc_stride": doc_stride}
         answering = {"top_k": top_k, "max_answer_len": max_answer_len}
         return (
@@ -68,27 +70,28 @@ class QuestionAnsweringPipeline(Pipeline):
                 raise ValueError(f"`{name}` must be a text, got {inputs.get(name)!r}")
         limit = getattr(self.model.config, "max_position_embeddings", None) or LONGEST
         length = max_seq_len or min(limit, LONGEST)
-        asked = len(self.tokenizer(inputs["question"])["input_ids"])
-        room = length - asked - 3  # special tokens between and around the two
+        texts = inputs["question"], inputs["context"]
+        # Cut by hand: tokenizers 0.23.1, which Transformers 5.17 allows, loses what a truncation leaves over.
+        encoded = self.tokenizer(*texts, return_offsets_mapping=True, return_token_type_ids=False, verbose=False)
+        parts = encoded.sequence_ids()
+        if 1 not in parts:
+            raise ValueError(f"no token of `context` is left by the tokenizer: {inputs['context']!r}")
+        first, last = parts.index(1), len(parts) - parts[::-1].index(1)
+        before, after = list(range(first)), list(range(last, len(parts)))
+        room = length - len(before) - len(after)
         if room < 1:
-            raise ValueError(f"the question has {asked} tokens, which leaves no room for a context in {length}")
-        encoded = self.tokenizer(
-            inputs["question"],
-            inputs["context"],
-            truncation="only_second",
-            max_length=length,
-            stride=min(room - 1, room // 4 if doc_stride is None else doc_stride),
-            padding=True,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-            return_token_type_ids=False,
-            return_tensors="pt",
-        )
-        encoded.pop("overflow_to_sample_mapping", None)
-        offsets = encoded.pop("offset_mapping")
-        windows = len(encoded["input_ids"])
-        inside = torch.tensor([[part == 1 for part in encoded.sequence_ids(i)] for i in range(windows)])
-        return {"inputs": dict(encoded), "offsets": offsets, "inside": inside, "context": inputs["context"]}
+            raise ValueError(f"the question has {parts.count(0)} tokens, which leaves no room for a context in {length}")
+        step = room - min(room - 1, room // 4 if doc_stride is None else doc_stride)
+        begins = range(first, max(first, last - room) + step, step)
+        windows = [[*before, *range(begin, min(begin + room, last)), *after] for begin in begins]
+        rows = {"input_ids": [[encoded["input_ids"][i] for i in window] for window in windows]}
+        padded = self.tokenizer.pad(rows, return_tensors="pt")
+        real = padded["attention_mask"].bool()
+        inside = torch.zeros_like(real)
+        offsets = torch.zeros(*real.shape, 2, dtype=torch.long)
+        inside[real] = torch.tensor([parts[i] == 1 for window in windows for i in window])
+        offsets[real] = torch.tensor([encoded["offset_mapping"][i] for window in windows for i in window])
+        return {"inputs": dict(padded), "offsets": offsets, "inside": inside, "context": inputs["context"]}
 
     def _forward(self, model_inputs: dict[str, Any]):
         output = self.model(**model_inputs.pop("inputs"))

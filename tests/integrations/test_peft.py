@@ -127,6 +127,8 @@ def test_several_adapters(row, tmp_path):
 @first_rows
 def test_adapters_of_transformers_own(row, tmp_path):
     """`model.add_adapter` / `load_adapter` without PEFT's wrapper; the folder then holds the adapter alone."""
+    if row.family == "sea" and Version(peft.__version__) < Version("0.21"):
+        pytest.skip("this PEFT finds the adapters of a body called `model` only; SEA's is called `host`")
     model = row.causal_lm()
     model.add_adapter(peft.LoraConfig(r=2, target_modules=LORA_TARGETS[row.family]), adapter_name="default")
     stirred(model)

@@ -61,6 +61,19 @@ def test_long_contexts_are_read_in_windows(row):
     assert sum(each["score"] for each in found) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("stride", [0, 1, 5, 100])
+def test_windows_share_what_was_asked_for(stride):
+    """Whole context, in order, each window filled but the last; a stride as long as a window leaves one new token."""
+    answerer = build(ROWS[0])
+    words = [f"w{30 + i}" for i in range(34)]
+    found = answerer.preprocess({"question": "w5", "context": " ".join(words)}, max_seq_len=16, doc_stride=stride)
+    windows = [ids[inside].tolist() for ids, inside in zip(found["inputs"]["input_ids"], found["inside"])]
+    shared, expected = min(stride, 14), answerer.tokenizer(" ".join(words))["input_ids"]
+    assert windows[0] + [token for window in windows[1:] for token in window[shared:]] == expected
+    assert {len(window) for window in windows[:-1]} == {15}
+    assert all(later[:shared] == window[15 - shared :] for window, later in zip(windows, windows[1:]))
+
+
 def test_from_a_folder(tmp_path):
     """Model and tokenizer by name."""
     answerer = build(ROWS[0])
@@ -78,6 +91,7 @@ def test_what_cannot_be_answered():
         ({"question": "w5", "context": CONTEXT, "top_k": 0}, "`top_k`"),
         ({"question": " ".join(["w5"] * 30), "context": CONTEXT, "max_seq_len": 20}, "30 tokens"),
         ({"question": "w5", "context": CONTEXT, "topk": 2}, "topk"),
+        ({"question": "w5", "context": CONTEXT, "doc_stride": -1}, "`doc_stride`"),
     ):
         with pytest.raises(ValueError, match=message):
             answerer(**arguments)
