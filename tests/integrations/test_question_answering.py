@@ -1,5 +1,7 @@
 """Question answering, whose pipeline this package brings since Transformers has none: the spans that the logits prefer."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from common.families import ROWS
@@ -71,7 +73,7 @@ def test_windows_share_what_was_asked_for(stride):
     shared, expected = min(stride, 14), answerer.tokenizer(" ".join(words))["input_ids"]
     assert windows[0] + [token for window in windows[1:] for token in window[shared:]] == expected
     assert {len(window) for window in windows[:-1]} == {15}
-    assert all(later[:shared] == window[15 - shared :] for window, later in zip(windows, windows[1:]))
+    assert all(later[:shared] == window[15 - shared :] for window, later in pairwise(windows))
 
 
 def test_from_a_folder(tmp_path):
