@@ -142,6 +142,7 @@ def exported(model, ids, mask, dynamic=None):
     return torch.export.export(Logits(), (ids, mask), dynamic_shapes=dynamic).module()
 
 
+@pytest.mark.slow  # below, the same with dynamic shapes
 @traced_rows
 def test_export_with_fixed_shapes(row):
     model = row.build("AutoModel", **row.layers(1))

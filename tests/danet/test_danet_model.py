@@ -459,7 +459,11 @@ def test_checkpointing_gives_the_same_gradients(name):
         torch.testing.assert_close(grads[1][n], grad, **TOL)
 
 
-@pytest.mark.parametrize("name", ALL)
+# One configuration of each pattern and each way to put positions; the others with `make test-slow`.
+TRACED = ("encoder rotary l_sl_g swiglu", "encoder learned g relu", "decoder sw_sw_g swiglu", "decoder l_sl_sw cosine")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x not in TRACED)) for x in ALL])
 def test_compiles_in_one_graph(name):
     torch._dynamo.reset()
     model = make(name)
