@@ -80,7 +80,9 @@ class QuestionAnsweringPipeline(Pipeline):
         before, after = list(range(first)), list(range(last, len(parts)))
         room = length - len(before) - len(after)
         if room < 1:
-            raise ValueError(f"the question has {parts.count(0)} tokens, which leaves no room for a context in {length}")
+            raise ValueError(
+                f"the question has {parts.count(0)} tokens, which leaves no room for a context in {length}"
+            )
         step = room - min(room - 1, room // 4 if doc_stride is None else doc_stride)
         begins = range(first, max(first, last - room) + step, step)
         windows = [[*before, *range(begin, min(begin + room, last)), *after] for begin in begins]

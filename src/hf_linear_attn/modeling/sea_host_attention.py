@@ -5,7 +5,7 @@ function with the attention module. The function finds the module's SEA core, an
 keywords that hosts pass through. Because no mask is registered under that name, the host builds none.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,10 +58,9 @@ class SeaCall:
         documents: the documents of packed rows; None where each row is one.
         cache: the Transformers cache, or None.
         output_attentions: whether layers return their T x S attention.
-        collect: whether layers leave their results in `results`.
         distillation: a teacher's targets, None outside distillation.
         recorded: where softmax layers leave their own `TeacherTargets` (a teacher's forward), or None.
-        results: where SEA layers leave their `SeaCoreOutput` (its state removed).
+        results: where SEA layers leave their `SeaCoreOutput` (its state removed), or None.
     """
 
     layout: TokenLayout
@@ -70,10 +69,9 @@ class SeaCall:
     documents: PackedRows | None = None
     cache: Any = None
     output_attentions: bool = False
-    collect: bool = False
     distillation: Distillation | None = None
     recorded: LayerResults | None = None
-    results: LayerResults = field(default_factory=LayerResults)
+    results: LayerResults | None = None
 
 
 def register_attention() -> None:
@@ -122,7 +120,7 @@ def sea_attention_forward(
             replay = _replay(core, sea_call, scaling, query, *(x[:, :, past : past + time] for x in (key, value)))
         segment_ids = None if sea_call.documents is None else sea_call.documents.segment_ids
         layer.update_state(tuple(output.state), time, sea_call.mask, replay, segment_ids)
-    if sea_call.collect:
+    if sea_call.results is not None:
         output.state = None
         if not sea_call.output_attentions:
             output.kept = output.attention_probs = None  # the dense backend's: T x S, and nobody asked for them

@@ -18,7 +18,7 @@ from .recurrent_cache import RecurrentCache
 from .sea_attention import SeaAttentionCore
 from .sea_cache import SeaCacheLayer
 from .sea_documents import PackedRows
-from .sea_host_attention import ATTENTION_NAME, SeaCall, register_attention
+from .sea_host_attention import ATTENTION_NAME, LayerResults, SeaCall, register_attention
 from .sea_hosts import attention_layers, find_host, head_size
 from .sea_inputs import check_call, join_masks, pooling_real_tokens
 from .sea_output import extend_output
@@ -129,7 +129,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
                 "a classifier of texts gives one answer a row, and this row holds several packed documents: put each into "
                 "its own row, padded, with an `attention_mask`"
             )
-        call.collect = output_sea or distillation is not None
+        call.results = LayerResults() if output_sea or distillation is not None else None
         call.distillation = distillation
         if causal:
             kwargs |= {"use_cache": cache is not None, "past_key_values": cache}
@@ -140,7 +140,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
         if causal and cache is None and "past_key_values" in output:
             output["past_key_values"] = None
-        results = [result for _, result in sorted(call.results.found.items())]
+        results = [] if call.results is None else [result for _, result in sorted(call.results.found.items())]
         found = {}
         if output_sea:
             found["estimated_attentions"] = tuple(result.estimated_probs for result in results)
