@@ -54,13 +54,13 @@ suite: $(STAMP) ## Transformers' own test mixins, from the source archive of the
 
 unit: $(STAMP) suite ## the tests alone
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test: lint unit ## lint and every test that is not marked slow
 
 test-oldest: $(OLDEST)/.installed ## the tests on the oldest versions that pyproject.toml allows
 	$(OLDEST)/bin/python tests/transformers_suite/fetch.py
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@echo "== set-up: the oldest supported packages in $(OLDEST)"
