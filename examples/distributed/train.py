@@ -48,16 +48,20 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def auto_class(options: argparse.Namespace):
+    """The Auto class of the models that the options train."""
+    return AutoModelForMaskedLM if options.masked else AutoModelForCausalLM
+
+
 def build_model(options: argparse.Namespace, vocabulary: int, shards: int):
     """The model of the family with its first weights, the same on every number of processes; sharded on request."""
-    auto_class = AutoModelForMaskedLM if options.masked else AutoModelForCausalLM
     set_seed(0)
     if options.teacher:
-        model = linearize(auto_class.from_pretrained(options.teacher), "sea", **options.config)
+        model = linearize(auto_class(options).from_pretrained(options.teacher), "sea", **options.config)
     else:
         sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "hidden_dropout_prob": 0.0}
         config = FAMILIES[options.family][0](**(sizes | {"vocab_size": vocabulary} | options.config))
-        model = auto_class.from_config(config)
+        model = auto_class(options).from_config(config)
     if shards == 1:
         return model
     from transformers.distributed import DistributedConfig
@@ -67,7 +71,7 @@ def build_model(options: argparse.Namespace, vocabulary: int, shards: int):
     if int(os.environ["RANK"]) == 0:
         model.save_pretrained(start, include_code=False)
     torch.distributed.barrier()
-    return auto_class.from_pretrained(start, distributed_config=DistributedConfig(fsdp_size=shards))
+    return auto_class(options).from_pretrained(start, distributed_config=DistributedConfig(fsdp_size=shards))
 
 
 def save_whole(model, options: argparse.Namespace) -> None:
@@ -76,8 +80,7 @@ def save_whole(model, options: argparse.Namespace) -> None:
 
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if int(os.environ["RANK"]) == 0:
-        auto_class = AutoModelForMaskedLM if options.masked else AutoModelForCausalLM
-        whole = auto_class.from_pretrained(options.output / "initial")
+        whole = auto_class(options).from_pretrained(options.output / "initial")
         whole.load_state_dict(weights)
         whole.save_pretrained(options.output)
     torch.distributed.barrier()
@@ -87,8 +90,7 @@ def build_trainer(options: argparse.Namespace, model, arguments: TrainingArgumen
     """A Trainer, or that of distillation with a whole teacher in every process."""
     if not options.teacher:
         return Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
-    auto_class = AutoModelForMaskedLM if options.masked else AutoModelForCausalLM
-    teacher = auto_class.from_pretrained(options.teacher)
+    teacher = auto_class(options).from_pretrained(options.teacher)
     return SeaDistillationTrainer(model, teacher, arguments, train_dataset=rows, processing_class=tokenizer)
 
 
