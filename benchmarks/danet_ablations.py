@@ -1,0 +1,152 @@
+"""Parts of DANet's encoder changed one at a time, by how well it learns masked words of the speeches.
+
+    python -m benchmarks.danet_ablations run --output outputs/danet-ablations --jobs 12
+    python -m benchmarks.danet_ablations table
+
+What is published: one head is best, local layers are better than global ones alone, and MaxNorm is as good as LayerNorm, which
+does not train in float16. The model, the text and the budget are those of `benchmarks.encoder_tasks`; every change gets each rate
+with the first seed, and the other seeds at the rate with the lowest validation loss. Every run is a folder with
+training_report.json, and is not repeated. `--preset tiny` tries everything out in minutes on two cores.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .encoder_tasks import PRESETS, REPORT, Preset, pretraining_command, run_together
+
+JSON = Path(__file__).parents[1] / "docs" / "data" / "danet-ablations.json"
+LAYER_NORM = tuple(f"{place}_norm=standard_ln" for place in ("pre", "post", "embedding", "final"))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is different, in words and for the command line. seeds: False where the first one says enough."""
+
+    words: str
+    heads: int = 1
+    config: tuple[str, ...] = ()
+    precision: str = "bfloat16"
+    seeds: bool = True
+
+
+CHANGES = {
+    "base": Change("as published: one head, local and global layers, MaxNorm"),
+    "heads4": Change("4 heads", heads=4),
+    "heads16": Change("16 heads", heads=16),
+    "global": Change("all layers global", config=("layer_pattern=g",)),
+    "layernorm": Change("LayerNorm for every MaxNorm", config=LAYER_NORM),
+    "base-float16": Change("as published, in float16", precision="float16", seeds=False),
+    "layernorm-float16": Change("LayerNorm, in float16", config=LAYER_NORM, precision="float16", seeds=False),
+}
+
+
+def command(name: str, preset: Preset, rate: float, seed: int, folder: Path, options: argparse.Namespace) -> list[Any]:
+    """Words of `hf-linear-attn train`."""
+    change = CHANGES[name]
+    preset = replace(preset, heads={"danet": change.heads})
+    words = [*pretraining_command(preset, "danet", rate, folder, options), "--seed", seed]
+    words += ["--config", *change.config] if change.config else []
+    return words if options.cpu else [*words, "--precision", change.precision]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Every rate with the first seed, then the other seeds at the best rate; the results into one file."""
+    preset = PRESETS[options.preset]
+    if options.steps:
+        preset = replace(preset, pretraining=preset.pretraining | {"steps": options.steps})
+    first, *others = options.seeds
+
+    def folder(name: str, rate: float, seed: int) -> Path:
+        return options.output / f"{name}-rate{rate:g}-seed{seed}"
+
+    def commands(wanted: list[tuple[str, float, int]]) -> dict[Path, list[Any]]:
+        return {folder(*each): command(each[0], preset, *each[1:], folder(*each), options) for each in wanted}
+
+    run_together(commands([(name, rate, first) for name in options.changes for rate in options.rates]), options.jobs)
+    found = collect(options)
+    more = [(name, best(found[name])["rate"], seed) for name in found if CHANGES[name].seeds for seed in others]
+    run_together(commands(more), options.jobs)
+    collect(options)
+
+
+def collect(options: argparse.Namespace) -> dict[str, list[dict]]:
+    """Results by change, also written to `--json`."""
+    found: dict[str, list[dict]] = {}
+    machine = None
+    for name in CHANGES:
+        for file in sorted(options.output.glob(f"{name}-rate*/{REPORT}")):
+            report = json.loads(file.read_text())
+            machine = report["machine"]
+            kept = {key: report[key] for key in ("parameters", "steps", "training_tokens", "validation", "test")}
+            kept |= {"rate": report["options"]["learning_rate"], "seed": report["options"]["seed"]}
+            found.setdefault(name, []).append(kept)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({"machine": machine, "changes": found}, indent=1) + "\n")
+    return found
+
+
+def best(runs: list[dict]) -> dict:
+    """Of the first seed's runs the one with the lowest validation loss; one that diverged is the worst."""
+    first = min(run["seed"] for run in runs)
+
+    def loss(run: dict) -> float:
+        value = run["validation"]["loss"]
+        return value if value is not None and math.isfinite(value) else math.inf
+
+    return min((run for run in runs if run["seed"] == first), key=loss)
+
+
+def guessed(runs: list[dict]) -> list[float]:
+    """Share of the masked words of the test part that each seed guesses, at the best rate."""
+    rate = best(runs)["rate"]
+    return [run["test"]["accuracy"] for run in sorted(runs, key=lambda run: run["seed"]) if run["rate"] == rate]
+
+
+def table(options: argparse.Namespace) -> None:
+    """One line a change."""
+    print(
+        "| DANet | parameters | rate | validation loss at each rate, first seed | test: words guessed (each seed) | mean |"
+    )
+    print("|---|---:|---:|---|---|---:|")
+    for name, runs in json.loads(options.json.read_text())["changes"].items():
+        first = [run for run in runs if run["seed"] == best(runs)["seed"]]
+        losses = ", ".join(f"{run['rate']:g}: {run['validation']['loss']:.3f}" for run in first)
+        values = guessed(runs)
+        each = ", ".join(f"{value:.1%}" for value in values)
+        print(
+            f"| {CHANGES[name].words} | {runs[0]['parameters']:,} | {best(runs)['rate']:g} | {losses} | {each} "
+            f"| {statistics.mean(values):.1%} |"
+        )
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the sub-command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, action in (("run", run), ("table", table)):
+        sub = commands.add_parser(name)
+        sub.set_defaults(action=action)
+        sub.add_argument("--json", type=Path, default=JSON, help="file of the results")
+        if name == "table":
+            continue
+        sub.add_argument("--output", type=Path, default=Path("outputs/danet-ablations"))
+        sub.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+        sub.add_argument("--preset", choices=PRESETS, default="small")
+        sub.add_argument("--steps", type=int, default=1800)
+        sub.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1.5e-3])
+        sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+        sub.add_argument("--text", nargs="+", default=[], help="files instead of the speeches")
+        sub.add_argument("--jobs", type=int, default=1, help="runs at once")
+        sub.add_argument("--threads", type=int, help="CPU threads of a run")
+        sub.add_argument("--cpu", action="store_true", help="stay on the CPU, in float32")
+    options = parser.parse_args(words)
+    options.action(options)
+
+
+if __name__ == "__main__":
+    main()
