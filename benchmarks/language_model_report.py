@@ -58,6 +58,23 @@ def tables(results: dict[str, Any], corpus: str | None = None, parts: list[str] 
     return "\n\n".join(written)
 
 
+def summary(results: dict[str, Any]) -> str:
+    """One line a model: its test figure on the two texts, and what it costs on the second."""
+    small, large = "speeches", "docs8"
+    runs = {corpus: _by_model(results[corpus]["runs"]) for corpus in (small, large)}
+    costs = (results[large]["speed"] or results["docs8-slice"]["speed"])["models"]
+    lines = ["| model | speeches, perplexity | docs8, bits per byte | training tokens/s | state after 1,024 tokens |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for name in runs[small]:
+        figures = [
+            statistics.mean(run["test"][key] for run in best_runs(runs[corpus][name]))
+            for corpus, key in ((small, "perplexity"), (large, "bits_per_byte"))
+        ]
+        rate, kib = statistics.median(costs[name]["training_tokens_per_second"]), costs[name]["state_bytes"] / 1024
+        lines.append(f"| {NAMES[name]} | {figures[0]:.1f} | {figures[1]:.3f} | {rate:,.0f} | {kib:,.0f} KiB |")
+    return "\n".join(lines)
+
+
 def _parts(corpus: str, found: dict) -> dict[str, str]:
     """The parts that the results of a corpus allow."""
     made = {}

@@ -166,15 +166,18 @@ def speed(options: argparse.Namespace) -> None:
 
 def collect(options: argparse.Namespace) -> None:
     """All results of a folder into one file, which tables and pictures are made from."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(options.json.read_text()) if options.keep else {}
     labels = {json.loads(file.read_text())["corpus"] for file in options.output.glob("*-seed*.json")}
     for corpus in sorted(labels, key=lambda name: (not name.startswith("speeches"), name)):
-        runs = [run for runs in read_folder(options.output, corpus).values() for run in runs]
+        runs = {_key(run): run for run in found.get(corpus, {}).get("runs", [])}
+        runs |= {_key(run): run for results in read_folder(options.output, corpus).values() for run in results}
         measured = options.output / f"{corpus}-speed.json"
-        if runs:
-            found[corpus] = {"runs": runs, "speed": json.loads(measured.read_text()) if measured.exists() else None}
+        speed = json.loads(measured.read_text()) if measured.exists() else found.get(corpus, {}).get("speed")
+        found[corpus] = {**found.get(corpus, {}), "runs": [runs[key] for key in sorted(runs)], "speed": speed}
     for corpus, cut in unfinished(options.output).items():
-        found.setdefault(corpus, {})["unfinished"] = cut
+        done = set(map(_key, found.get(corpus, {}).get("runs", [])))
+        if cut := [run for run in cut if _key(run) not in done]:
+            found.setdefault(corpus, {})["unfinished"] = cut
     if not found:
         raise SystemExit(
             f"{options.output} holds no results: run `sweep` first, or the smaller `sweep --tiny --jobs 1`"
@@ -184,6 +187,10 @@ def collect(options: argparse.Namespace) -> None:
     print(
         f"{options.json}: " + ", ".join(f"{name} {len(next(iter(each.values())))} runs" for name, each in found.items())
     )
+
+
+def _key(run: dict) -> tuple[str, float, int]:
+    return run["model"], run["rate"], run["seed"]
 
 
 def unfinished(folder: Path) -> dict[str, list[dict]]:
@@ -269,7 +276,9 @@ def report(options: argparse.Namespace) -> None:
     if not options.json.exists():
         raise SystemExit(f"there is no {options.json}: `collect` makes it from the results of a sweep")
     results = json.loads(options.json.read_text())
-    if options.command == "table":
+    if options.command == "summary":
+        print(language_model_report.summary(results))
+    elif options.command == "table":
         print(language_model_report.tables(results, options.corpus, options.parts))
     else:
         print("\n".join(map(str, language_model_report.pictures(results, options.folder))))
@@ -291,6 +300,7 @@ def arguments() -> argparse.Namespace:
         )
         if name == "collect":
             command.add_argument("--json", type=Path, default=default_json)
+            command.add_argument("--keep", action="store_true", help="keep what the file has and the folder has not")
             continue
         command.add_argument("--data", type=Path, required=True, help="file written by benchmarks.corpora")
         command.add_argument("--models", nargs="+", choices=[*MODELS, *VARIANTS], default=list(MODELS))
@@ -307,7 +317,11 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--extra-rates", type=int, default=2, help="more of them beyond the edges")
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         command.add_argument("--minutes", type=float, default=1e6, help="start nothing new after so long")
-    for name, about in {"table": "print the tables", "picture": "draw the learning curves"}.items():
+    for name, about in {
+        "table": "print the tables",
+        "summary": "print one small table",
+        "picture": "draw the learning curves",
+    }.items():
         command = commands.add_parser(name, help=about)
         command.add_argument("--json", type=Path, default=default_json)
         if name == "table":
@@ -315,7 +329,7 @@ def arguments() -> argparse.Namespace:
             command.add_argument(
                 "--parts", nargs="+", help="facts, models, claims, costs, rates, variants or cut alone"
             )
-        else:
+        elif name == "picture":
             command.add_argument("--folder", type=Path, default=Path("docs/images"))
     return parser.parse_args()
 
@@ -323,7 +337,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the sub-command."""
     options = arguments()
-    {"sweep": sweep, "speed": speed, "collect": collect, "table": report, "picture": report}[options.command](options)
+    {"sweep": sweep, "speed": speed, "collect": collect}.get(options.command, report)(options)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Tables of the pages, printed again by their commands: nothing between the marks is typed by hand.
+"""Tables and figures of the pages, written again from docs/data: nothing between the marks is typed by hand.
 
     python -m benchmarks.pages             writes the pages named in PAGES
-    python -m benchmarks.pages --check     changes nothing; exit code 1 where a table is out of date
+    python -m benchmarks.pages --check     changes nothing; exit code 1 where something is out of date
 
 In a page, what stands between `<!-- table: python -m MODULE ARGUMENTS -->` and `<!-- end of table -->` is what that command
-prints. The commands read docs/data alone.
+prints. A figure in a sentence stands between `<!--{EXPRESSION:FORMAT}-->` and `<!--.-->`; `benchmarks.figures` says which
+expressions there are. Both read docs/data alone.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+from . import figures
+
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(
-    ROOT / name for name in ("README.md", "docs/results.md", "docs/performance.md", "docs/howto/distributed.md")
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKED = re.compile(r"(<!-- table: python -m (\S+)([^\n]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+FIGURE = re.compile(r"(<!--(\{[^\n]+?\})-->)[^\n]*?(<!--\.-->)")
 
 
 @cache
@@ -37,20 +39,34 @@ def printed(module: str, arguments: str) -> str:
     return out.getvalue().strip()
 
 
+def figure(field: str) -> str:
+    """What a replacement field of an f-string gives with the functions of `benchmarks.figures`."""
+    try:
+        return eval(f'f"""{field}"""', dict(vars(figures)))
+    except Exception as error:
+        raise ValueError(f"the figure {field}: {error!r}") from error
+
+
 def filled(text: str) -> str:
-    """The page with every marked table printed anew; ValueError where a mark names no command."""
+    """The page with every marked table and figure made anew; ValueError where a mark is not understood."""
     marks, tables = len(re.findall("<!-- table", text)), len(MARKED.findall(text))
     if marks != tables:
         raise ValueError(
             f"{marks} marks begin a table, {tables} have the form '<!-- table: python -m MODULE ARGUMENTS -->' with an end"
         )
+    marks, found = text.count("<!--{"), len(FIGURE.findall(text))
+    if not marks == found == text.count("<!--.-->"):
+        raise ValueError(f"{marks} marks begin a figure, {found} have the form <!--{{EXPRESSION:FORMAT}}-->...<!--.-->")
+    text = FIGURE.sub(lambda m: f"{m[1]}{figure(m[2])}{m[3]}", text)
     return MARKED.sub(lambda m: f"{m[1]}\n{printed(m[2], m[3])}\n\n{m[4]}", text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the pages, or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a table is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 where something is out of date"
+    )
     options = parser.parse_args(arguments)
     stale = 0
     for page in PAGES:

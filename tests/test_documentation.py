@@ -95,6 +95,19 @@ def test_tables_are_those_of_their_commands():
     assert main(["--check"]) == 0, "run `python -m benchmarks.pages`"
 
 
+def test_figures_in_sentences_are_filled_in():
+    """The mark's expression decides, not what was typed; a mark that is not understood is refused."""
+    from benchmarks.pages import filled
+
+    assert filled('over <!--{paper("gpt2") / paper("gpt2"):.2f}-->7<!--.--> times') == (
+        'over <!--{paper("gpt2") / paper("gpt2"):.2f}-->1.00<!--.--> times'
+    )
+    with pytest.raises(ValueError, match="no_such"):
+        filled('<!--{no_such("gpt2")}-->7<!--.-->')
+    with pytest.raises(ValueError, match="1 marks begin a figure"):
+        filled('<!--{paper("gpt2")}-->7')
+
+
 def written_commands(page):
     """Words of each command of ours in a page, continued lines joined, variables of the shell that the page sets filled in."""
     text = page.read_text().replace("\\\n", " ")

@@ -1,0 +1,123 @@
+"""Figures of docs/data by name, for the table of claims and for the sentences of the pages.
+
+A figure in a sentence stands between two marks that a reader of the page does not see:
+
+    <!--{lm("docs8", "gpt2"):.3f}-->1.268<!--.-->
+
+The first holds a replacement field of an f-string, whose names are the functions of this module. `python -m benchmarks.pages`
+writes what it gives, together with the tables.
+"""
+
+import json
+import math
+import statistics
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .encoder_tasks import chosen
+from .language_model_report import best_runs
+
+DATA = Path(__file__).parents[1] / "docs" / "data"
+
+
+@cache
+def data(path: str) -> Any:
+    """What a file of docs/data holds."""
+    return json.loads((DATA / path).read_text())
+
+
+def runs(corpus: str, model: str) -> list[dict]:
+    """All runs of a language model on a text of the comparison on one budget."""
+    return [run for run in data("language-models.json")[corpus].get("runs", []) if run["model"] == model]
+
+
+def lm(corpus: str, model: str, figure: str | None = None, seed: int | None = None) -> float:
+    """Mean over the seeds (or one seed) at the best rate: perplexity of the speeches, bits per byte of docs8."""
+    figure = figure or ("bits_per_byte" if corpus.startswith("docs8") else "perplexity")
+    best = best_runs(runs(corpus, model))
+    return statistics.mean(run["test"][figure] for run in best if seed is None or run["seed"] == seed)
+
+
+def lm_cost(corpus: str, model: str, figure: str) -> float:
+    """Median of the rounds in which the language models took turns, or a single figure such as `peak_memory_mb`."""
+    found = data("language-models.json")[corpus]["speed"]["models"][model][figure]
+    return statistics.median(found) if isinstance(found, list) else found
+
+
+def paper(model: str) -> float:
+    """Mean test perplexity of the seeds at the setting of LEAP's paper."""
+    files = sorted((DATA / "paper").glob(f"paper-{model}-seed*.json"))
+    return statistics.mean(json.loads(file.read_text())["test"]["perplexity"] for file in files)
+
+
+def sea_language(name: str, k: int | None = None) -> float:
+    """Perplexity of SmolLM2 or a student of it."""
+    found = data(f"sea-language/{name}.json")
+    return (found if k is None else found["with_other_k"][str(k)])["perplexity"]
+
+
+def sea_of_teacher(name: str, k: int | None = None) -> float:
+    """That perplexity divided by the teacher's on the same rows."""
+    found = data(f"sea-language/{name}.json")
+    found = found if k is None else found["with_other_k"][str(k)]
+    return found["perplexity"] / math.exp(found["teacher_loss"])
+
+
+def sea_cells(kind: str, cells: int, first: int, last: int) -> float:
+    """Share of SmolLM2's attention that 64 keys of such cells hold, mean over layers first to last."""
+    return statistics.mean(layer[kind][str(cells)] for layer in data("sea-cells.json")["layers"][first : last + 1])
+
+
+def sea_accuracy(texts: str, k: int | None = None, recipe: str = "") -> float:
+    """Accuracy of MiniLM (k None) or of its student with k keys a query."""
+    found = data(f"sea-classification/{recipe}{texts}-seed0.json")
+    return found["teacher"]["accuracy"] if k is None else found["students"][str(k)]["accuracy"]
+
+
+def encoder(texts: str, family: str, figure: str = "accuracy", start: str = "pretrained", folder: str = "") -> float:
+    """Mean over the seeds of a fine-tuned encoder's test figure, at the choice with the best validation accuracy."""
+    _, of_choice, _ = chosen(data(f"encoder-tasks/{folder}encoder-tasks.json")["finetuning"])[texts, family, start]
+    return statistics.mean(run["test"][figure] for run in of_choice)
+
+
+def words(family: str, split: str = "test", figure: str = "accuracy") -> float:
+    """Of masked words, after the encoders' pre-training."""
+    found = data("encoder-tasks/encoder-tasks.json")["pretraining"]
+    return next(run[split][figure] for run in found if run["family"] == family)
+
+
+def long_range(task: str, model: str, figure: str = "test") -> float:
+    """Mean over the seeds on a long-range task."""
+    files = sorted((DATA / "long-range").glob(f"{task}-{model}-seed*.json"))
+    return statistics.mean(json.loads(file.read_text())[figure] for file in files)
+
+
+def faithful(model: str, method: str, share: float, against: str = "random", of: str = "top") -> float:
+    """How many times as far the prediction moves where an explanation's tokens are deleted, mean over the seeds."""
+    files = sorted((DATA / "faithfulness").glob(f"{model}-seed*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    kept = [row for row in rows if (row["method"], row["share"]) == (method, share)]
+    return statistics.mean(row[of] for row in kept) / (statistics.mean(row[against] for row in kept) if against else 1)
+
+
+def case(suite: str, name: str, length: int) -> dict:
+    """A contender of a suite on a GPU at a length."""
+    return next(c for c in data(f"h200-{suite}.json")["cases"] if (c["name"], c["length"]) == (name, length))
+
+
+def times(suite: str, ours: str, theirs: str, length: int) -> float:
+    """How many times as fast ours is there."""
+    a, b = case(suite, ours, length), case(suite, theirs, length)
+    return a["ktokens_per_s"] / b["ktokens_per_s"] if "ktokens_per_s" in a else b["ms"] / a["ms"]
+
+
+def memory(suite: str, ours: str, theirs: str, length: int) -> float:
+    """Our share of their peak memory there."""
+    return case(suite, ours, length)["peak_gib"] / case(suite, theirs, length)["peak_gib"]
+
+
+def cpu(file: str, job: str, contender: str, figure: str = "speed_ratio") -> float:
+    """A figure of the benchmarks on a CPU: the job and the contender whose names begin like this."""
+    rows = data(f"cpu-{file}.json")["rows"]
+    return next(row[figure] for row in rows if row["job"].startswith(job) and row["contender"].startswith(contender))
