@@ -62,6 +62,15 @@ def language_models() -> Iterator[Row]:
         claim = f"{ours} LEAP {'below' if below else 'above'} GPT-2 of the same size"
         claimed = f"perplexity {PUBLISHED[ours][1]} against {PUBLISHED['gpt2'][1]}"
         yield claim, claimed, _against(pairs), verdict(holds), f"{PAPER}, {BUDGET}"
+    pairs = [pair for pair in _budget("leap-windowed", "gpt2") if "docs8" in pair[2]]
+    ratios = [a / b for a, b, _ in pairs]
+    yield (
+        "LEAP on GPT-2's curve of loss against compute",
+        "on it (text as bytes, one pass)",
+        f"{_against(pairs)}: ahead at first, behind later",
+        verdict([abs(ratio - 1) < 0.05 for ratio in ratios]),
+        BUDGET,
+    )
     pairs = _budget("danet", "llama")
     holds = [a <= b for a, b, _ in pairs]
     yield (

@@ -44,17 +44,18 @@ CLAIMS = (
 
 
 def tables(results: dict[str, Any], corpus: str | None = None, parts: list[str] | None = None) -> str:
-    """For each corpus: the models, the published claims, costs, the learning rates that were tried, cut runs, variants.
+    """For each corpus: the models, the published claims, costs, the learning rates that were tried, variants.
 
-    corpus: this one alone. parts: some of `PARTS` alone, without headings.
+    corpus: this one alone. parts: some of `PARTS` alone, without headings; runs that were cut are shown only where asked for.
     """
     if corpus is not None and corpus not in results:
         raise SystemExit(f"there is no corpus {corpus!r} in the results: there are {', '.join(results)}")
     written = []
     for name, found in results.items():
         if corpus is None or name == corpus:
-            made = {part: text for part, text in _parts(name, found).items() if parts is None or part in parts}
-            written += [f"### {name}", *made.values()] if parts is None else made.values()
+            made = _parts(name, found)
+            kept = [text for part, text in made.items() if (part != "cut" if parts is None else part in parts)]
+            written += [f"### {name}", *kept] if parts is None and kept else kept
     return "\n\n".join(written)
 
 

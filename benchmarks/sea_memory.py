@@ -50,13 +50,28 @@ def measure(causal: bool, step: bool, tokens: int) -> dict:
     }
 
 
+def line(case: dict) -> str:
+    """A row of the table."""
+    what = f"{'training step' if case['step'] else 'forward'}, {'causal' if case['causal'] else 'bidirectional'}"
+    rows = ", attention losses on 64 sampled rows" if case["step"] else ""
+    return f"| {what}, {case['tokens']:,} tokens{rows} | {case['peak_gib']:.2f} GiB | {case['seconds']:.0f} s |"
+
+
 def main() -> None:
     """Run every case, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("outputs/sea-memory.json"))
     parser.add_argument("--case", type=int, help="run this one alone and print its JSON")
     parser.add_argument("--divide", type=int, default=1, help="lengths divided by this, to try it out")
+    parser.add_argument("--table", type=Path, help="measure nothing, print what this file holds")
     options = parser.parse_args()
+    if options.table is not None:
+        print(
+            "\n".join(
+                ["| | peak | time |", "|---|---:|---:|", *map(line, json.loads(options.table.read_text())["cases"])]
+            )
+        )
+        return
     if options.case is not None:
         causal, step, tokens = CASES[options.case]
         print(json.dumps(measure(causal, step, tokens // options.divide)))
@@ -67,9 +82,7 @@ def main() -> None:
         found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"torch": torch.__version__, "cases": found}, indent=1) + "\n")
-        row = found[-1]
-        what = f"{'training step' if row['step'] else 'forward'}, {'causal' if row['causal'] else 'bidirectional'}"
-        print(f"| {what}, {row['tokens']:,} tokens | {row['peak_gib']} GiB | {row['seconds']} s |", flush=True)
+        print(line(found[-1]), flush=True)
 
 
 if __name__ == "__main__":
