@@ -112,6 +112,12 @@ def times(suite: str, ours: str, theirs: str, length: int) -> float:
     return a["ktokens_per_s"] / b["ktokens_per_s"] if "ktokens_per_s" in a else b["ms"] / a["ms"]
 
 
+def all_times(suite: str, ours: str, theirs: str, *lengths: int) -> str:
+    """The same at several lengths, as in "1.27, 1.67 and 57.3"."""
+    *first, last = (f"{times(suite, ours, theirs, length):.3g}" for length in lengths)
+    return f"{', '.join(first)} and {last}"
+
+
 def memory(suite: str, ours: str, theirs: str, length: int) -> float:
     """Our share of their peak memory there."""
     return case(suite, ours, length)["peak_gib"] / case(suite, theirs, length)["peak_gib"]
