@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -41,13 +42,18 @@ def collected() -> dict[str, list[str]]:
     files = sorted({test.partition("::")[0] for rows in GROUPS.values() for row in rows for test in row.tests})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    found: dict[str, list[str]] = {}
-    for line in done.stdout.splitlines():
-        if "::" in line and line.startswith("tests/"):
-            name, _, parameters = line.partition("[")
-            found.setdefault(name, []).append(parameters.rstrip("]"))
+    found = by_test(line for line in done.stdout.splitlines() if "::" in line and line.startswith("tests/"))
     if not found:
         raise RuntimeError(f"pytest collected nothing:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return found
+
+
+def by_test(cases: Iterable[str]) -> dict[str, list[str]]:
+    """The parameters of each of pytest's ids, by what stands before them."""
+    found: dict[str, list[str]] = {}
+    for case in cases:
+        name, _, parameters = case.partition("[")
+        found.setdefault(name, []).append(parameters.rstrip("]"))
     return found
 
 

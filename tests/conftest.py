@@ -27,6 +27,20 @@ LONG = (
 )  # fmt: skip
 
 
+# The ids of all collected tests, those too that `-m` leaves out.
+COLLECTED = pytest.StashKey[list[str]]()
+
+
+def pytest_itemcollected(item):
+    item.config.stash.setdefault(COLLECTED, []).append(item.nodeid)
+
+
+@pytest.fixture
+def collected_ids(request) -> list[str]:
+    """What this run has collected: with the whole of tests/, every test there is."""
+    return request.config.stash[COLLECTED]
+
+
 def pytest_collection_modifyitems(items):
     """A row of the test matrix may leave a test out, or a test with some parameter ("test:parameter"), and says why."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

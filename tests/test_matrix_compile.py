@@ -3,7 +3,7 @@
 import pytest
 import torch
 from common.batches import LAYOUTS, tokens
-from common.families import first_rows, traced_causal_rows, traced_rows
+from common.families import FIRST, TRACED, first_rows, in_every_run, traced_causal_rows, traced_rows
 from common.padding import padded_batch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
@@ -41,9 +41,9 @@ def test_forward_is_one_graph(row):
     assert counter.frame_count == 1
 
 
-@first_rows
+@in_every_run("leap", "danet", of=FIRST)
 def test_packed_forward_is_one_graph(row):
-    model = row.causal_lm(**row.layers(2))
+    model = row.causal_lm(**row.layers(1))
     compiled, counter = traced(model)
     position_ids = torch.cat([torch.arange(9), torch.arange(21)])[None]
     with torch.no_grad():
@@ -52,10 +52,10 @@ def test_packed_forward_is_one_graph(row):
     assert counter.frame_count == 1
 
 
-@first_rows
+@in_every_run("leap", "danet", of=FIRST)  # Fastformer has LEAP's sums
 def test_lengths_do_not_recompile_for_ever(row):
     """The second length makes the length dynamic; no later one adds a graph, across the borders of the sums' chunks."""
-    model = row.causal_lm(**row.layers(2))
+    model = row.causal_lm(**row.layers(1))
     compiled, counter = traced(model)
     with torch.no_grad():
         for length in (70, 80, 130, 200):
@@ -67,7 +67,7 @@ def test_lengths_do_not_recompile_for_ever(row):
     assert counter.frame_count == (3 if row.family == "danet" else 2)
 
 
-@traced_causal_rows
+@in_every_run("leap", "fastformer", "danet", of=[row for row in TRACED if row.causal])
 def test_training_step_is_one_graph(row):
     model = row.causal_lm(**row.layers(2)).train()
     compiled, counter = traced(model, "aot_eager")  # the backward is a graph, too
@@ -101,10 +101,10 @@ def test_decoding_with_a_static_cache_is_one_graph(row, padded):
     assert counter.frame_count == 1
 
 
-@first_rows
+@in_every_run("leap", "sea", of=FIRST)
 def test_decoding_with_a_dynamic_cache_is_two_graphs(row):
     """The number of columns is a Python number there; after the second step it is a dynamic one."""
-    model = row.causal_lm(**row.layers(2))
+    model = row.causal_lm(**row.layers(1))
     compiled, counter = traced(model.forward)
     with torch.no_grad():
         cache = model(tokens(2, 9), use_cache=True).past_key_values
@@ -151,7 +151,7 @@ def test_export_with_fixed_shapes(row):
     torch.testing.assert_close(program(ids, mask), model(ids, attention_mask=mask)[0], **CLOSE)
 
 
-@traced_rows
+@in_every_run("leap", "fastformer-encoder", "danet", "danet-encoder", of=TRACED)
 def test_export_with_dynamic_batch_and_length(row):
     model = row.build("AutoModel", **row.layers(2))
     _, _, ids, mask = padded_batch(LAYOUTS["both"], (70, 23))

@@ -63,12 +63,13 @@ def train(model, folder, **options) -> list[float]:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"bf16": True},
-        {"gradient_accumulation_steps": 2},
-        {"bf16": True, "gradient_accumulation_steps": 2, "activation_checkpointing": True},
+        pytest.param({}, id="plain"),
+        pytest.param({"bf16": True}, id="bf16", marks=pytest.mark.slow),
+        pytest.param({"gradient_accumulation_steps": 2}, id="accumulation", marks=pytest.mark.slow),
+        pytest.param(
+            {"bf16": True, "gradient_accumulation_steps": 2, "activation_checkpointing": True}, id="all-together"
+        ),
     ],
-    ids=["plain", "bf16", "accumulation", "all-together"],
 )
 @first_rows
 def test_trainer_lowers_the_loss(row, options, tmp_path):

@@ -299,12 +299,22 @@ def _over(rows):
 
 all_rows = _over(ROWS)
 causal_rows = _over(CAUSAL)
-traced_rows = _over([row for row in ROWS if row.traced])
+TRACED = [row for row in ROWS if row.traced]
+traced_rows = _over(TRACED)
 traced_causal_rows = _over([row for row in CAUSAL if row.traced])
+
 # One row a family, for checks that cost seconds and do not depend on the variant.
-first_rows = _over(
-    [next(row for row in CAUSAL if row.family == name) for name in dict.fromkeys(r.family for r in CAUSAL)]
-)
+FIRST = [next(row for row in CAUSAL if row.family == name) for name in dict.fromkeys(r.family for r in CAUSAL)]
+first_rows = _over(FIRST)
+
+
+def in_every_run(*names, of):
+    """Over the rows `of`, for checks that cost ten seconds each: rows that are not named here are slow tests."""
+    return pytest.mark.parametrize(
+        "row", [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name not in names)) for row in of]
+    )
+
+
 # Multiple choice takes inputs of three dimensions: its tests are those of its family.
 rows_with_heads = pytest.mark.parametrize(
     ("row", "head"),

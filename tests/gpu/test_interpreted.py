@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Of each module one case or a few of every kernel, chosen by name: all of them take four minutes.
+# Of each module one case or a few of every kernel, chosen by name, in one process: all of them take four minutes.
 QUICK = {
     "test_leap_kernels": "near_windows and 70-4 or masks_documents and None-True-True-False",
     "test_danet_kernels": "test",
@@ -52,27 +52,38 @@ def run(arguments: list[str], **environment) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel tests run on the GPU itself")
-@pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton (part of the extra `dev` on Linux)")
+def needs_interpreter(test):
+    """Skip where there is a GPU, or no Triton."""
+    test = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel tests run on the GPU itself")(test)
+    reason = "needs the package triton (part of the extra `dev` on Linux)"
+    return pytest.mark.skipif(not HAS_TRITON, reason=reason)(test)
+
+
+def interpret(modules, *selection: str) -> str:
+    """Run the modules' tests that are small enough, or those of a selection; each takes up to seconds. Lists what passed."""
+    files = [f"tests/gpu/{module}.py" for module in modules]
+    done = run(["-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", *files, *selection], TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def quick_run():
+    """The quick cases of all modules in one process: what was printed."""
+    return interpret(QUICK, "-k", " or ".join(f"{module} and ({cases})" for module, cases in QUICK.items()))
+
+
+@needs_interpreter
 @pytest.mark.parametrize("module", QUICK)
-def test_small_cases_through_the_interpreter(module):
-    interpret(module, "-k", QUICK[module])
+def test_small_cases_through_the_interpreter(quick_run, module):
+    assert f"PASSED tests/gpu/{module}.py::" in quick_run
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel tests run on the GPU itself")
-@pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton (part of the extra `dev` on Linux)")
+@needs_interpreter
 @pytest.mark.parametrize("module", QUICK)
 def test_all_small_cases_through_the_interpreter(module):
-    interpret(module)
-
-
-def interpret(module: str, *selection: str) -> None:
-    """Run a module's tests that are small enough, or those of a selection; each takes up to seconds."""
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/{module}.py", *selection]
-    done = run(words, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    assert "PASSED" in interpret([module])
 
 
 def write_package(folder: Path, name: str, text: str) -> None:
@@ -84,10 +95,9 @@ def path_with(folder: Path) -> str:
     return os.pathsep.join([str(folder), str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
-@pytest.mark.parametrize("names", [["triton"], ["triton", "fla"]], ids="+".join)
-def test_kernel_packages_without_a_gpu(names, tmp_path):
+def test_kernel_packages_without_a_gpu(tmp_path):
     """They are installed, but nothing may load them: the stand-ins fail when imported, as the real ones may without a driver."""
-    for name in names:
+    for name in ("triton", "fla"):
         if name == "triton" and HAS_TRITON:
             continue  # the real one
         write_package(tmp_path, name, f"raise RuntimeError('{name} was loaded on a machine without a GPU')\n")

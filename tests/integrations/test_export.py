@@ -40,7 +40,7 @@ assert logits.shape[0] == 1 and np.isfinite(logits).all() and "torch" not in sys
 @dynamic_rows
 def test_prefill_then_steps(row):
     """The prompt in one graph, each further token in the other: the logits of the whole text."""
-    model = row.causal_lm()
+    model = row.causal_lm(**row.layers(2))
     text = tokens(3, 20, seed=2)
     with torch.no_grad():
         shapes = {"input_ids": {0: BATCH, 1: LENGTH}}
@@ -80,7 +80,7 @@ class TestOnnx:
     @onnx_rows
     def test_the_same_tokens(self, row, tmp_path):
         """Greedy decoding of a batch gives `generate`'s tokens; the logits agree at every step; no torch is needed."""
-        model = row.causal_lm()
+        model = row.causal_lm(**row.layers(2))
         save_onnx_step(model, tmp_path / "step.onnx")
         prompt = tokens(3, 7)
         generated = model.generate(prompt, max_new_tokens=10, do_sample=False, pad_token_id=0)

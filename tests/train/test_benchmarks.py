@@ -61,14 +61,18 @@ def test_contenders_of_a_suite_run_alternately_and_fill_a_table(suite):
     assert len(measure.markdown(rows).splitlines()) == 2 + len(times)
 
 
+@pytest.mark.parametrize("size", [gpu_encoder.LARGE, gpu_encoder.SMALL], ids=["335M", "30M"])
+def test_encoders_of_an_accelerator_are_of_one_size(size):
+    """On no device."""
+    with torch.device("meta"):
+        models = [gpu_encoder.danet(size, 16), gpu_encoder.bert(size, 16), gpu_encoder.published(size, 16)]
+    counts = [sum(p.numel() for p in model.parameters()) for model in models]
+    assert max(counts) < 1.03 * min(counts)
+
+
 @pytest.mark.parametrize("suite", ["encoder-30m", "encoder-train-30m"])
-def test_encoders_of_an_accelerator_are_of_one_size_and_run(suite, monkeypatch, tmp_path):
-    """The real sizes on no device; the whole suite with two narrow layers, its own check of our layers included."""
-    for size in (gpu_encoder.LARGE, gpu_encoder.SMALL):
-        with torch.device("meta"):
-            models = [gpu_encoder.danet(size, 16), gpu_encoder.bert(size, 16), gpu_encoder.published(size, 16)]
-        counts = [sum(p.numel() for p in model.parameters()) for model in models]
-        assert max(counts) < 1.03 * min(counts)
+def test_encoders_of_an_accelerator_run(suite, monkeypatch, tmp_path):
+    """The whole suite with two narrow layers, its own check of our layers included."""
     monkeypatch.setattr(gpu_encoder, "SMALL", gpu_encoder.Size(16, 2, 2, 2))
     monkeypatch.setattr(gpu_encoder, "VOCABULARY", 50)
     for name in ("TOKENS", "TRAINING_TOKENS"):

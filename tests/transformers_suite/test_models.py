@@ -54,8 +54,9 @@ class MixinSettings(modeling.ModelTesterMixin, training.TrainingTesterMixin):
     """The mixins with our settings; a class for each row inherits from it."""
 
     row: Row
-    # At the mixin's 1e-3 the loss falls as asked, but the gradient has not vanished by its 300 steps.
-    training_overfit_learning_rate = 3e-3
+    # At the mixin's 1e-3 the loss falls as asked, but the gradient has not vanished by its 300 steps; at this rate half of them do.
+    training_overfit_learning_rate = 6e-3
+    training_overfit_steps = 150
 
     def setUp(self):
         if self.row.family == "danet" and "eager_matches_sdpa_inference" in self._testMethodName:
@@ -83,9 +84,10 @@ class MixinSettings(modeling.ModelTesterMixin, training.TrainingTesterMixin):
         super().test_attention_outputs()
 
     def test_bc_torch_dtype(self):
-        # Every head saved and loaded three times in each of three dtypes: nothing in it depends on the direction.
+        # Every class saved once and loaded fourteen times: nothing in it depends on the head or the direction.
         if not self.row.causal:
             self.skipTest("the causal row of the family loads the same classes")
+        self.all_model_classes = self.all_model_classes[:2]
         super().test_bc_torch_dtype()
 
     def test_can_set_attention_dynamically(self):
