@@ -1,6 +1,7 @@
 """Settings of every test: no network, an empty Hugging Face home, one thread a worker."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -51,3 +52,9 @@ def pytest_collection_modifyitems(items):
             test, _, parameter = name.partition(":")
             if item.originalname == test and (not parameter or parameter in callspec.id.split("-")):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish():
+    """The garbage collector need not look again and again at what the libraries made while they were imported."""
+    gc.collect()
+    gc.freeze()

@@ -100,8 +100,8 @@ def test_saved_rows_come_back(tmp_path):
 
 
 def test_danet_learns_digits_pixel_by_pixel(tmp_path, capsys):
-    words = ["run", "--task", "digits", "--models", "danet", "--steps", "80", "--threads", "1", "--device", "cpu"]
+    words = ["run", "--task", "digits", "--models", "danet", "--steps", "120", "--threads", "1", "--device", "cpu"]
     long_range.main([*words, "--output", str(tmp_path)])
     long_range.main(["table", "--output", str(tmp_path)])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| digits | danet"))
-    assert float(line.split("|")[4]) > 25, "chance is 10 %"
+    assert float(line.split("|")[4]) > 40, "chance is 10 %"

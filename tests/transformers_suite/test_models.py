@@ -54,7 +54,7 @@ class MixinSettings(modeling.ModelTesterMixin, training.TrainingTesterMixin):
     """The mixins with our settings; a class for each row inherits from it."""
 
     row: Row
-    # At the mixin's 1e-3 the loss falls as asked, but the gradient has not vanished by its 300 steps; at this rate half of them do.
+    # At the mixin's 1e-3 the loss falls as asked, but the gradient has not vanished by its 300 steps; here half of them do.
     training_overfit_learning_rate = 6e-3
     training_overfit_steps = 150
 
