@@ -39,6 +39,12 @@ def lm(corpus: str, model: str, figure: str | None = None, seed: int | None = No
     return statistics.mean(run["test"][figure] for run in best if seed is None or run["seed"] == seed)
 
 
+def share(corpus: str, tried: str, ours: str, aim: str) -> float:
+    """How much of the way from our model to another one what was tried goes, first seed."""
+    start, end, reached = (lm(corpus, name, seed=0) for name in (ours, aim, tried))
+    return (start - reached) / (start - end)
+
+
 def lm_cost(corpus: str, model: str, figure: str) -> float:
     """Median of the rounds in which the language models took turns, or a single figure such as `peak_memory_mb`."""
     found = data("language-models.json")[corpus]["speed"]["models"][model][figure]
@@ -79,6 +85,12 @@ def encoder(texts: str, family: str, figure: str = "accuracy", start: str = "pre
     """Mean over the seeds of a fine-tuned encoder's test figure, at the choice with the best validation accuracy."""
     _, of_choice, _ = chosen(data(f"encoder-tasks/{folder}encoder-tasks.json")["finetuning"])[texts, family, start]
     return statistics.mean(run["test"][figure] for run in of_choice)
+
+
+def encoder_tried(texts: str, family: str, rate: float, change: str = "", folder: str = "") -> float:
+    """Validation accuracy of one choice with the first seed."""
+    _, _, tried = chosen(data(f"encoder-tasks/{folder}encoder-tasks.json")["finetuning"])[texts, family, "pretrained"]
+    return tried[rate, change]
 
 
 def words(family: str, split: str = "test", figure: str = "accuracy") -> float:
