@@ -103,9 +103,11 @@ def test_figures_in_sentences_are_filled_in():
         'over <!--{paper("gpt2") / paper("gpt2"):.2f}-->1.00<!--.--> times'
     )
     with pytest.raises(ValueError, match="no_such"):
-        filled('<!--{no_such("gpt2")}-->7<!--.-->')
+        filled('of <!--{no_such("gpt2")}-->7<!--.-->')
     with pytest.raises(ValueError, match="1 marks begin a figure"):
-        filled('<!--{paper("gpt2")}-->7')
+        filled('of <!--{paper("gpt2")}-->7')
+    with pytest.raises(ValueError, match="put a word before it"):
+        filled('some words\n<!--{paper("gpt2")}-->7<!--.-->')
 
 
 def written_commands(page):
