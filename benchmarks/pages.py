@@ -58,7 +58,9 @@ def filled(text: str) -> str:
     if not marks == found == text.count("<!--.-->"):
         raise ValueError(f"{marks} marks begin a figure, {found} have the form <!--{{EXPRESSION:FORMAT}}-->...<!--.-->")
     if found := re.search(r"^\s*(<!--\{.*)", text, re.MULTILINE):
-        raise ValueError(f"a line that begins with a mark is no text for Markdown; put a word before it: {found[1][:60]}")
+        raise ValueError(
+            f"a line that begins with a mark is no text for Markdown; put a word before it: {found[1][:60]}"
+        )
     text = FIGURE.sub(lambda m: f"{m[1]}{figure(m[2])}{m[3]}", text)
     return MARKED.sub(lambda m: f"{m[1]}\n{printed(m[2], m[3])}\n\n{m[4]}", text)
 
