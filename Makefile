@@ -56,7 +56,8 @@ unit: $(STAMP) suite ## the tests alone
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test: lint unit ## lint and every test that is not marked slow
+test: $(STAMP) ## lint and every test that is not marked slow, side by side
+	$(MAKE) --jobs=2 lint unit
 
 test-oldest: $(OLDEST)/.installed ## the tests on the oldest versions that pyproject.toml allows
 	$(OLDEST)/bin/python tests/transformers_suite/fetch.py
