@@ -92,9 +92,9 @@ def _leap_wide(setting: Setting, *sizes: int, **fields: Any) -> Any:
 
 
 def _leap_deep(setting: Setting, *sizes: int, **fields: Any) -> Any:
-    """Twice the layers, whose feed-forward parts are narrower for it, windows from 2 to 64, and more heads."""
-    windows = [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, None]
-    deep = replace(setting, num_layers=len(windows))
+    """Twice the layers, whose feed-forward parts are narrower for it, windows from 2 to 64 (the last global), and more heads."""
+    deep = replace(setting, num_layers=2 * setting.num_layers)
+    windows = [2 ** (1 + layer // 2) * (2 + layer % 2) // 2 for layer in range(deep.num_layers - 1)] + [None]
     return _averaging("leap", deep, *sizes, layer_windows=windows, more_heads=4, **fields)
 
 
