@@ -58,3 +58,8 @@ def pytest_collection_finish():
     """The garbage collector need not look again and again at what the libraries made while they were imported."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    """Otherwise compiled libraries report everything that was frozen as leaked."""
+    gc.unfreeze()
