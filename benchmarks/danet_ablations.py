@@ -56,6 +56,10 @@ def command(name: str, preset: Preset, rate: float, seed: int, folder: Path, opt
 
 def run(options: argparse.Namespace) -> None:
     """Every rate with the first seed, then the other seeds at the best rate; the results into one file."""
+    import torch
+
+    if not (options.cpu or torch.cuda.is_available()):
+        raise SystemExit("there is no GPU: `--preset tiny --cpu` tries everything out, `--cpu` alone takes a day")
     preset = PRESETS[options.preset]
     if options.steps:
         preset = replace(preset, pretraining=preset.pretraining | {"steps": options.steps})
@@ -109,6 +113,10 @@ def guessed(runs: list[dict]) -> list[float]:
 
 def table(options: argparse.Namespace) -> None:
     """One line a change."""
+    if not options.json.exists():
+        raise SystemExit(
+            f"there is no {options.json}: `run` makes it; `run --preset tiny --cpu` tries that out in minutes"
+        )
     print(
         "| DANet | parameters | rate | validation loss at each rate, first seed | test: words guessed (each seed) | mean |"
     )
