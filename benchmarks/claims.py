@@ -7,6 +7,7 @@ the papers, so the numbers of a row are to be compared with one another and not 
 import statistics
 from collections.abc import Iterator
 
+from .danet_ablations import losses
 from .figures import (
     cpu,
     data,
@@ -41,7 +42,7 @@ Row = tuple[str, str, str, str, str]
 def main() -> None:
     """Print the table."""
     print("| claim | claimed | measured here | holds | how |\n|---|---|---|---|---|")
-    for makers in (language_models, long_sequences, encoders, sea, speed):
+    for makers in (language_models, danet_parts, long_sequences, encoders, sea, speed):
         for row in makers():
             print("| " + " | ".join(row) + " |")
 
@@ -120,6 +121,45 @@ def _budget(ours: str, other: str) -> list[tuple[float, float, str]]:
             where = f"on {what}" if key == "perplexity" else f"bits per byte on {what}"
             pairs.append((lm(corpus, ours), lm(corpus, other), where))
     return pairs
+
+
+def danet_parts() -> Iterator[Row]:
+    """What the DANet paper says of its own parts."""
+    link = "[parts of DANet](#parts-of-danet-changed-one-at-a-time)"
+    found = data("danet-ablations.json")["changes"]
+    loss = {name: losses(found, name)[0] for name in found}
+    wide, narrow = lm("docs8-slice", "danet-all-global"), lm("docs8-slice", "danet-window-16")
+    yield (
+        "local layers beside global ones: a better DANet",
+        "masked words, 16,384 tokens a row: loss 1.689 against 2.843",
+        f"masked words: {loss['base']:.2f} against {loss['global']:.2f}; next byte on a tenth of docs8: {narrow:.3f} with "
+        f"windows of 16 against {wide:.3f}",
+        verdict([loss["base"] < loss["global"], narrow < wide]),
+        f"{link}, {BUDGET}",
+    )
+    one, more = lm("docs8-slice", "danet"), lm("docs8-slice", "danet-more-heads")
+    yield (
+        "one head of DANet is better than several",
+        "masked words: loss 1.564 with 1, 1.627 with 4, 1.691 with 16",
+        f"masked words: {loss['base']:.2f}, {loss['heads4']:.2f}, {loss['heads16']:.2f}; next byte on a tenth of docs8: "
+        f"{one:.3f} with 1, {more:.3f} with 6",
+        verdict([loss["base"] < loss["heads4"], loss["heads4"] < loss["heads16"], one < more]),
+        f"{link}, {BUDGET}",
+    )
+    yield (
+        "MaxNorm at least as good as LayerNorm in DANet",
+        "61.9 % against 61.6 % of masked words in bfloat16",
+        f"loss {loss['base']:.2f} against {loss['layernorm']:.2f}",
+        verdict([loss["base"] <= loss["layernorm"]]),
+        link,
+    )
+    yield (
+        "and DANet with LayerNorm fails in float16",
+        "fails; 61.3 % with MaxNorm",
+        f"loss {loss['layernorm-float16']:.2f} (autocast), with MaxNorm {loss['base-float16']:.2f}",
+        verdict([loss["layernorm-float16"] > 2 * loss["base-float16"]]) + ", only worse",
+        link,
+    )
 
 
 def long_sequences() -> Iterator[Row]:

@@ -12,7 +12,7 @@ training_report.json, and is not repeated. `--preset tiny` tries everything out 
 import argparse
 import json
 import math
-import statistics
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,42 +73,68 @@ def run(options: argparse.Namespace) -> None:
 
     run_together(commands([(name, rate, first) for name in options.changes for rate in options.rates]), options.jobs)
     found = collect(options)
-    more = [(name, best(found[name])["rate"], seed) for name in found if CHANGES[name].seeds for seed in others]
+    more = [
+        (name, best(found[name], last_step(found))["rate"], seed)
+        for name in found
+        if CHANGES[name].seeds
+        for seed in others
+    ]
     run_together(commands(more), options.jobs)
     collect(options)
 
 
 def collect(options: argparse.Namespace) -> dict[str, list[dict]]:
-    """Results by change, also written to `--json`."""
+    """Validation losses of every run by change, of those that were cut as well; also written to `--json`."""
     found: dict[str, list[dict]] = {}
     machine = None
     for name in CHANGES:
-        for file in sorted(options.output.glob(f"{name}-rate*/{REPORT}")):
-            report = json.loads(file.read_text())
-            machine = report["machine"]
-            kept = {key: report[key] for key in ("parameters", "steps", "training_tokens", "validation", "test")}
-            kept |= {"rate": report["options"]["learning_rate"], "seed": report["options"]["seed"]}
-            found.setdefault(name, []).append(kept)
+        for log in sorted(options.output.glob(f"{name}-rate*.log")):
+            named = re.fullmatch(rf"{name}-rate(.+)-seed(\d+)", log.stem)
+            points = re.findall(r"^step +(\d+)/(\d+) +validation loss ([\w.]+)", log.read_text(), re.MULTILINE)
+            if named is None or not points:
+                continue
+            report = log.with_suffix("") / REPORT
+            machine = json.loads(report.read_text())["machine"] if report.exists() else machine
+            curve = [{"step": int(step), "validation": float(loss)} for step, _, loss in points]
+            found.setdefault(name, []).append(
+                {"rate": float(named[1]), "seed": int(named[2]), "steps": int(points[0][1]), "curve": curve}
+            )
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine, "changes": found}, indent=1) + "\n")
+    options.json.write_text(json.dumps({"machine": machine or _machine(), "changes": found}, indent=1) + "\n")
     return found
 
 
-def best(runs: list[dict]) -> dict:
-    """Of the first seed's runs the one with the lowest validation loss; one that diverged is the worst."""
+def _machine() -> dict[str, str]:
+    """Where this runs, for a sweep of which no run came to its end."""
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def last_step(found: dict[str, list[dict]]) -> int:
+    """The last step at which every run was evaluated."""
+    return min(run["curve"][-1]["step"] for runs in found.values() for run in runs)
+
+
+def loss_at(run: dict, step: int) -> float:
+    """Validation loss there; of a run that diverged the worst."""
+    value = next(point["validation"] for point in run["curve"] if point["step"] == step)
+    return value if math.isfinite(value) else math.inf
+
+
+def best(runs: list[dict], step: int) -> dict:
+    """Of the first seed's runs the one with the lowest loss."""
     first = min(run["seed"] for run in runs)
-
-    def loss(run: dict) -> float:
-        value = run["validation"]["loss"]
-        return value if value is not None and math.isfinite(value) else math.inf
-
-    return min((run for run in runs if run["seed"] == first), key=loss)
+    return min((run for run in runs if run["seed"] == first), key=lambda run: loss_at(run, step))
 
 
-def guessed(runs: list[dict]) -> list[float]:
-    """Share of the masked words of the test part that each seed guesses, at the best rate."""
-    rate = best(runs)["rate"]
-    return [run["test"]["accuracy"] for run in sorted(runs, key=lambda run: run["seed"]) if run["rate"] == rate]
+def losses(found: dict[str, list[dict]], name: str) -> list[float]:
+    """Of each seed at the best rate, after the last step that every run of all changes reached."""
+    step = last_step(found)
+    rate = best(found[name], step)["rate"]
+    return [loss_at(run, step) for run in found[name] if run["rate"] == rate]
 
 
 def table(options: argparse.Namespace) -> None:
@@ -117,19 +143,14 @@ def table(options: argparse.Namespace) -> None:
         raise SystemExit(
             f"there is no {options.json}: `run` makes it; `run --preset tiny --cpu` tries that out in minutes"
         )
-    print(
-        "| DANet | parameters | rate | validation loss at each rate, first seed | test: words guessed (each seed) | mean |"
-    )
-    print("|---|---:|---:|---|---|---:|")
-    for name, runs in json.loads(options.json.read_text())["changes"].items():
-        first = [run for run in runs if run["seed"] == best(runs)["seed"]]
-        losses = ", ".join(f"{run['rate']:g}: {run['validation']['loss']:.3f}" for run in first)
-        values = guessed(runs)
-        each = ", ".join(f"{value:.1%}" for value in values)
-        print(
-            f"| {CHANGES[name].words} | {runs[0]['parameters']:,} | {best(runs)['rate']:g} | {losses} | {each} "
-            f"| {statistics.mean(values):.1%} |"
-        )
+    found = json.loads(options.json.read_text())["changes"]
+    step, steps = last_step(found), next(iter(found.values()))[0]["steps"]
+    after = f"after {step:,} of {steps:,} steps"
+    print(f"| DANet | validation loss {after}: each rate, first seed | each seed at the best rate |\n|---|---|---|")
+    for name, runs in found.items():
+        first = [run for run in runs if run["seed"] == best(runs, step)["seed"]]
+        rates = ", ".join(f"{run['rate']:g}: {loss_at(run, step):.3f}" for run in first)
+        print(f"| {CHANGES[name].words} | {rates} | {', '.join(f'{loss:.3f}' for loss in losses(found, name))} |")
 
 
 def main(words: list[str] | None = None) -> None:

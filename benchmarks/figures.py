@@ -45,12 +45,6 @@ def share(corpus: str, tried: str, ours: str, aim: str) -> float:
     return (start - reached) / (start - end)
 
 
-def lm_cost(corpus: str, model: str, figure: str) -> float:
-    """Median of the rounds in which the language models took turns, or a single figure such as `peak_memory_mb`."""
-    found = data("language-models.json")[corpus]["speed"]["models"][model][figure]
-    return statistics.median(found) if isinstance(found, list) else found
-
-
 def paper(model: str) -> float:
     """Mean test perplexity of the seeds at the setting of LEAP's paper."""
     files = sorted((DATA / "paper").glob(f"paper-{model}-seed*.json"))

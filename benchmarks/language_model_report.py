@@ -60,19 +60,28 @@ def tables(results: dict[str, Any], corpus: str | None = None, parts: list[str] 
 
 
 def summary(results: dict[str, Any]) -> str:
-    """One line a model: its test figure on the two texts, and what it costs on the second."""
+    """One line a model: its test figure on the two texts, and what it costs on the second (batches of 32 x 1,024)."""
     small, large = "speeches", "docs8"
     runs = {corpus: _by_model(results[corpus]["runs"]) for corpus in (small, large)}
-    costs = (results[large]["speed"] or results["docs8-slice"]["speed"])["models"]
-    lines = ["| model | speeches, perplexity | docs8, bits per byte | training tokens/s | state after 1,024 tokens |"]
-    lines.append("|---|---:|---:|---:|---:|")
+    costs = results[large]["speed"]["models"]
+    lines = [
+    lines = [
+        "| model | speeches, perplexity | docs8, bits per byte | training tokens/s | peak memory | decoding tokens/s "
+        "| state after 1,024 tokens |"
+    ]
+    ]
+    lines.append("|---|" + 6 * "---:|")
     for name in runs[small]:
         figures = [
             statistics.mean(run["test"][key] for run in best_runs(runs[corpus][name]))
             for corpus, key in ((small, "perplexity"), (large, "bits_per_byte"))
         ]
-        rate, kib = statistics.median(costs[name]["training_tokens_per_second"]), costs[name]["state_bytes"] / 1024
-        lines.append(f"| {NAMES[name]} | {figures[0]:.1f} | {figures[1]:.3f} | {rate:,.0f} | {kib:,.0f} KiB |")
+        found = costs[name]
+        train, decode = (statistics.median(found[f"{kind}_tokens_per_second"]) for kind in ("training", "decoding"))
+        lines.append(
+            f"| {NAMES[name]} | {figures[0]:.1f} | {figures[1]:.3f} | {train:,.0f} | {found['peak_memory_mb']:,.0f} MiB "
+            f"| {decode:,.0f} | {found['state_bytes'] / 1024:,.0f} KiB |"
+        )
     return "\n".join(lines)
 
 
