@@ -1,7 +1,7 @@
 """The contenders of `benchmarks.language_models`: six causal language models of equal depth of field and equal size."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -91,13 +91,6 @@ def _leap_wide(setting: Setting, *sizes: int, **fields: Any) -> Any:
     return _averaging("leap", setting, *sizes, layer_windows=[*windows, None], **fields)
 
 
-def _leap_deep(setting: Setting, *sizes: int, **fields: Any) -> Any:
-    """Twice the layers, whose feed-forward parts are narrower for it, windows from 2 to 64 (the last global), and more heads."""
-    deep = replace(setting, num_layers=2 * setting.num_layers)
-    windows = [2 ** (1 + layer // 2) * (2 + layer % 2) // 2 for layer in range(deep.num_layers - 1)] + [None]
-    return _averaging("leap", deep, *sizes, layer_windows=windows, more_heads=4, **fields)
-
-
 def _danet(setting: Setting, vocab_size: int, width: int, **fields: Any) -> Any:
     """The published decoder (preset gpt-360m), scaled down: windows of half the length, and a third more layers than the
     Transformers', because a layer has one projection in place of four.
@@ -116,12 +109,6 @@ def _danet(setting: Setting, vocab_size: int, width: int, **fields: Any) -> Any:
         "chunk_size": None,
     }
     return DanetForCausalLM(DanetConfig.preset("gpt-360m", **(sizes | fields)))
-
-
-def _danet_three_changes(setting: Setting, *sizes: int, **fields: Any) -> Any:
-    """Short windows, more heads and larger initial weights together."""
-    changes: dict[str, Any] = {"window_size": 16, "num_attention_heads": setting.num_heads, "initializer_range": 0.05}
-    return _danet(setting, *sizes, **(changes | fields))
 
 
 MODELS: dict[str, Callable[[Setting, int, int], Any]] = {
@@ -148,14 +135,12 @@ VARIANTS: dict[str, Callable[[Setting, int, int], Any]] = {
     "danet-window-16": partial(_danet, window_size=16),
     "danet-more-heads": lambda setting, *sizes: _danet(setting, *sizes, num_attention_heads=setting.num_heads),
     "danet-large-initial-weights": partial(_danet, initializer_range=0.05),
-    "danet-three-changes": _danet_three_changes,
-    "danet-three-changes-relu": partial(_danet_three_changes, ffn_type="relu"),
+    "danet-three-changes": lambda setting, *sizes: _danet(
+        setting, *sizes, window_size=16, num_attention_heads=setting.num_heads, initializer_range=0.05
+    ),
     "leap-rotary": partial(_averaging, "leap", position_embedding_type="rotary"),
     "leap-exp": partial(_averaging, "leap", focus_function="exp"),
     "leap-wide": _leap_wide,
     "leap-more-heads": partial(_averaging, "leap", more_heads=4),
     "leap-wide-more-heads": partial(_leap_wide, more_heads=4),
-    "leap-wide-more-heads-exp": partial(_leap_wide, more_heads=4, focus_function="exp"),
-    "leap-deep": _leap_deep,
-    "leap-deep-exp": partial(_leap_deep, focus_function="exp"),
 }
