@@ -49,7 +49,7 @@ def test_all_values(dtype):
     expected.sum().backward()
     tolerance = torch.finfo(dtype).eps
     torch.testing.assert_close(bias_gelu(x, zero).double(), expected.detach(), atol=2e-6, rtol=2 * tolerance)
-    derivative, _, again = bias_gelu_backward(x, zero, ones)
+    _, again = bias_gelu_backward(x, zero, derivative := ones)
     torch.testing.assert_close(derivative.double(), wide.grad, atol=2e-6, rtol=2 * tolerance)
     assert torch.equal(again, bias_gelu(x, zero))
 

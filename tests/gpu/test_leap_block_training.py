@@ -50,19 +50,21 @@ def compare(block, x, dtype, change=None, **arguments):
 
 
 @pytest.fixture
-def middles(monkeypatch):
-    """Counts the blocks that ran their middle as one step."""
-    calls, apply = [], leap_block_training._Middle.apply
-    monkeypatch.setattr(leap_block_training._Middle, "apply", lambda *a: calls.append(1) or apply(*a))
+def steps(monkeypatch):
+    """Counts the blocks that ran as one step after their projections."""
+    calls, apply = [], leap_block_training._Rest.apply
+    monkeypatch.setattr(leap_block_training._Rest, "apply", lambda *a: calls.append(1) or apply(*a))
     return calls
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("kind", ["whole", "packed", "padded", "rotary"])
-def test_block(kind, window, dtype, middles):
+@pytest.mark.parametrize("kind", ["whole", "recomputed", "packed", "padded", "rotary"])
+def test_block(kind, window, dtype, steps):
     block, x, arguments = make_block(window), make_input(), {}
-    if kind == "packed":
+    if kind == "recomputed":
+        block = make_block(window, num_recomputed_mlps=1)
+    elif kind == "packed":
         arguments["segment_ids"] = (torch.arange(70, device=DEVICE) // 13).expand(2, 70)
     elif kind == "padded":
         arguments["attention_mask"] = (torch.arange(70, device=DEVICE) > 6).expand(2, 70)
@@ -70,24 +72,24 @@ def test_block(kind, window, dtype, middles):
         block = make_block(window, position_embedding_type="rotary")
         arguments["position_ids"] = torch.arange(70, device=DEVICE)[None]
     compare(block, x, dtype, **arguments)
-    assert bool(middles) == (kind in ("whole", "packed") or (kind == "padded" and window is None))
+    assert bool(steps) == (kind in ("whole", "recomputed", "packed") or (kind == "padded" and window is None))
 
 
 @needs_gpu
-@pytest.mark.parametrize("window", [None, 4, 40])
-def test_compiled(window):
+@pytest.mark.parametrize("window, recomputed", [(None, 0), (4, 0), (40, 0), (4, 1)])
+def test_compiled(window, recomputed):
     def compiled(block):
         return torch.compile(block, fullgraph=True)
 
-    compare(make_block(window), make_input(1000), torch.bfloat16, compiled)
+    compare(make_block(window, num_recomputed_mlps=recomputed), make_input(1000), torch.bfloat16, compiled)
 
 
-def test_frozen_layers_get_no_gradient(middles):
+def test_frozen_layers_get_no_gradient(steps):
     block = make_block()
     for layer in (block.mlp.up_proj, block.attention.qfkv_proj, block.mlp_norm):
         layer.requires_grad_(False)
     compare(block, make_input(), torch.float32)
-    assert middles
+    assert steps
 
 
 def test_gradient_checkpointing_forms_the_same():
@@ -97,7 +99,7 @@ def test_gradient_checkpointing_forms_the_same():
     compare(make_block(4), make_input(), torch.float32, checkpointed)
 
 
-def test_dropout_is_the_same_in_backward(middles):
+def test_dropout_is_the_same_in_backward(steps):
     """The gradient is that of the very entries that forward kept: a numerical derivative along one direction."""
     block, x = make_block(4, attention_dropout=0.3), make_input(40)
     direction = torch.randn_like(x)
@@ -109,19 +111,21 @@ def test_dropout_is_the_same_in_backward(middles):
 
     x.requires_grad_()
     loss(x).backward()
-    assert middles
+    assert steps
     up, down = (loss((x + step * direction).detach().requires_grad_()).item() for step in (1e-2, -1e-2))
     derivative = (up - down) / 2e-2
     assert abs(derivative - (x.grad * direction).sum().item()) < 2e-2 * abs(derivative)
 
 
 @needs_gpu
+@pytest.mark.parametrize("recomputed, kept", [(0, 9), (1, 5)])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_it_keeps_nine_hidden_states(compiled):
-    """Kept for backward: the input, four projections, the four-fold inner activation."""
-    block, x = make_block().to(torch.bfloat16), make_input(4096, torch.bfloat16).requires_grad_()
+def test_it_keeps_nine_hidden_states(compiled, recomputed, kept):
+    """Kept for backward: the input, four projections, and the four-fold inner activation where that is not formed again."""
+    block = make_block(num_recomputed_mlps=recomputed).to(torch.bfloat16)
+    x = make_input(4096, torch.bfloat16).requires_grad_()
     run = torch.compile(block) if compiled else block
     run(x).sum().backward()
     before = torch.cuda.memory_allocated()
     out = run(x)
-    assert torch.cuda.memory_allocated() - before - out.nbytes <= 8.2 * x.nbytes  # the input was there before
+    assert torch.cuda.memory_allocated() - before - out.nbytes <= (kept - 0.8) * x.nbytes  # the input was there before

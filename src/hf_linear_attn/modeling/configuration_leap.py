@@ -46,6 +46,8 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
         tie_word_embeddings (`bool`, defaults to `True`): whether logits use the embedding matrix.
         fused_linear_cross_entropy (`bool`, defaults to `False`): train a causal language model without ever holding all logits:
             the loss goes through the vocabulary a block of tokens at a time, and the output has no `logits` while training.
+        num_recomputed_mlps (`int`, defaults to 0): in training, the first so many layers form the inner activation of their
+            feed-forward layer again instead of keeping it: less memory for long rows, and less time than gradient checkpointing.
 
     The published names `n_layer`, `n_head`, `n_heads`, `n_positions`, `window_sizes` and `use_local_att` are accepted, too.
     """
@@ -81,6 +83,7 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = True
     fused_linear_cross_entropy: bool = False
+    num_recomputed_mlps: int = 0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -108,6 +111,10 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
         check_windows(self)
         check_choice("position_embedding_type", self.position_embedding_type, ("learned", "rotary"))
         check_choice("focus_function", self.focus_function, ("elu", "exp"))
+        if not 0 <= self.num_recomputed_mlps <= self.num_hidden_layers:
+            raise ValueError(
+                f"`num_recomputed_mlps` is {self.num_recomputed_mlps}, expected 0 to `num_hidden_layers`={self.num_hidden_layers}"
+            )
         head_size = self.hidden_size // self.num_attention_heads
         if not 32 <= head_size <= 128:
             logger.warning_once(

@@ -18,7 +18,7 @@ def gelu_feed_forward(
     The activation is four times as wide as the model: it is formed again in backward, in the pass that reads its input for the
     derivative anyway, and the gradient of the first bias is summed there, too.
     """
-    if not torch.is_grad_enabled() or not runs_triton(x, _obstacle(up, down, x)):
+    if not torch.is_grad_enabled() or not runs_triton(x, gelu_linear_obstacle(up, down, x)):
         return None
     from .gelu_linear_triton import gelu_linear
 
@@ -26,7 +26,7 @@ def gelu_feed_forward(
     return gelu_linear(inner, up.bias, down.weight, down.bias)
 
 
-def _obstacle(up, down, x) -> str | None:
+def gelu_linear_obstacle(up, down, x) -> str | None:
     """Why the kernels cannot do this layer, or None."""
     if not is_plain(up) or not is_plain(down) or up.bias is None:
         return "a layer is more than its weight and bias"

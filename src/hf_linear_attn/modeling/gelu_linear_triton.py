@@ -54,10 +54,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x_ptr, bias_ptr, grad_ptr, dx_ptr, out_ptr, dbias_ptr, rows, columns,
+    x_ptr, bias_ptr, grad_ptr, out_ptr, dbias_ptr, rows, columns,
     R: tl.constexpr, S: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x, the activation once more, and this program's part of the bias's gradient."""
+    """Gradient of x in the place of the activation's, the activation once more, and a part of the bias's gradient."""
     column = tl.program_id(1) * C + tl.arange(0, C)
     bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     total = tl.zeros((S, C), tl.float32)
@@ -69,7 +69,7 @@ def _backward_kernel(
         grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
         below, density = _normal(x, EXACT)
         dx = grad * (below + x * density)
-        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_ptr + place, dx.to(grad_ptr.dtype.element_ty), mask=inside)
         tl.store(out_ptr + place, (x * below).to(out_ptr.dtype.element_ty), mask=inside)
         total += tl.where(inside, dx, 0.0)
     tl.store(dbias_ptr + tl.program_id(0) * columns + column, tl.sum(total, axis=0), mask=column < columns)
@@ -91,22 +91,20 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@torch.library.custom_op("hf_linear_attn::bias_gelu_backward", mutates_args=())
+@torch.library.custom_op("hf_linear_attn::bias_gelu_backward", mutates_args=("grad",))
 @on_its_device
-def bias_gelu_backward(
-    x: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x and the bias, and GELU(x + bias)."""
-    dx, out = torch.empty_like(x), torch.empty_like(x)
+def bias_gelu_backward(x: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bias's gradient and GELU(x + bias); the gradient of x takes the place of `grad`, all contiguous."""
+    out = torch.empty_like(x)
     grid, rows, columns, flags = _sizes(x, BACKWARD_STAGES)
     dbias = torch.empty(grid[0], columns, device=x.device)
-    _backward_kernel[grid](x, bias, grad.contiguous(), dx, out, dbias, rows, columns, **flags)
-    return dx, dbias.sum(0).to(bias.dtype), out
+    _backward_kernel[grid](x, bias, grad, out, dbias, rows, columns, **flags)
+    return dbias.sum(0).to(bias.dtype), out
 
 
 @bias_gelu_backward.register_fake
 def _(x, bias, grad):
-    return torch.empty_like(x), torch.empty_like(bias), torch.empty_like(x)
+    return torch.empty_like(bias), torch.empty_like(x)
 
 
 @torch.library.custom_op("hf_linear_attn::gelu_linear", mutates_args=())
@@ -128,12 +126,17 @@ def _save(ctx, inputs, output):
     ctx.has_last_bias = last_bias is not None
 
 
-def _differentiate(ctx, grad):
-    x, bias, weight = ctx.saved_tensors
-    dx, dbias, activation = bias_gelu_backward(x, bias, grad @ weight)
+def gelu_linear_backward(x, bias, weight, grad, wants_weight, wants_last_bias):
+    """Gradients of the arguments of `gelu_linear`; those that are not wanted are None."""
+    dx = grad @ weight
+    dbias, activation = bias_gelu_backward(x, bias, dx)
     rows = grad.flatten(0, -2)
-    dweight = rows.mT @ activation.flatten(0, -2) if ctx.needs_input_grad[2] else None
-    return dx, dbias, dweight, rows.sum(0) if ctx.has_last_bias else None
+    dweight = rows.mT @ activation.flatten(0, -2) if wants_weight else None
+    return dx, dbias, dweight, rows.sum(0) if wants_last_bias else None
+
+
+def _differentiate(ctx, grad):
+    return gelu_linear_backward(*ctx.saved_tensors, grad, ctx.needs_input_grad[2], ctx.has_last_bias)
 
 
 _gelu_linear.register_autograd(_differentiate, setup_context=_save)

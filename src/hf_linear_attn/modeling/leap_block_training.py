@@ -1,6 +1,7 @@
-"""The middle of a LEAP block in training: mechanism, residual, norm and the first feed-forward product as one step.
+"""All of a LEAP block after its projections, in training: mechanism, residual, norm and feed-forward layer as one step.
 
-Kept for backward are the block's input and its projections alone. What the mechanism gives is formed once more, which is a pass
+Kept for backward are the block's input, its projections and the wide inner activation (nine hidden states where the inner one is
+four times as wide), or without the last where that is formed again. What the mechanism gives is formed once more, which is a pass
 over the projections, and with it the hidden states after it and their norm, inside the norm's own backward.
 """
 
@@ -8,15 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from .backend import runs_triton
+from .compat import GELUActivation
+from .gelu_linear import gelu_linear_obstacle
 from .leap_mechanism import kernel_obstacle
 from .normed_linear import normed_linear_obstacle
 from .plain_linear import has_hooks
 
 
-def leap_block_middle(
+def leap_block_rest(
     block, hidden_states, projected, attention_mask, past_key_values, return_state, kwargs
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """With h the hidden states after the mechanism: `h, h, up_proj(mlp_norm(h))` without the bias, as `normed_linear`.
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The hidden states h after the mechanism, and `down_proj(gelu(up_proj(mlp_norm(h))))` before its dropout.
 
     None where the layers must run one by one. `block` is a `LeapBlock`, `projected` (B, T, 4 d) what its projections gave; the
     other arguments are those of its `forward`.
@@ -27,50 +30,67 @@ def leap_block_middle(
         kwargs.get("state") is not None
     ):
         return None
-    attention, mlp = block.attention, block.mlp
+    attention, norm, mlp = block.attention, block.mlp_norm, block.mlp
     if attention.rope_theta is not None or (attention_mask is not None and attention.window is not None):
         return None  # the layer turns queries and keys, or moves real tokens together, and then runs the kernels itself
-    if has_hooks(attention.dropout):
+    if type(mlp.activation) is not GELUActivation or any(
+        has_hooks(x) for x in (attention.dropout, mlp.activation, mlp.dropout)
+    ):
         return None
     projected = projected.unflatten(-1, (4, attention.num_heads, attention.head_dim))
     obstacle = kernel_obstacle(projected, attention.window, attention.exponential, attention_mask, None, False)
-    obstacle = obstacle or normed_linear_obstacle(block.mlp_norm, mlp.up_proj, mlp, hidden_states)
+    obstacle = obstacle or normed_linear_obstacle(norm, mlp.up_proj, mlp, hidden_states)
+    obstacle = obstacle or gelu_linear_obstacle(mlp.up_proj, mlp.down_proj, hidden_states)
     if not runs_triton(hidden_states, obstacle):
         return None
     dropout = attention.dropout.p if attention.training else 0.0
     seed = torch.randint(2**31 - 1, (), device=hidden_states.device) if dropout else None
-    hidden_states, inner = _Middle.apply(
-        hidden_states, projected, block.mlp_norm.weight, block.mlp_norm.bias, mlp.up_proj.weight,
-        seed, attention_mask, kwargs.get("segment_ids"), attention.window, dropout, block.mlp_norm.eps,
+    return _Rest.apply(
+        hidden_states, projected, norm.weight, norm.bias, mlp.up_proj.weight, mlp.up_proj.bias, mlp.down_proj.weight,
+        mlp.down_proj.bias, seed, attention_mask, kwargs.get("segment_ids"), attention.window, dropout, norm.eps,
+        block.recomputes_mlp,
     )  # fmt: skip
-    return hidden_states, hidden_states, inner
 
 
-class _Middle(torch.autograd.Function):
-    """Keeps its input and the projections."""
+class _Rest(torch.autograd.Function):
+    """Keeps its input, the projections, and the inner activation unless it `recomputes`."""
 
     @staticmethod
-    def forward(ctx, x, projected, norm_weight, norm_bias, weight, seed, mask, segment_ids, window, dropout, eps):
+    def forward(
+        ctx, x, projected, norm_weight, norm_bias, up, up_bias, down, down_bias, seed, mask, segment_ids, window, dropout,
+        eps, recomputes,
+    ):  # fmt: skip
+        from .gelu_linear_triton import gelu_linear
         from .leap_mechanism_triton import leap_forward
 
-        ctx.save_for_backward(x, projected, norm_weight, norm_bias, weight, seed, mask, segment_ids)
-        ctx.arguments = window, dropout, eps
         mixed = leap_forward(projected, None, None, window, dropout, seed, mask, segment_ids, None, None)[0]
         hidden = x + mixed.flatten(2)
-        return hidden, F.linear(F.layer_norm(hidden, (hidden.shape[-1],), norm_weight, norm_bias, eps), weight)
+        inner = F.linear(F.layer_norm(hidden, (hidden.shape[-1],), norm_weight, norm_bias, eps), up)
+        kept = None if recomputes else inner
+        ctx.save_for_backward(x, projected, kept, norm_weight, norm_bias, up, up_bias, down, seed, mask, segment_ids)
+        ctx.arguments = window, dropout, eps
+        return hidden, gelu_linear(inner, up_bias, down, down_bias)
 
     @staticmethod
     def backward(ctx, dhidden, dout):
+        from .gelu_linear_triton import gelu_linear_backward
         from .leap_mechanism_triton import leap_backward, leap_forward_again
         from .normed_linear_triton import layer_norm_backward
 
-        x, projected, norm_weight, norm_bias, weight, seed, mask, segment_ids = ctx.saved_tensors
+        x, projected, inner, norm_weight, norm_bias, up, up_bias, down, seed, mask, segment_ids = ctx.saved_tensors
         window, dropout, eps = ctx.arguments
         mixed = leap_forward_again(dout, projected, window, dropout, seed, mask, segment_ids)
-        dx, normed, dnorm = layer_norm_backward(
-            x.contiguous(), mixed.flatten(2), dout @ weight, dhidden, norm_weight, norm_bias, eps
+        if inner is None:
+            hidden = x + mixed.flatten(2)
+            inner = F.linear(F.layer_norm(hidden, (hidden.shape[-1],), norm_weight, norm_bias, eps), up)
+        dinner, dup_bias, ddown, ddown_bias = gelu_linear_backward(
+            inner, up_bias, down, dout, ctx.needs_input_grad[6], ctx.needs_input_grad[7]
         )
+        dx, normed, dnorm = layer_norm_backward(
+            x.contiguous(), mixed.flatten(2), dinner @ up, dhidden, norm_weight, norm_bias, eps
+        )
+        dup = dinner.flatten(0, -2).mT @ normed.flatten(0, -2) if ctx.needs_input_grad[4] else None
+        del inner, dinner, normed
         grad = dx.view(mixed.shape)
         dprojected = leap_backward(grad, projected, None, None, window, dropout, seed, mask, segment_ids)[0]
-        dweight = dout.flatten(0, -2).mT @ normed.flatten(0, -2) if ctx.needs_input_grad[4] else None
-        return dx, dprojected, dnorm[0], dnorm[1], dweight, *[None] * 6
+        return dx, dprojected, dnorm[0], dnorm[1], dup, dup_bias, ddown, ddown_bias, *[None] * 7

@@ -13,6 +13,7 @@ Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -36,7 +37,7 @@ from .compat import (
 from .configuration_leap import LeapConfig
 from .gelu_linear import gelu_feed_forward
 from .layer_output import LayerOutput, refuse_maps_after
-from .leap_block_training import leap_block_middle
+from .leap_block_training import leap_block_rest
 from .leap_mechanism import leap_mechanism
 from .leap_mechanism_torch import averaged, focus_weights
 from .leap_step import leap_block_step
@@ -208,6 +209,7 @@ class LeapBlock(GradientCheckpointingLayer):
         self.attention = LeapAttention(config, layer_idx)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = LeapMLP(config)
+        self.recomputes_mlp = layer_idx < config.num_recomputed_mlps
 
     def forward(
         self,
@@ -224,25 +226,34 @@ class LeapBlock(GradientCheckpointingLayer):
         normed, hidden_states, projected = normed_linear(
             self.attention_norm, self.attention.qfkv_proj, self.attention, hidden_states
         )
-        middle, state = None, None
-        if projected is not None:
-            middle = leap_block_middle(
+        rest = None
+        if projected is not None and type(self.mlp) is LeapMLP:
+            rest = leap_block_rest(
                 self, hidden_states, projected, attention_mask, past_key_values, return_state, kwargs
             )
-        if middle is None:
-            mixed = self.attention(
-                normed,
-                attention_mask,
-                past_key_values=past_key_values,
-                return_state=return_state,
-                projected=projected,
-                **kwargs,
-            )
-            state, hidden_states = mixed.state, hidden_states + mixed.hidden_states
-            middle = normed_linear(self.mlp_norm, self.mlp.up_proj, self.mlp, hidden_states, with_bias=False)
-        normed, hidden_states, inner = middle
-        hidden_states = hidden_states + self.mlp(normed, inner)
-        return (hidden_states, state) if return_state else hidden_states
+        if rest is not None:
+            hidden_states, added = rest
+            return hidden_states + self.mlp.dropout(added)
+        mixed = self.attention(
+            normed,
+            attention_mask,
+            past_key_values=past_key_values,
+            return_state=return_state,
+            projected=projected,
+            **kwargs,
+        )
+        hidden_states = hidden_states + mixed.hidden_states
+        if self.recomputes_mlp and torch.is_grad_enabled():
+            hidden_states = checkpoint(self._feed_forward, hidden_states, use_reentrant=False)
+        else:
+            hidden_states = self._feed_forward(hidden_states)
+        return (hidden_states, mixed.state) if return_state else hidden_states
+
+    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed, hidden_states, inner = normed_linear(
+            self.mlp_norm, self.mlp.up_proj, self.mlp, hidden_states, with_bias=False
+        )
+        return hidden_states + self.mlp(normed, inner)
 
 
 class LeapPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
