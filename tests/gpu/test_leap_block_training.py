@@ -76,7 +76,7 @@ def test_block(kind, window, dtype, steps):
 
 
 @needs_gpu
-@pytest.mark.parametrize("window, recomputed", [(None, 0), (4, 0), (40, 0), (4, 1)])
+@pytest.mark.parametrize(("window", "recomputed"), [(None, 0), (4, 0), (40, 0), (4, 1)])
 def test_compiled(window, recomputed):
     def compiled(block):
         return torch.compile(block, fullgraph=True)
@@ -118,7 +118,7 @@ def test_dropout_is_the_same_in_backward(steps):
 
 
 @needs_gpu
-@pytest.mark.parametrize("recomputed, kept", [(0, 9), (1, 5)])
+@pytest.mark.parametrize(("recomputed", "kept"), [(0, 9), (1, 5)])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_it_keeps_nine_hidden_states(compiled, recomputed, kept):
     """Kept for backward: the input, four projections, and the four-fold inner activation where that is not formed again."""
