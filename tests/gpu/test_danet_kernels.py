@@ -99,13 +99,14 @@ def run_folded_and_plain(seed, length, heads, ffn_type, dtype):
     return run(folded, "auto", dtype), run(plain, "torch", dtype), run(plain, "torch", torch.float64)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("norm", ["max_norm", "fixed_max_norm"])
-def test_norms_between_blocks_in_one_pass(norm, padded, dtype, monkeypatch):
-    """Without gradients the stream runs from block to block; with them, block by block: the same hidden states."""
+def test_norms_between_blocks_in_one_pass(norm, training, padded, dtype, monkeypatch):
+    """The stream runs from block to block: the same hidden states and gradients as block by block."""
     config = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "position_embedding_type": "learned"}
+    config |= {"hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
     torch.manual_seed(0)
     model = DanetModel(DanetConfig(**config, pre_norm=norm, post_norm=norm, max_position_embeddings=12)).to(DEVICE)
     ids, mask = torch.randint(0, 50, (2, 12), device=DEVICE), None
@@ -117,14 +118,21 @@ def test_norms_between_blocks_in_one_pass(norm, padded, dtype, monkeypatch):
     monkeypatch.setattr(modeling_danet, "stream_blocks", lambda *a: calls.append(1) or run(*a))
 
     def go(dtype, backend):
-        with use_backend(backend):
-            return [model.to(dtype)(ids, attention_mask=mask).last_hidden_state]
+        typed = model.to(dtype)
+        typed.zero_grad()
+        poison(10_000)
+        with use_backend(backend), torch.set_grad_enabled(training):
+            out = typed(ids, attention_mask=mask).last_hidden_state
+        if not training:
+            return [out]
+        (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)).sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in typed.parameters())]
 
     exact, plain = go(torch.float64, "torch"), go(dtype, "torch")
     assert not calls
     ours = go(dtype, "triton")
     assert calls
-    assert_as_accurate(ours, plain, exact, ("hidden states",))
+    assert_as_accurate(ours, plain, exact, ("hidden states", *(name for name, _ in model.named_parameters())))
 
 
 @needs_gpu

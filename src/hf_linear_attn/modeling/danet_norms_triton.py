@@ -3,11 +3,13 @@
     out = r + y s / (max |y| + eps)         s: a number a row (scale, 0 for padding), r: the residual; both optional
 
 A program does one row. Bytes: forward reads y and r and writes out; backward reads y and the gradient and writes that of y
-(the residual's is the gradient itself). Sums and factors are float32. Equal maxima share the gradient, as in PyTorch's spelling.
+(the residual's is the gradient itself). The end of a block and the beginning of the next are one pass, too (`between_blocks`).
+Sums and factors are float32. Equal maxima share the gradient, as in PyTorch's spelling.
 Source: DANet specification, section 2.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
     import triton
@@ -38,6 +40,16 @@ def _forward_kernel(
 
 
 @triton.jit
+def _taken(y, size, share, inside):
+    """What the largest entries of a row take off the gradient: sign(y) `share` at |y| = `size`, split among equal ones."""
+    # Half to each sign where both occur, and evenly within a sign.
+    highest, lowest = (inside & (y == size)).to(tl.float32), (inside & (-y == size)).to(tl.float32)
+    number_high, number_low = tl.sum(highest, axis=0), tl.sum(lowest, axis=0)
+    share = tl.where((number_high > 0) & (number_low > 0), 0.5 * share, share)
+    return highest * (share / tl.maximum(number_high, 1.0)) - lowest * (share / tl.maximum(number_low, 1.0))
+
+
+@triton.jit
 def _backward_kernel(
     y_ptr, scale_ptr, grad_ptr, dy_ptr, eps, width, WIDTH: tl.constexpr, SCALED: tl.constexpr
 ):  # fmt: skip
@@ -50,16 +62,10 @@ def _backward_kernel(
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
     size = tl.max(tl.abs(y), axis=0)
     factor = 1.0 / (size + eps)
-    # Equal maxima share their part: half to each sign where both occur, and evenly within a sign.
-    highest, lowest = (inside & (y == size)).to(tl.float32), (inside & (-y == size)).to(tl.float32)
-    number_high, number_low = tl.sum(highest, axis=0), tl.sum(lowest, axis=0)
-    share = tl.sum(grad * y, axis=0) * factor
-    share = tl.where((number_high > 0) & (number_low > 0), 0.5 * share, share)
-    taken = highest * (share / tl.maximum(number_high, 1.0)) - lowest * (share / tl.maximum(number_low, 1.0))
+    grad -= _taken(y, size, tl.sum(grad * y, axis=0) * factor, inside)
     if SCALED:
         factor *= tl.load(scale_ptr + row)
-    dy = factor * (grad - taken)
-    tl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+    tl.store(dy_ptr + place, (factor * grad).to(dy_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -89,6 +95,38 @@ def _between_blocks_kernel(
         tl.store(out_ptr + row, size / scale)
     else:
         tl.store(out_ptr + place, h.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _between_blocks_backward_kernel(
+    y_ptr, stream_ptr, factor_ptr, keep_ptr, scale_ptr, dnormed_ptr, dstream_ptr, dy_ptr, dh_ptr, eps, next_eps, width,
+    WIDTH: tl.constexpr, LAZY: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of y and of h before the block's end, from those of x and of h after it (`dstream`)."""
+    row = tl.program_id(0).to(tl.int64)
+    features = tl.arange(0, WIDTH)
+    inside = features < width
+    place = row * width + features
+    y = tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    h = tl.load(stream_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(dnormed_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(scale_ptr + row)
+    size = tl.max(tl.abs(h), axis=0)
+    if LAZY:  # h holds x = h scale / (max |h| + next_eps)
+        share, rate = tl.sum(grad * h, axis=0) / scale, 1.0 / tl.load(factor_ptr + row)
+    else:
+        share, rate = tl.sum(grad * h, axis=0) / (size + next_eps), scale / (size + next_eps)
+    grad = rate * (grad - _taken(h, size, share, inside))
+    grad += tl.load(dstream_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dh_ptr + place, grad.to(dh_ptr.dtype.element_ty), mask=inside)
+    size = tl.max(tl.abs(y), axis=0)
+    factor = 1.0 / (size + eps)
+    grad -= _taken(y, size, tl.sum(grad * y, axis=0) * factor, inside)
+    if MASKED:
+        factor *= tl.load(keep_ptr + row)
+    tl.store(dy_ptr + place, (factor * grad).to(dy_ptr.dtype.element_ty), mask=inside)
 
 
 def _sizes(y):
@@ -147,31 +185,83 @@ def _differentiate(ctx, grad):
 _max_norm.register_autograd(_differentiate, setup_context=_save)
 
 
+def row_numbers(numbers: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor | None:
+    """A number for each row of y (..., d) as the kernels read them, from what broadcasts to (..., 1)."""
+    return None if numbers is None else numbers.expand(*y.shape[:-1], 1).to(torch.float32).contiguous()
+
+
 def max_norm_kernel(y, row_scale, residual, eps):
     """MaxNorm of the rows of `y` (..., d), times `row_scale` (broadcast to (..., 1); no gradient), plus `residual`."""
-    if row_scale is not None:
-        row_scale = row_scale.expand(*y.shape[:-1], 1).to(torch.float32).contiguous()
+    row_scale = row_numbers(row_scale, y)
     return _max_norm(y.contiguous(), row_scale, None if residual is None else residual.contiguous(), eps)
 
 
-@on_its_device
 def between_blocks(y, stream, factor, keep, scale, eps, next_eps, lazy):
-    """The end of one block and the beginning of the next in one pass, without gradients.
+    """The end of one block and the beginning of the next in one pass: x and the new stream.
 
         h <- h + keep Norm(y)        x = scale Norm(h)
 
     Args:
-        y, stream: (B, T, d). `stream` is h, or with `factor` (B, T, 1) float32 an earlier x with h = x factor.
-        keep, scale: broadcast to (B, T, 1), or None for 1. A lazy result needs a scale that is never 0.
+        y: (B, T, d). keep, scale: `row_numbers`, or None for 1. A lazy result needs a scale that is never 0.
+        stream, factor: the last `stream` and `factor` that this function returned, or h (B, T, d) and None.
         eps, next_eps: of the two norms.
-        lazy: return (x, h / x as a number a row) instead of (x, h): three passes over memory instead of four.
+        lazy: let the stream share the memory of x, with a number a row beside it: three passes over memory instead of four.
+
+    Returns:
+        x (B, T, d), stream (B, T, d), factor (B, T, 1) or None: h = stream factor. The gradient of `stream` is that of h:
+        it may go into this function and into `leave_stream` alone.
     """
-    grid, width, options = _sizes(y)
-    normed = torch.empty_like(y)
-    out = torch.empty(*y.shape[:-1], 1, device=y.device) if lazy else torch.empty_like(y)
-    rows = [None if s is None else s.expand(*y.shape[:-1], 1).float().contiguous() for s in (keep, scale)]
-    _between_blocks_kernel[grid](
-        y.contiguous(), stream, *(y if x is None else x for x in (factor, *rows)), normed, out, eps, next_eps, width,
-        LAZY_IN=factor is not None, LAZY_OUT=lazy, MASKED=keep is not None, SCALED=scale is not None, **options,
-    )  # fmt: skip
-    return normed, out
+    normed, stream, *factors = _BetweenBlocks.apply(y.contiguous(), stream, factor, keep, scale, eps, next_eps, lazy)
+    return normed, stream, *(factors or [None])
+
+
+class _BetweenBlocks(torch.autograd.Function):
+    """Keeps y and x (or h, where x and h are stored both)."""
+
+    @staticmethod
+    @on_its_device
+    def forward(ctx, y, stream, factor, keep, scale, eps, next_eps, lazy):
+        grid, width, options = _sizes(y)
+        normed = torch.empty_like(y)
+        out = torch.empty(*y.shape[:-1], 1, device=y.device) if lazy else torch.empty_like(y)
+        _between_blocks_kernel[grid](
+            y, stream, *(y if x is None else x for x in (factor, keep, scale)), normed, out, eps, next_eps, width,
+            LAZY_IN=factor is not None, LAZY_OUT=lazy, MASKED=keep is not None, SCALED=scale is not None, **options,
+        )  # fmt: skip
+        ctx.save_for_backward(y, normed if lazy else out, out if lazy else None, keep, scale)
+        ctx.arguments = eps, next_eps
+        if not lazy:
+            return normed, out
+        ctx.mark_non_differentiable(out)
+        return normed, normed.detach(), out
+
+    @staticmethod
+    @once_differentiable
+    @on_its_device
+    def backward(ctx, dnormed, dstream, *unused):
+        y, stream, factor, keep, scale = ctx.saved_tensors
+        grid, width, options = _sizes(y)
+        dy, dh = torch.empty_like(y), torch.empty_like(y)
+        _between_blocks_backward_kernel[grid](
+            y, stream, *(y if x is None else x for x in (factor, keep, scale)), dnormed.contiguous(),
+            dstream.contiguous(), dy, dh, *ctx.arguments, width,
+            LAZY=factor is not None, MASKED=keep is not None, SCALED=scale is not None, **options,
+        )  # fmt: skip
+        return dy, dh, *[None] * 6
+
+
+def leave_stream(stream, factor):
+    """The hidden states h that `between_blocks` carries."""
+    return stream if factor is None else _LeaveStream.apply(stream, factor)
+
+
+class _LeaveStream(torch.autograd.Function):
+    """The gradient of the stream is that of h already."""
+
+    @staticmethod
+    def forward(ctx, stream, factor):
+        return (stream * factor).to(stream.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
