@@ -24,6 +24,7 @@ QUICK = {
     "test_decoding": "linear or fused_step and True and rotary",
     "test_gelu_kernels": "test",
     "test_normed_linear": "test",
+    "test_cross_entropy_kernels": "test",
     "test_leap_block_training": "whole-4 or recomputed-4 or padded-4 or frozen",
 }
 

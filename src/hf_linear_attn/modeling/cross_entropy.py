@@ -1,20 +1,24 @@
 """Cross-entropy over a vocabulary in two buffers instead of four.
 
 PyTorch's own keeps the log-probabilities beside the logits, and both once more in float32 when the logits are in half precision.
-Here the rows are read in blocks that stay in the processor's cache; only one number a row is kept for backward.
+Here only one number a row is kept for backward; on a CPU the rows are read in blocks that stay in the processor's cache, on a
+GPU by a kernel that reads each row once forward and once backward.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .backend import runs_triton
 from .compat import is_transformed
 from .windowed_mean import compute_dtype
 
 IGNORED = -100
 # Logits in a block: few enough for a CPU's cache, and on a GPU enough for its memory to be busy.
 BLOCK_ON_CPU = 2**20
-BLOCK_ON_GPU = 2**26
+BLOCK_ON_GPU = 2**27
+# The library's products are several times as slow on rows that do not begin at whole multiples of 16 bytes; so do these.
+ROW_MULTIPLE = 64
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -52,6 +56,12 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
         dtype = compute_dtype(logits.dtype)
         real = labels != IGNORED
         chosen = labels.where(real, 0)[:, None]
+        if runs_triton(logits, _kernel_obstacle(logits)):
+            from .cross_entropy_triton import softmax_loss
+
+            losses, log_partition = softmax_loss(_dense_rows(logits), labels, IGNORED)
+            ctx.save_for_backward(logits, chosen, real, log_partition)
+            return losses.sum()
         log_partition = torch.cat(
             [rows.to(dtype).logsumexp(-1) for rows in logits.split(_rows(logits.shape[1], logits.is_cuda))]
         )
@@ -66,6 +76,10 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the gradient must have one itself
             one = torch.ones_like(chosen, dtype=dtype)
             return (logits.to(dtype).softmax(-1).scatter_add(1, chosen, -one) * scale).to(logits.dtype), None
+        if runs_triton(logits, _kernel_obstacle(logits)):
+            from .cross_entropy_triton import softmax_gradient
+
+            return softmax_gradient(_dense_rows(logits), chosen[:, 0], log_partition, scale[:, 0], IGNORED), None
         result = torch.empty_like(logits)
         size = _rows(logits.shape[1], logits.is_cuda)
         for out, *parts in zip(*(x.split(size) for x in (result, logits, chosen, log_partition[:, None], scale))):
@@ -78,6 +92,17 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
             if block is not out:
                 out.copy_(block)
         return result, None
+
+
+def _kernel_obstacle(logits: torch.Tensor) -> str | None:
+    """Why the kernel cannot read these logits, or None."""
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {logits.dtype}"
+    return None
+
+
+def _dense_rows(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _rows(vocabulary: int, is_cuda: bool) -> int:
@@ -106,6 +131,36 @@ def linear_cross_entropy(
     return _mean(total, labels, count)
 
 
+def _logits_buffer(like: torch.Tensor, rows: int, classes: int) -> torch.Tensor:
+    """Room for logits (rows, classes) whose rows begin where the library's products like them to."""
+    padded = -(-classes // ROW_MULTIPLE) * ROW_MULTIPLE if like.is_cuda else classes
+    return like.new_empty(rows, padded)[:, :classes]
+
+
+def _logits(rows, weight, bias, out):
+    return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def _loss_and_gradient(logits, labels, dtype, wants_gradient):
+    """The sum of the losses in `dtype`, and its gradient in the dtype of the logits, which it may replace."""
+    if runs_triton(logits, _kernel_obstacle(logits)):
+        from .cross_entropy_triton import softmax_loss, softmax_loss_and_gradient
+
+        run = softmax_loss_and_gradient if wants_gradient else softmax_loss
+        found = run(logits, labels, IGNORED)
+        return (found if wants_gradient else found[0]).sum(), logits
+    real = labels != IGNORED
+    chosen = labels.where(real, 0)[:, None]
+    wide = logits.to(dtype)
+    log_partition = wide.logsumexp(-1, keepdim=True)
+    total = (log_partition - wide.gather(1, chosen))[:, 0].where(real, 0.0).sum()
+    if not wants_gradient:
+        return total, None
+    one = torch.ones_like(chosen, dtype=dtype)
+    grad = wide.sub_(log_partition).exp_().scatter_add_(1, chosen, -one).mul_(real[:, None])
+    return total, grad.to(logits.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over the rows; gradients are made in forward and scaled in backward."""
 
@@ -121,21 +176,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None
         total = hidden_states.new_zeros((), dtype=dtype)
-        size = _rows(weight.shape[0], hidden_states.is_cuda)
+        size = max(1, min(_rows(weight.shape[0], hidden_states.is_cuda), hidden_states.shape[0]))
+        buffer = _logits_buffer(hidden_states, size, weight.shape[0])
         for start in range(0, hidden_states.shape[0], size):
             rows, targets = hidden_states[start : start + size], labels[start : start + size]
-            real = targets != IGNORED
-            targets = targets.where(real, 0)[:, None]
-            logits = F.linear(rows, weight, bias).to(dtype)
-            log_partition = logits.logsumexp(-1, keepdim=True)
-            total = total + (log_partition - logits.gather(1, targets))[:, 0].where(real, 0.0).sum()
-            if not any(wanted[:3]):
-                continue
-            one = torch.ones_like(targets, dtype=dtype)
-            grad = logits.sub_(log_partition).exp_().scatter_add_(1, targets, -one).mul_(real[:, None])
+            logits = _logits(rows, weight, bias, buffer[: rows.shape[0]])
+            losses, grad = _loss_and_gradient(logits, targets, dtype, any(wanted[:3]))
+            total = total + losses
             if wanted[2]:
-                grad_bias += grad.sum(0)
-            grad = grad.to(rows.dtype)
+                grad_bias += grad.sum(0, dtype=dtype)
             if wanted[0]:
                 torch.mm(grad, weight, out=grad_hidden[start : start + size])
             if wanted[1]:

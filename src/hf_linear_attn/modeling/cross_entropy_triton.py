@@ -1,0 +1,99 @@
+"""Softmax cross-entropy over the rows of logits as a Triton kernel: the loss, its gradient, or both in one go.
+
+    loss = log sum_j exp(x_j) - x_label         gradient = weight (exp(x_j - log sum exp(x)) - [j = label])
+
+A program does one row, in pieces that registers hold. Loss and gradient together read a row twice, the second time out of the
+cache, and write it once: the gradient takes the place of the logits. Sums are float32.
+"""
+
+import torch
+
+try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the GPU kernels need the package triton: pip install triton") from error
+
+from .backend import on_its_device
+
+PIECE = 4096
+
+
+@triton.jit
+def _kernel(
+    x_ptr, label_ptr, weight_ptr, loss_ptr, partition_ptr, grad_ptr, row_stride, grad_stride, classes, ignored,
+    PIECE: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Partition is the logarithm of a row's sum of exponentials: written with the loss, read without."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * row_stride
+    column = tl.arange(0, PIECE)
+    label = tl.load(label_ptr + row)
+    real = label != ignored
+    if LOSS:
+        largest, total = -float("inf"), 0.0
+        for start in tl.range(0, classes, PIECE):
+            x = tl.load(x_ptr + start + column, mask=start + column < classes, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(largest, tl.max(x, axis=0))
+            shift = tl.where(higher == -float("inf"), 0.0, higher)  # a piece may have no finite logit
+            total = total * tl.exp(largest - shift) + tl.sum(tl.exp(x - shift), axis=0)
+            largest = higher
+        partition = largest + tl.log(total)
+        chosen = tl.load(x_ptr + tl.where(real, label, 0)).to(tl.float32)
+        tl.store(loss_ptr + row, tl.where(real, partition - chosen, 0.0))
+        tl.store(partition_ptr + row, partition)
+    else:
+        partition = tl.load(partition_ptr + row)
+    if GRADIENT:
+        weight = tl.where(real, 1.0, 0.0)
+        if WEIGHTED:
+            weight = tl.load(weight_ptr + row).to(tl.float32)
+        grad_ptr += row * grad_stride
+        if LOSS:
+            tl.debug_barrier()  # the label's logit is read before another thread writes there
+        for start in tl.range(0, classes, PIECE):
+            place = start + column
+            x = tl.load(x_ptr + place, mask=place < classes, other=0.0).to(tl.float32)
+            grad = tl.exp(x - partition) - tl.where(place == label, 1.0, 0.0)
+            grad = tl.where(real, grad * weight, 0.0)
+            tl.store(grad_ptr + place, grad.to(grad_ptr.dtype.element_ty), mask=place < classes)
+
+
+def _run(logits, labels, weights, losses, partition, grad, ignored, **flags):
+    rows, classes = logits.shape
+    # A kernel never touches a pointer whose flag is off; any tensor will do.
+    weights, losses, partition, grad = (logits if x is None else x for x in (weights, losses, partition, grad))
+    _kernel[(rows,)](
+        logits, labels, weights, losses, partition, grad, logits.stride(0), grad.stride(0), classes, ignored,
+        PIECE=min(PIECE, triton.next_power_of_2(classes)), num_warps=8, **flags,
+    )  # fmt: skip
+
+
+@on_its_device
+def softmax_loss(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (N,), 0 where the label is `ignored`, and log partition (N,) of logits (N, V) whose rows are dense."""
+    losses, partition = torch.empty(2, logits.shape[0], device=logits.device)
+    _run(logits, labels, None, losses, partition, None, ignored, LOSS=True, GRADIENT=False, WEIGHTED=False)
+    return losses, partition
+
+
+@on_its_device
+def softmax_gradient(logits, labels, partition, weights, ignored: int) -> torch.Tensor:
+    """Gradient (N, V) of the sum of `weights` (N,) times the losses, from the log partition that `softmax_loss` gave."""
+    grad = torch.empty_like(logits)
+    _run(logits, labels, weights, None, partition, grad, ignored, LOSS=False, GRADIENT=True, WEIGHTED=True)
+    return grad
+
+
+@torch.library.custom_op("hf_linear_attn::softmax_loss_and_gradient", mutates_args=("logits",))
+@on_its_device
+def softmax_loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
+    """Losses (N,), 0 where the label is `ignored`; the gradient of their sum takes the place of the logits (N, V)."""
+    losses, partition = (torch.empty(logits.shape[0], device=logits.device) for _ in range(2))
+    _run(logits, labels, None, losses, partition, logits, ignored, LOSS=True, GRADIENT=True, WEIGHTED=False)
+    return losses
+
+
+@softmax_loss_and_gradient.register_fake
+def _(logits, labels, ignored):
+    return torch.empty(logits.shape[0], device=logits.device)
