@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .watch import Watch
+
 SUITES = {
     "encoder": "gpu_encoder",
     "encoder-train": "gpu_encoder",
@@ -132,13 +134,15 @@ def measure(case: Case, runs: int) -> dict[str, Any]:
                 break
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        times = sorted(milliseconds(work.step) for _ in range(runs))
+        with Watch() as watch:
+            times = sorted(milliseconds(work.step) for _ in range(runs))
         speeds = [work.tokens / ms for ms in times]
         row |= {
             "ktokens_per_s": round(statistics.median(speeds), 2),
             "spread": [round(min(speeds), 2), round(max(speeds), 2)],
             "ms": round(statistics.median(times) / work.count, 4),
             **work.facts,
+            **watch.facts(),
         }
         if torch.cuda.is_available():
             row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -61,13 +61,17 @@ class _Rest(torch.autograd.Function):
         eps, recomputes,
     ):  # fmt: skip
         from .gelu_linear_triton import gelu_linear
-        from .leap_mechanism_triton import leap_forward
+        from .leap_mechanism_triton import carry_and_state, leap_forward
 
-        mixed = leap_forward(projected, None, None, window, dropout, seed, mask, segment_ids, None, None)[0]
+        call = window, dropout, seed, mask, segment_ids
+        carry, _ = carry_and_state(projected, None, *call)
+        mixed = leap_forward(projected, None, None, *carry, *call)
         hidden = x + mixed.flatten(2)
         inner = F.linear(F.layer_norm(hidden, (hidden.shape[-1],), norm_weight, norm_bias, eps), up)
         kept = None if recomputes else inner
-        ctx.save_for_backward(x, projected, kept, norm_weight, norm_bias, up, up_bias, down, seed, mask, segment_ids)
+        ctx.save_for_backward(
+            x, projected, kept, norm_weight, norm_bias, up, up_bias, down, *carry, seed, mask, segment_ids
+        )
         ctx.arguments = window, dropout, eps
         return hidden, gelu_linear(inner, up_bias, down, down_bias)
 
@@ -77,20 +81,26 @@ class _Rest(torch.autograd.Function):
         from .leap_mechanism_triton import leap_backward, leap_forward_again
         from .normed_linear_triton import layer_norm_backward
 
-        x, projected, inner, norm_weight, norm_bias, up, up_bias, down, seed, mask, segment_ids = ctx.saved_tensors
+        x, projected, inner, norm_weight, norm_bias, up, up_bias, down, *carry, seed, mask, segment_ids = (
+            ctx.saved_tensors
+        )
         window, dropout, eps = ctx.arguments
-        mixed = leap_forward_again(dout, projected, window, dropout, seed, mask, segment_ids)
+        call = *carry, window, dropout, seed, mask, segment_ids
+        mixed = None
         if inner is None:
+            mixed = leap_forward_again(dout, projected, *call)
             hidden = x + mixed.flatten(2)
             inner = F.linear(F.layer_norm(hidden, (hidden.shape[-1],), norm_weight, norm_bias, eps), up)
         dinner, dup_bias, ddown, ddown_bias = gelu_linear_backward(
             inner, up_bias, down, dout, ctx.needs_input_grad[6], ctx.needs_input_grad[7]
         )
+        dnormed = dinner @ up
+        if mixed is None:  # not before: the wide tensors above are the most that backward holds
+            mixed = leap_forward_again(dnormed, projected, *call)
         dx, normed, dnorm = layer_norm_backward(
-            x.contiguous(), mixed.flatten(2), dinner @ up, dhidden, norm_weight, norm_bias, eps
+            x.contiguous(), mixed.flatten(2), dnormed, dhidden, norm_weight, norm_bias, eps
         )
         dup = dinner.flatten(0, -2).mT @ normed.flatten(0, -2) if ctx.needs_input_grad[4] else None
         del inner, dinner, normed
-        grad = dx.view(mixed.shape)
-        dprojected = leap_backward(grad, projected, None, None, window, dropout, seed, mask, segment_ids)[0]
+        dprojected = leap_backward(dx.view(mixed.shape), projected, None, None, *call)[0]
         return dx, dprojected, dnorm[0], dnorm[1], dup, dup_bias, ddown, ddown_bias, *[None] * 7

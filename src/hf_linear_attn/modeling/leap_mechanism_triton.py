@@ -7,6 +7,8 @@ Bytes a token and head of E features in b bytes: forward 5 E b (global 8 E b), b
 the projections and the gradient once more (and global ones keys, values and focus a third time), in a second kernel.
 """
 
+from functools import partial
+
 import torch
 
 try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
@@ -115,8 +117,23 @@ def _before(running, norm):
     )
 
 
-def _carry(call, seed, state_sum, state_norm):
-    """What came before each chunk of a global layer, the document it belongs to, and the state after the row."""
+@torch.library.custom_op("hf_linear_attn::leap_carry", mutates_args=())
+@on_its_device
+def leap_carry(
+    projected: torch.Tensor,
+    key: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    state_sum: torch.Tensor | None,
+    state_norm: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """For a global layer: the state after the row, what came before each chunk, and with documents the one it belongs to.
+
+    Sums (B, 2, H, E), norms (B, H), carried sums (B, N, H, 2, EP), carried norms (B, N, H), documents (B, N).
+    """
+    call = _Call(projected, None, key, None, dropout, mask, segment_ids)
     total, norm = call.scratch()
     totals_kernel[call.grid](
         *call.inputs, total, norm, *call.pointers(seed), call.dropout, call.scale,
@@ -125,9 +142,6 @@ def _carry(call, seed, state_sum, state_norm):
     last, first = (None, None) if call.segments is None else call.ends()
     running, running_norm = _running(total, norm, last)
     carry, carry_norm = _before(running, running_norm)
-    documents = None
-    if last is not None:
-        documents = torch.cat([first[:, :1], last[:, :-1]], dim=1).contiguous()
     final, final_norm = running[:, -1], running_norm[:, -1]
     if state_sum is not None:
         padded = torch.nn.functional.pad(state_sum.float(), [0, call.EP - call.E]).transpose(1, 2)
@@ -140,7 +154,26 @@ def _carry(call, seed, state_sum, state_norm):
             final + still[:, -1, None, None, None] * padded,
             final_norm + still[:, -1, None] * state_norm,
         )
-    return carry, carry_norm, documents, final.transpose(1, 2)[..., : call.E].contiguous(), final_norm.contiguous()
+    final = final.transpose(1, 2)[..., : call.E].contiguous()
+    documents = [] if last is None else [torch.cat([first[:, :1], last[:, :-1]], dim=1).contiguous()]
+    return [final, final_norm.clone(), carry, carry_norm, *documents]
+
+
+@leap_carry.register_fake
+def _(projected, key, dropout, seed, mask, segment_ids, state_sum, state_norm):
+    call = _Call(projected, None, key, None, dropout, mask, segment_ids)
+    new = partial(projected.new_empty, dtype=torch.float32)
+    found = [new(call.B, 2, call.H, call.E), new(call.B, call.H), new(call.B, call.N, call.H, 2, call.EP)]
+    documents = [] if segment_ids is None else [new(call.B, call.N, dtype=torch.int32)]
+    return [*found, new(call.B, call.N, call.H), *documents]
+
+
+def carry_and_state(projected, key, window, dropout, seed, mask, segment_ids, state=None):
+    """What came before each chunk (three tensors, or None in their place), and the state after the row (global layers)."""
+    if window is not None:
+        return (None, None, None), None
+    final, final_norm, *carry = leap_carry(projected, key, dropout, seed, mask, segment_ids, *(state or (None, None)))
+    return (*carry, None)[:3], (final, final_norm)
 
 
 @torch.library.custom_op("hf_linear_attn::leap_forward", mutates_args=())
@@ -149,36 +182,29 @@ def leap_forward(
     projected: torch.Tensor,
     query: torch.Tensor | None,
     key: torch.Tensor | None,
+    carry: torch.Tensor | None,
+    carry_norm: torch.Tensor | None,
+    documents: torch.Tensor | None,
     window: int | None,
     dropout: float,
     seed: torch.Tensor | None,
     mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
-    state_sum: torch.Tensor | None,
-    state_norm: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """The output (B, T, H, E) and, for a global layer, the state after the row; `query`, `key` are the rotated ones or None."""
+) -> torch.Tensor:
+    """The output (B, T, H, E); `query`, `key` are the rotated ones or None, the carry is that of `carry_and_state`."""
     call = _Call(projected, query, key, window, dropout, mask, segment_ids)
     out = projected.new_empty(call.B, call.T, call.H, call.E)
-    carry = carry_norm = documents = None
-    final = []
-    if window is None:
-        carry, carry_norm, documents, *final = _carry(call, seed, state_sum, state_norm)
     forward_kernel[call.grid](
         call.query, *call.inputs, *call.pointers(carry, carry_norm, documents), out,
         *call.pointers(seed), dropout, call.scale, EPS, call.T, call.H, call.N, *call.query_strides, *call.strides, **call.flags,
     )  # fmt: skip
-    return [out, *final]
+    return out
 
 
 @leap_forward.register_fake
-def _(projected, query, key, window, dropout, seed, mask, segment_ids, state_sum, state_norm):
+def _(projected, *rest):
     batch, length, _, heads, width = projected.shape
-    new = projected.new_empty
-    out = new(batch, length, heads, width)
-    if window is not None:
-        return [out]
-    return [out, new(batch, 2, heads, width, dtype=torch.float32), new(batch, heads, dtype=torch.float32)]
+    return projected.new_empty(batch, length, heads, width)
 
 
 @torch.library.custom_op("hf_linear_attn::leap_backward", mutates_args=())
@@ -188,6 +214,9 @@ def leap_backward(
     projected: torch.Tensor,
     query: torch.Tensor | None,
     key: torch.Tensor | None,
+    carry: torch.Tensor | None,
+    carry_norm: torch.Tensor | None,
+    documents: torch.Tensor | None,
     window: int | None,
     dropout: float,
     seed: torch.Tensor | None,
@@ -211,10 +240,7 @@ def leap_backward(
             *call.query_strides, *call.strides, **flags,
         )  # fmt: skip
         return grads
-    carry = carry_norm = documents = total = total_norm = None
-    if window is None:
-        carry, carry_norm, documents, *_ = _carry(call, seed, None, None)
-        total, total_norm = call.scratch()
+    total, total_norm = call.scratch() if window is None else (None, None)
     grad = grad.contiguous()
     readers = torch.empty(call.B, call.H, 3, call.T, device=projected.device)
     backward_readers_kernel[call.grid](
@@ -238,7 +264,7 @@ def leap_backward(
 
 
 @leap_backward.register_fake
-def _(grad, projected, query, key, window, dropout, seed, mask, segment_ids):
+def _(grad, projected, query, key, *rest):
     like = [projected] if key is None else [projected, query, key]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
@@ -247,6 +273,9 @@ def _(grad, projected, query, key, window, dropout, seed, mask, segment_ids):
 def leap_forward_again(
     grad: torch.Tensor,
     projected: torch.Tensor,
+    carry: torch.Tensor | None,
+    carry_norm: torch.Tensor | None,
+    documents: torch.Tensor | None,
     window: int | None,
     dropout: float,
     seed: torch.Tensor | None,
@@ -257,25 +286,25 @@ def leap_forward_again(
 
     `grad` is any gradient that is there by then: a compiler keeps the first output if nothing says that this call comes later.
     """
-    return leap_forward(projected, None, None, window, dropout, seed, mask, segment_ids, None, None)[0]
+    return leap_forward(projected, None, None, carry, carry_norm, documents, window, dropout, seed, mask, segment_ids)
 
 
 @leap_forward_again.register_fake
-def _(grad, projected, window, dropout, seed, mask, segment_ids):
+def _(grad, projected, *rest):
     batch, length, _, heads, width = projected.shape
     return projected.new_empty(batch, length, heads, width)
 
 
 def _save(ctx, inputs, output):
-    projected, query, key, window, dropout, seed, mask, segment_ids, _, _ = inputs
-    ctx.save_for_backward(projected, query, key, seed, mask, segment_ids)
+    *tensors, window, dropout, seed, mask, segment_ids = inputs
+    ctx.save_for_backward(*tensors, seed, mask, segment_ids)
     ctx.arguments = window, dropout
 
 
-def _differentiate(ctx, grads):
-    projected, query, key, seed, mask, segment_ids = ctx.saved_tensors
-    dx, *rotated = leap_backward(grads[0], projected, query, key, *ctx.arguments, seed, mask, segment_ids)
-    return dx, *(rotated or (None, None)), *[None] * 7
+def _differentiate(ctx, grad):
+    *tensors, seed, mask, segment_ids = ctx.saved_tensors
+    dx, *rotated = leap_backward(grad, *tensors, *ctx.arguments, seed, mask, segment_ids)
+    return dx, *(rotated or (None, None)), *[None] * 8
 
 
 leap_forward.register_autograd(_differentiate, setup_context=_save)
@@ -290,7 +319,6 @@ def leap_kernel(projected, rotated, window, dropout, mask, segment_ids, state):
     projected, query, key = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (projected, *(rotated or (None, None)))
     )
-    out, *final = leap_forward(
-        projected, query, key, window, dropout, seed, mask, segment_ids, *(state or (None, None))
-    )
-    return out, tuple(final) or None
+    with torch.no_grad():  # the kernels' backward is that of both together
+        carry, final = carry_and_state(projected, key, window, dropout, seed, mask, segment_ids, state)
+    return leap_forward(projected, query, key, *carry, window, dropout, seed, mask, segment_ids), final
