@@ -8,7 +8,8 @@ from hf_linear_attn import DanetConfig, DanetModel
 from hf_linear_attn.modeling import modeling_danet
 from hf_linear_attn.modeling.backend import use_backend
 from hf_linear_attn.modeling.danet_norms import VectorNorm
-from hf_linear_attn.modeling.gram import gram
+from hf_linear_attn.modeling.dense_self_attention import self_attention
+from hf_linear_attn.modeling.gram import gram, with_transpose
 from hf_linear_attn.modeling.relu_product import relu_product
 
 pytestmark = needs_kernels
@@ -159,3 +160,33 @@ def test_gram_gradient():
             gram(y).square().sum().backward()
         grads.append([y.grad])
     assert_as_accurate(*grads, ("gradient",))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", sizes([20, 70], [1024]))
+def test_sum_with_transpose(width, dtype):
+    matrix = torch.randn(2, width, width, device=DEVICE).to(dtype)
+    wanted = matrix + matrix.mT
+    with use_backend("triton"):
+        assert torch.equal(with_transpose(matrix), wanted)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("length", [1, 65, 512])
+def test_self_attention_and_gradients(length, linear, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, length, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE)
+    found = []
+    for function, kind in (("ours", dtype), ("plain", dtype), ("plain", torch.float64)):
+        a, w = ((0.1 * t).to(dtype).to(kind).requires_grad_() for t in (x, weight))
+        if function == "ours":
+            poison(a.numel())
+            out = self_attention(a, w, linear)
+        else:
+            query = a @ w.t()
+            out = query @ (a.mT @ a) if linear else (query @ a.mT) @ a
+        out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out).to(kind))
+        found.append((out.detach(), a.grad, w.grad))
+    assert_as_accurate(*found, ("output", "input", "weight"))

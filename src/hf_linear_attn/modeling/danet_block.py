@@ -18,6 +18,7 @@ from .danet_norms import build_norm
 from .dense_attention import dense_attention_scores, front_packed_dense_attention, pattern_mask
 from .dense_attention_orders import folded_attention
 from .dense_attention_state import DenseAttentionState, final_state
+from .dense_self_attention import can_fuse_self_attention, self_attention
 from .layer_output import LayerOutput, refuse_maps_after
 from .plain_linear import has_hooks, is_plain
 from .relative_positions import apply_position_factors
@@ -112,6 +113,11 @@ class DenseAttention(nn.Module):
         if stateless and not output_attentions and (folded := self.fold(hidden_states, context)) is not None:
             hidden_states, matrix = folded
             return LayerOutput(hidden_states @ matrix)
+        if stateless and not output_attentions and self._is_one_product(hidden_states, context):
+            hidden_states = self.dropout(hidden_states)
+            mode, (length, width) = self.config.attention_mode, hidden_states.shape[1:]
+            linear = mode == "linear" or (mode == "auto" and width <= length)
+            return LayerOutput(self_attention(hidden_states, self.query_proj.weight, linear))
         if in_slots:
             hidden_states = take_tokens(hidden_states, layout.order)
         query, key, value = self._project(hidden_states, context.factors[self.pattern])  # (B, T, H, D) each
@@ -146,8 +152,7 @@ class DenseAttention(nn.Module):
         cheaper without queries, and what follows may join the product, too (see `DanetMLP`).
         """
         length, width = hidden_states.shape[1:]
-        whole = self.pattern == "g" and not self.is_causal and context.layout.segment_ids is None
-        if not whole or context.factors["g"] is not None or self.config.attention_mode != "auto":
+        if not self._sees_whole_rows(context) or self.config.attention_mode != "auto":
             return None
         same_dtype = hidden_states.dtype == self.query_proj.weight.dtype
         if not isinstance(length, int) or length <= width or not is_plain(self.query_proj) or not same_dtype:
@@ -157,6 +162,17 @@ class DenseAttention(nn.Module):
         hidden_states = self.dropout(hidden_states)
         key = hidden_states.unflatten(-1, (self.num_heads, -1))
         return hidden_states, folded_attention(self.query_proj.weight, key)
+
+    def _sees_whole_rows(self, context) -> bool:
+        """Whether every token sees its whole row, and where it stands makes no difference."""
+        whole = self.pattern == "g" and not self.is_causal and context.layout.segment_ids is None
+        return whole and context.factors["g"] is None
+
+    def _is_one_product(self, hidden_states, context) -> bool:
+        """Whether the layer may run as `self_attention`."""
+        if not self._sees_whole_rows(context) or self.num_heads > 1 or not is_plain(self.query_proj):
+            return False
+        return can_fuse_self_attention(hidden_states, self.query_proj.weight)
 
     def _check_state(self, state, hidden_states) -> None:
         if state is None:

@@ -38,8 +38,8 @@ def can_stream(layers, hidden_states: torch.Tensor) -> bool:
     return runs_triton(hidden_states, kernel_obstacle(hidden_states, None))
 
 
-def stream_blocks(layers, hidden_states: torch.Tensor, context, past_key_values=None) -> torch.Tensor:
-    """h_L (B, T, d) after all blocks, equal to calling them one by one."""
+def stream_blocks(layers, norm, hidden_states: torch.Tensor, context, past_key_values=None) -> torch.Tensor:
+    """Norm(h_L) (B, T, d) after all blocks, equal to calling them and the `norm` (or None) one by one."""
     from .danet_norms_triton import between_blocks, leave_stream, row_numbers
 
     first, lazy = layers[0], context.keep is None
@@ -50,5 +50,9 @@ def stream_blocks(layers, hidden_states: torch.Tensor, context, past_key_values=
         added, _ = block.mix(normed, context, past_key_values)
         eps = block.post_norm.eps, following.pre_norm.eps
         normed, stream, factor = between_blocks(added, stream, factor, keep, scales[following.pattern], *eps, lazy)
-    added, _ = layers[-1].mix(normed, context, past_key_values)
-    return layers[-1].post_norm(added, keep, residual=leave_stream(stream, factor))
+    last = layers[-1]
+    added, _ = last.mix(normed, context, past_key_values)
+    if norm is not None and _plain_max_norm(norm):
+        return between_blocks(added, stream, factor, keep, None, last.post_norm.eps, norm.eps, factor is not None)[0]
+    hidden_states = last.post_norm(added, keep, residual=leave_stream(stream, factor))
+    return hidden_states if norm is None else norm(hidden_states)

@@ -1,4 +1,4 @@
-"""K^T V of DenseAttention where keys and values are the same tensor, and the choice of its spelling."""
+"""K^T V of DenseAttention where keys and values are the same tensor, its gradient, and the choice of their spelling."""
 
 import torch
 
@@ -15,6 +15,17 @@ def gram(x: torch.Tensor) -> torch.Tensor:
 
         return gram_kernel(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     return x.transpose(-1, -2) @ x
+
+
+def with_transpose(matrix: torch.Tensor) -> torch.Tensor:
+    """M + M^T for M (B, d, d) that nobody else needs: it may take the place of M."""
+    if not runs_triton(matrix, "it sums in float32" if matrix.dtype == torch.float64 else None):
+        return matrix + matrix.mT
+    from .gram_triton import add_transpose_
+
+    matrix = matrix.contiguous()
+    add_transpose_(matrix)
+    return matrix
 
 
 def _is_faster(x: torch.Tensor) -> bool:

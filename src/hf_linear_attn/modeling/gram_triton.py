@@ -14,16 +14,41 @@ except ImportError as error:
 from .backend import on_its_device
 
 TILE, STEP = 128, 64
+SQUARE = 64  # side of the tiles of a transposed sum
+
+
+@triton.jit
+def _triangle(tile):
+    """Tile number i (i + 1) / 2 + j of the lower triangle -> (i, j)."""
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)  # off by one at most
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    return i, tile - i * (i + 1) // 2
+
+
+@triton.jit
+def _add_transpose_kernel(x_ptr, d, SQUARE: tl.constexpr):
+    """X + x^T in the place of x (d, d): a program reads and writes a tile and its mirror image."""
+    x_ptr += tl.program_id(1).to(tl.int64) * d * d
+    i, j = _triangle(tl.program_id(0))
+    rows, columns = i * SQUARE + tl.arange(0, SQUARE), j * SQUARE + tl.arange(0, SQUARE)
+    here = rows[:, None] * d + columns[None, :]
+    there = columns[:, None] * d + rows[None, :]
+    inside = (rows[:, None] < d) & (columns[None, :] < d)
+    mirrored = (columns[:, None] < d) & (rows[None, :] < d)
+    tile = tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    image = tl.load(x_ptr + there, mask=mirrored, other=0.0).to(tl.float32)
+    total = (tile + tl.trans(image)).to(x_ptr.dtype.element_ty)
+    tl.debug_barrier()  # on the diagonal the two are one tile
+    tl.store(x_ptr + here, total, mask=inside)
+    if i != j:
+        tl.store(x_ptr + there, tl.trans(total), mask=mirrored)
 
 
 @triton.jit
 def _gram_kernel(x_ptr, out_ptr, T, d, TILE: tl.constexpr, STEP: tl.constexpr):
     b, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    # Tile number i (i + 1) / 2 + j of the lower triangle -> (i, j); the root may be off by one.
-    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
-    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
-    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
-    j = tile - i * (i + 1) // 2
+    i, j = _triangle(tile)
     rows, columns, t = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
     left = x_ptr + b * T * d + t[:, None] * d + rows[None, :]
     right = x_ptr + b * T * d + t[:, None] * d + columns[None, :]
@@ -37,6 +62,14 @@ def _gram_kernel(x_ptr, out_ptr, T, d, TILE: tl.constexpr, STEP: tl.constexpr):
     tl.store(out_ptr + rows[:, None] * d + columns[None, :], result)
     if i != j:
         tl.store(out_ptr + columns[:, None] * d + rows[None, :], tl.trans(result))
+
+
+@torch.library.custom_op("hf_linear_attn::add_transpose", mutates_args=("matrix",))
+@on_its_device
+def add_transpose_(matrix: torch.Tensor) -> None:
+    """M + M^T in the place of M (B, d, d), contiguous."""
+    n = triton.cdiv(matrix.shape[1], SQUARE)
+    _add_transpose_kernel[(n * (n + 1) // 2, matrix.shape[0])](matrix, matrix.shape[1], SQUARE=SQUARE)
 
 
 @torch.library.custom_op("hf_linear_attn::gram", mutates_args=())
@@ -59,7 +92,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
-    return ctx.saved_tensors[0] @ (grad + grad.mT)
+    grad = grad.clone(memory_format=torch.contiguous_format)
+    add_transpose_(grad)
+    return ctx.saved_tensors[0] @ grad
 
 
 _gram.register_autograd(_differentiate, setup_context=_save)

@@ -173,14 +173,14 @@ class DanetModel(DanetPreTrainedModel):
             past_key_values,
         )
         if not output_attentions and can_stream(self.layers, hidden_states):
-            hidden_states = stream_blocks(self.layers, hidden_states, context, past_key_values)
+            hidden_states = stream_blocks(self.layers, self.norm, hidden_states, context, past_key_values)
         else:
             for layer in self.layers:
                 hidden_states = layer(
                     hidden_states, past_key_values=past_key_values, output_attentions=output_attentions, context=context
                 )
-        if self.norm is not None:
-            hidden_states = self.norm(hidden_states)
+            if self.norm is not None:
+                hidden_states = self.norm(hidden_states)
         return RecurrentModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _embed(self, hidden_states, sequence, token_type_ids) -> torch.Tensor:
