@@ -36,6 +36,7 @@ def main() -> None:
     run.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     run.add_argument("--skip", nargs="+", default=[], help="but none of these")
     run.add_argument("--output", type=Path, default=Path("outputs/benchmarks"))
+    run.add_argument("--add", action="store_true", help="keep the other cases that the JSON there holds already")
     show = commands.add_parser("table", help="print the JSON of a suite as Markdown")
     show.add_argument("json", type=Path)
     aims = commands.add_parser("danet-aims", help="print what DANet reaches on a CPU beside its aims")
@@ -57,7 +58,7 @@ def main() -> None:
         return
     else:
         wanted = partial(is_wanted, only=arguments.only, skip=arguments.skip)
-        run_suite(arguments.suite, arguments.lengths, arguments.runs, wanted, arguments.output)
+        run_suite(arguments.suite, arguments.lengths, arguments.runs, wanted, arguments.output, arguments.add)
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
 

@@ -151,19 +151,28 @@ def measure(case: Case, runs: int) -> dict[str, Any]:
     return row
 
 
-def run_suite(name: str, lengths: list[int], runs: int, wanted: Callable[[str], bool], output: Path) -> dict[str, Any]:
-    """Measure the cases of a suite whose name is wanted; writes output/<suite>.json after each."""
+def run_suite(
+    name: str, lengths: list[int], runs: int, wanted: Callable[[str], bool], output: Path, add: bool = False
+) -> dict[str, Any]:
+    """Measure the cases of a suite whose name is wanted; writes output/<suite>.json after each.
+
+    add: keep the cases that the file holds, but for those that are measured again.
+    """
     suite = importlib.import_module(f"benchmarks.suites.{SUITES[name]}")
+    path = output / f"{name}.json"
     result: dict[str, Any] = {"suite": name, **machine(), **suite.about(name), "runs": runs, "cases": []}
     print("\n".join(f"{key}: {value}" for key, value in result.items() if key != "cases"), flush=True)
+    if add and path.exists():
+        result["cases"] = json.loads(path.read_text())["cases"]
     output.mkdir(parents=True, exist_ok=True)
     for case in suite.cases(name, lengths):
         if not wanted(case.name):
             continue
         row = measure(case, runs)
-        result["cases"].append(row)
+        others = [x for x in result["cases"] if (x["name"], x["length"]) != (case.name, case.length)]
+        result["cases"] = [*others, row]
         print({key: value for key, value in row.items() if key != "spread"}, flush=True)
-        (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
