@@ -1,4 +1,4 @@
-"""Decoding on a GPU: LEAP's fused step and the CUDA graph of generate() against the plain step."""
+"""Decoding on a GPU: the fused steps of LEAP and DANet and the CUDA graph of generate() against the plain step."""
 
 import pytest
 import torch
@@ -69,12 +69,40 @@ def test_fused_step(static, sizes, positions, dtype, monkeypatch):
     assert_as_accurate(ours, plain, exact, ("logits", "states"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positions", ["learned", "rotary", "cosine"])
+@pytest.mark.parametrize("pattern", ["g_sw", "l_sl"])
+@pytest.mark.parametrize(
+    "sizes", sizes([(48, 2, 3)], [(128, 2, 1), (200, 2, 16), (768, 12, 16), (256, 1, 40)]), ids=str
+)
+@pytest.mark.parametrize("static", [False, True])
+def test_danet_step(static, sizes, pattern, positions, dtype, monkeypatch):
+    """Memories of rows and of windows that end meanwhile, rings: logits, states, counts and lengths."""
+    width, heads, batch = sizes
+    options = {"layer_pattern": pattern, "window_size": 4, "is_causal": True, "scale_mode": "fixed"}
+    model = build(DanetForCausalLM, DanetConfig, width, heads, position_embedding_type=positions, **options)
+    ids = torch.randint(0, 50, (batch, 12), device=DEVICE)
+    from hf_linear_attn.modeling import dense_attention_step_triton
+
+    calls = []
+    run = dense_attention_step_triton.step_kernel
+    monkeypatch.setattr(dense_attention_step_triton, "step_kernel", lambda *a: calls.append(1) or run(*a))
+    exact, lengths = decode(model, ids, "torch", torch.float64, static)
+    plain, _ = decode(model, ids, "torch", dtype, static)
+    assert not calls
+    poison(ids.numel() * width)
+    ours, found = decode(model, ids, "triton", dtype, static)
+    assert len(calls) == 5 * 4
+    assert found == lengths == [12] * 4
+    assert_as_accurate(ours, plain, exact, ("logits", "states"))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "size", sizes([(3, 40, 70)], [(1, 16, 50), (16, 768, 3072), (16, 3072, 768), (16, 4000, 50257), (9, 5000, 768)])
 )
-@pytest.mark.parametrize("around", ["", "norm", "gelu", "residual"])
+@pytest.mark.parametrize("around", ["", "norm", "gelu", "relu", "residual"])
 def test_linear_layer_on_one_token(around, size, dtype, monkeypatch):
     """Whole weights at once (in small pieces on a CPU), each part around the product, values that the allocator left."""
     from hf_linear_attn.modeling import step_linear_triton
@@ -92,12 +120,12 @@ def test_linear_layer_on_one_token(around, size, dtype, monkeypatch):
     def plain(dtype):
         given, added = x.to(dtype), residual.to(dtype)
         out = linear.to(dtype)(norm.to(dtype)(given) if around == "norm" else given)
-        out = torch.nn.functional.gelu(out) if around == "gelu" else out
+        out = torch.nn.functional.gelu(out) if around == "gelu" else out.relu() if around == "relu" else out
         return out + added if around == "residual" else out
 
     exact, same = plain(torch.float64), plain(dtype)
     poison(4 * residual.numel())
-    options = {"norm": norm if around == "norm" else None, "gelu": around == "gelu"}
+    options = {"norm": norm if around == "norm" else None, "gelu": around == "gelu", "relu": around == "relu"}
     for _ in range(3):  # pieces are counted anew each time
         added = residual.to(dtype) if around == "residual" else None
         ours = step_linear_triton.project(x.to(dtype), linear, residual=added, **options)

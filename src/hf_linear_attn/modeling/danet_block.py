@@ -18,11 +18,13 @@ from .danet_norms import build_norm
 from .dense_attention import dense_attention_scores, front_packed_dense_attention, pattern_mask
 from .dense_attention_orders import folded_attention
 from .dense_attention_state import DenseAttentionState, final_state
+from .dense_attention_step import dense_attention_step
 from .dense_self_attention import can_fuse_self_attention, self_attention
 from .layer_output import LayerOutput, refuse_maps_after
 from .plain_linear import has_hooks, is_plain
 from .relative_positions import apply_position_factors
 from .relu_product import relu_product
+from .step_linear import step_linear
 from .token_layout import take_tokens, token_layout
 
 
@@ -108,6 +110,10 @@ class DenseAttention(nn.Module):
             if context.keep is not None:
                 hidden_states = hidden_states * context.keep.to(hidden_states.dtype)
         self._check_state(state, hidden_states)
+        if not output_attentions and not return_state:
+            step = dense_attention_step(self, hidden_states, layer_cache, context)
+            if step is not None:
+                return LayerOutput(step)
         layout, in_slots = context.layout, works_in_slots(self.pattern, context.layout)
         stateless = state is None and layer_cache is None and not return_state  # otherwise refused below in an encoder
         if stateless and not output_attentions and (folded := self.fold(hidden_states, context)) is not None:
@@ -265,12 +271,14 @@ class DanetMLP(nn.Module):
             inner = first(hidden_states) if product is None else hidden_states @ product
             gate, up = inner.chunk(2, dim=-1)
             inner = self.dropout(F.silu(gate) * up)
+        elif hidden_states.shape[1] == 1 and product is None and not self.training:
+            inner = step_linear(first, hidden_states, relu=True)
         elif is_plain(first) and not (self.training and self.dropout.p):
             inner = relu_product(hidden_states, first.weight.t() if product is None else product)
         else:
             inner = first(hidden_states) if product is None else hidden_states @ product
             inner = F.relu(self.dropout(inner), inplace=True)  # a product needs no output for backward
-        return self.dropout(self.down_proj(inner))
+        return self.dropout(step_linear(self.down_proj, inner))
 
 
 class DanetBlock(GradientCheckpointingLayer):

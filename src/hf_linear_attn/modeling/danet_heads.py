@@ -7,6 +7,7 @@ from .configuration_danet import DanetConfig
 from .cross_entropy import IGNORED, cross_entropy
 from .danet_norms import ACTIVATIONS, build_norm
 from .sequence_inputs import padding_mask
+from .step_linear import step_linear
 from .task_heads import check_labels, last_real_token
 
 
@@ -80,11 +81,11 @@ class DanetLMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., vocab_size)."""
-        return self.decoder(self.features(hidden_states))
+        return step_linear(self.decoder, self.features(hidden_states))
 
     def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the decoder makes logits of, (..., d)."""
-        return self.norm(self.activation(self.dense(hidden_states)))
+        return self.norm(self.activation(step_linear(self.dense, hidden_states)))
 
 
 class TiedHeadMixin:

@@ -10,15 +10,16 @@ LARGEST_STEP_BATCH = 64  # rows that a program of the kernel holds at once
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def step_linear(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`linear(hidden_states)`; for (B, 1, d) without gradients, as in decoding, in a kernel that reads the weight once."""
-    if hidden_states.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return linear(hidden_states)
-    if not runs_triton(hidden_states, _obstacle(linear, hidden_states)):
-        return linear(hidden_states)
+def step_linear(linear: nn.Module, hidden_states: torch.Tensor, relu: bool = False) -> torch.Tensor:
+    """`linear(hidden_states)` or its ReLU; for (B, 1, d) without gradients (decoding) in a kernel that reads the weight once."""
+    one = isinstance(linear, nn.Linear) and hidden_states.dim() == 3 and hidden_states.shape[1] == 1
+    one = one and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not one or not runs_triton(hidden_states, _obstacle(linear, hidden_states)):
+        out = linear(hidden_states)
+        return out.relu_() if relu else out
     from .step_linear_triton import project
 
-    return project(hidden_states[:, 0].contiguous(), linear)[:, None]
+    return project(hidden_states[:, 0].contiguous(), linear, relu=relu)[:, None]
 
 
 def _obstacle(linear, hidden_states) -> str | None:

@@ -36,13 +36,15 @@ MANY_COLUMNS = 16384  # from so many on (a vocabulary), programs are plenty and 
 @triton.jit
 def _finish(
     total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype: tl.constexpr,
-    BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr, GELU: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """What follows a product (BM, BN), and its store."""
     if BIAS:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU:
         total = total * 0.5 * (1.0 + tl.erf(total * 0.7071067811865476))
+    if RELU:
+        total = tl.maximum(total, 0.0)
     place = m[:, None] * N + n[None, :]
     inside = (m[:, None] < B) & (n[None, :] < N)
     if RESIDUAL:
@@ -55,7 +57,7 @@ def _finish(
 def _whole_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, pieces_ptr, done_ptr, norm_eps, B, N,
     K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """As `_loop_kernel`; program (i, j) multiplies columns i with the depth from j KP on, in G parts at once: a warp each."""
     if EARLY:
@@ -79,7 +81,7 @@ def _whole_kernel(
         x = (centred * scale[None, :, None] * norm_weight[:, None, :] + norm_bias[:, None, :]).to(dtype)
     total = tl.sum(tl.dot(x, weight), axis=0)
     if PIECES == 1:
-        _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RESIDUAL)
+        _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RELU, RESIDUAL)
     else:
         place = m[:, None] * N + n[None, :]
         known = (m[:, None] < B) & (n[None, :] < N)
@@ -89,14 +91,14 @@ def _whole_kernel(
             total = tl.zeros((BM, BN), tl.float32)
             for piece in tl.static_range(PIECES):
                 total += tl.load(pieces_ptr + piece * B * N + place, mask=known, other=0.0, cache_modifier=".cg")
-            _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RESIDUAL)
+            _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RELU, RESIDUAL)
 
 
 @triton.jit
 def _loop_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, norm_eps, B, N,
     K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Out (B, N) = gelu(layer_norm(x) (B, K) weight^T (N, K) + bias) + residual, each part where its flag is set."""
     m, n = tl.arange(0, BM), tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -121,7 +123,7 @@ def _loop_kernel(
             x = (x.to(tl.float32) - mean[:, None]) * scale[:, None] * norm_weight[None, :] + norm_bias[None, :]
             x = x.to(dtype)
         total = tl.dot(x, weight, total, input_precision="ieee")
-    _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RESIDUAL)
+    _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RELU, RESIDUAL)
 
 
 @functools.cache
@@ -142,8 +144,8 @@ def counters_of(linear, device: torch.device) -> torch.Tensor:
 
 
 @on_its_device
-def project(x, linear, norm=None, gelu=False, residual=None, done=None):
-    """`linear` on x (B, K), B <= 64, with a LayerNorm before it and the exact GELU or a residual (B, N) after it: (B, N).
+def project(x, linear, norm=None, gelu=False, relu=False, residual=None, done=None):
+    """`linear` on x (B, K), B <= 64, with a LayerNorm before it and the exact GELU, a ReLU or a residual after it: (B, N).
 
     done: `counters_of(linear)` that an earlier kernel set to 0; without it a launch more does that, where the layer is deep.
     """
@@ -159,6 +161,7 @@ def project(x, linear, norm=None, gelu=False, residual=None, done=None):
         "NORM": norm is not None,
         "BIAS": linear.bias is not None,
         "GELU": gelu,
+        "RELU": relu,
         "RESIDUAL": residual is not None,
     }
     eps = 0.0 if norm is None else norm.eps
