@@ -8,6 +8,7 @@ from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_kernels, poison
 from hf_linear_attn.modeling import cross_entropy as module
 from hf_linear_attn.modeling import cross_entropy_triton
 from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.vocabulary_logits import _PaddedLinear
 
 pytestmark = needs_kernels
 WIDTH, ROWS = 32, 7
@@ -64,3 +65,25 @@ def test_logits_a_block_at_a_time(classes, with_bias, dtype):
     given = loss, hidden, weight, *bias, labels
     exact, plain = run("torch", torch.float64, *given), run("torch", dtype, *given)
     assert_as_accurate(run("triton", dtype, *given), plain, exact, ("loss", "hidden states", "weight", "bias"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dense", [False, True], ids=["gradient with gaps", "without"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("classes", sizes([50], [50257]))
+def test_logits_with_gaps(classes, with_bias, dense, dtype):
+    """The product with a vocabulary made longer, the loss of its logits, and all gradients."""
+    hidden, weight, labels = draw(classes, dtype)
+    bias = [torch.randn(classes, device=DEVICE).to(dtype)] if with_bias else []
+
+    def ours(hidden, weight, *rest):
+        logits = _PaddedLinear.apply(hidden[None], weight, rest[0] if with_bias else None)[0]
+        assert logits.stride(0) % 64 == 0
+        return module.cross_entropy(logits.contiguous() if dense else logits, rest[-1])
+
+    def plain(hidden, weight, *rest):
+        return module.cross_entropy(F.linear(hidden, weight, rest[0] if with_bias else None), rest[-1])
+
+    given = hidden, weight, *bias, labels
+    exact, same = run("torch", torch.float64, plain, *given), run("torch", dtype, plain, *given)
+    assert_as_accurate(run("triton", dtype, ours, *given), same, exact, ("loss", "hidden states", "weight", "bias"))

@@ -15,8 +15,8 @@ from .cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
 from .plain_linear import is_plain
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sequence_inputs import SequenceInputs, check_token_ids, padding_mask, prepare_sequence
-from .step_linear import step_linear
 from .task_heads import check_classes, check_labels
+from .vocabulary_logits import vocabulary_logits
 
 
 @dataclass
@@ -196,7 +196,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         hidden_states = keep_logits(output.last_hidden_state, logits_to_keep)
         wants_loss = labels is not None or shift_labels is not None
         fused = wants_loss and self.training and self.config.fused_linear_cross_entropy
-        logits = None if fused else step_linear(self.lm_head, hidden_states)
+        logits = None if fused else vocabulary_logits(self.lm_head, hidden_states)
         loss = None
         if wants_loss:
             if shift_labels is None:

@@ -11,14 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from .backend import runs_triton
 from .compat import is_transformed
+from .vocabulary_logits import ALIGNED, CLASS_MULTIPLE
 from .windowed_mean import compute_dtype
 
 IGNORED = -100
 # Logits in a block: few enough for a CPU's cache, and on a GPU enough for its memory to be busy.
 BLOCK_ON_CPU = 2**20
 BLOCK_ON_GPU = 2**27
-# The library's products are several times as slow on rows that do not begin at whole multiples of 16 bytes; so do these.
-ROW_MULTIPLE = 64
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -131,24 +130,14 @@ def linear_cross_entropy(
     return _mean(total, labels, count)
 
 
-def _logits_buffer(like: torch.Tensor, rows: int, classes: int) -> torch.Tensor:
-    """Room for logits (rows, classes) whose rows begin where the library's products like them to."""
-    padded = -(-classes // ROW_MULTIPLE) * ROW_MULTIPLE if like.is_cuda else classes
-    return like.new_empty(rows, padded)[:, :classes]
-
-
-def _logits(rows, weight, bias, out):
-    return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
-
-
-def _loss_and_gradient(logits, labels, dtype, wants_gradient):
-    """The sum of the losses in `dtype`, and its gradient in the dtype of the logits, which it may replace."""
+def _loss_and_gradient(logits, labels, classes, dtype, wants_gradient):
+    """The sum of the losses in `dtype`, and its gradient in the dtype of the logits (N, V or more), which it may replace."""
     if runs_triton(logits, _kernel_obstacle(logits)):
         from .cross_entropy_triton import softmax_loss, softmax_loss_and_gradient
 
-        run = softmax_loss_and_gradient if wants_gradient else softmax_loss
-        found = run(logits, labels, IGNORED)
-        return (found if wants_gradient else found[0]).sum(), logits
+        if wants_gradient:
+            return softmax_loss_and_gradient(logits, labels, classes, IGNORED).sum(), logits
+        return softmax_loss(logits[:, :classes], labels, IGNORED)[0].sum(), None
     real = labels != IGNORED
     chosen = labels.where(real, 0)[:, None]
     wide = logits.to(dtype)
@@ -171,17 +160,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(kind):
             weight, bias = (None if x is None else x.to(torch.get_autocast_dtype(kind)) for x in (weight, bias))
         hidden_states = hidden_states.to(weight.dtype)
-        wanted = ctx.needs_input_grad
+        wanted, classes = ctx.needs_input_grad, weight.shape[0]
+        if classes % ALIGNED and runs_triton(hidden_states, _kernel_obstacle(hidden_states)):
+            more = -classes % CLASS_MULTIPLE  # see `vocabulary_logits`
+            weight, bias = F.pad(weight, [0, 0, 0, more]), None if bias is None else F.pad(bias, [0, more])
         grad_hidden = torch.empty_like(hidden_states) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None
         total = hidden_states.new_zeros((), dtype=dtype)
-        size = max(1, min(_rows(weight.shape[0], hidden_states.is_cuda), hidden_states.shape[0]))
-        buffer = _logits_buffer(hidden_states, size, weight.shape[0])
+        size = _rows(classes, hidden_states.is_cuda)
         for start in range(0, hidden_states.shape[0], size):
             rows, targets = hidden_states[start : start + size], labels[start : start + size]
-            logits = _logits(rows, weight, bias, buffer[: rows.shape[0]])
-            losses, grad = _loss_and_gradient(logits, targets, dtype, any(wanted[:3]))
+            logits = F.linear(rows, weight, bias)
+            losses, grad = _loss_and_gradient(logits, targets, classes, dtype, any(wanted[:3]))
             total = total + losses
             if wanted[2]:
                 grad_bias += grad.sum(0, dtype=dtype)
@@ -189,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[start : start + size])
             if wanted[1]:
                 grad_weight += grad.t() @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_hidden, *(None if x is None else x[:classes] for x in (grad_weight, grad_bias)))
         return total
 
     @staticmethod

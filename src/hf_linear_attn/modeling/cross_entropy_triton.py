@@ -15,16 +15,20 @@ except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
 from .backend import on_its_device
+from .vocabulary_logits import rows_apart
 
 PIECE = 4096
 
 
 @triton.jit
 def _kernel(
-    x_ptr, label_ptr, weight_ptr, loss_ptr, partition_ptr, grad_ptr, row_stride, grad_stride, classes, ignored,
+    x_ptr, label_ptr, weight_ptr, loss_ptr, partition_ptr, grad_ptr, row_stride, grad_stride, classes, width, ignored,
     PIECE: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Partition is the logarithm of a row's sum of exponentials: written with the loss, read without."""
+    """Partition is the logarithm of a row's sum of exponentials: written with the loss, read without.
+
+    The gradient's rows have `width` places; it is 0 from `classes` on.
+    """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * row_stride
     column = tl.arange(0, PIECE)
@@ -51,20 +55,21 @@ def _kernel(
         grad_ptr += row * grad_stride
         if LOSS:
             tl.debug_barrier()  # the label's logit is read before another thread writes there
-        for start in tl.range(0, classes, PIECE):
+        for start in tl.range(0, width, PIECE):
             place = start + column
             x = tl.load(x_ptr + place, mask=place < classes, other=0.0).to(tl.float32)
             grad = tl.exp(x - partition) - tl.where(place == label, 1.0, 0.0)
-            grad = tl.where(real, grad * weight, 0.0)
-            tl.store(grad_ptr + place, grad.to(grad_ptr.dtype.element_ty), mask=place < classes)
+            grad = tl.where(real & (place < classes), grad * weight, 0.0)
+            tl.store(grad_ptr + place, grad.to(grad_ptr.dtype.element_ty), mask=place < width)
 
 
-def _run(logits, labels, weights, losses, partition, grad, ignored, **flags):
-    rows, classes = logits.shape
+def _run(logits, labels, weights, losses, partition, grad, classes, ignored, **flags):
+    rows, width = logits.shape
     # A kernel never touches a pointer whose flag is off; any tensor will do.
     weights, losses, partition, grad = (logits if x is None else x for x in (weights, losses, partition, grad))
     _kernel[(rows,)](
-        logits, labels, weights, losses, partition, grad, logits.stride(0), grad.stride(0), classes, ignored,
+        logits, labels, weights, losses, partition, grad, logits.stride(0), grad.stride(0), classes, width,
+        ignored,
         PIECE=min(PIECE, triton.next_power_of_2(classes)), num_warps=8, **flags,
     )  # fmt: skip
 
@@ -73,27 +78,54 @@ def _run(logits, labels, weights, losses, partition, grad, ignored, **flags):
 def softmax_loss(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (N,), 0 where the label is `ignored`, and log partition (N,) of logits (N, V) whose rows are dense."""
     losses, partition = torch.empty(2, logits.shape[0], device=logits.device)
-    _run(logits, labels, None, losses, partition, None, ignored, LOSS=True, GRADIENT=False, WEIGHTED=False)
+    _run(
+        logits,
+        labels,
+        None,
+        losses,
+        partition,
+        None,
+        logits.shape[1],
+        ignored,
+        LOSS=True,
+        GRADIENT=False,
+        WEIGHTED=False,
+    )
     return losses, partition
 
 
 @on_its_device
 def softmax_gradient(logits, labels, partition, weights, ignored: int) -> torch.Tensor:
     """Gradient (N, V) of the sum of `weights` (N,) times the losses, from the log partition that `softmax_loss` gave."""
-    grad = torch.empty_like(logits)
-    _run(logits, labels, weights, None, partition, grad, ignored, LOSS=False, GRADIENT=True, WEIGHTED=True)
+    grad = torch.empty_like(logits) if logits.is_contiguous() else rows_apart(logits)
+    _run(
+        logits,
+        labels,
+        weights,
+        None,
+        partition,
+        grad,
+        logits.shape[1],
+        ignored,
+        LOSS=False,
+        GRADIENT=True,
+        WEIGHTED=True,
+    )
     return grad
 
 
 @torch.library.custom_op("hf_linear_attn::softmax_loss_and_gradient", mutates_args=("logits",))
 @on_its_device
-def softmax_loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
-    """Losses (N,), 0 where the label is `ignored`; the gradient of their sum takes the place of the logits (N, V)."""
+def softmax_loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, classes: int, ignored: int) -> torch.Tensor:
+    """Losses (N,), 0 where the label is `ignored`; the gradient of their sum takes the place of the logits (N, V or more).
+
+    Logits from number `classes` on count for nothing, and get gradient 0.
+    """
     losses, partition = (torch.empty(logits.shape[0], device=logits.device) for _ in range(2))
-    _run(logits, labels, None, losses, partition, logits, ignored, LOSS=True, GRADIENT=True, WEIGHTED=False)
+    _run(logits, labels, None, losses, partition, logits, classes, ignored, LOSS=True, GRADIENT=True, WEIGHTED=False)
     return losses
 
 
 @softmax_loss_and_gradient.register_fake
-def _(logits, labels, ignored):
+def _(logits, labels, classes, ignored):
     return torch.empty(logits.shape[0], device=logits.device)

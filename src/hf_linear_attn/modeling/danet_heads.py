@@ -9,6 +9,7 @@ from .danet_norms import ACTIVATIONS, build_norm
 from .sequence_inputs import padding_mask
 from .step_linear import step_linear
 from .task_heads import check_labels, last_real_token
+from .vocabulary_logits import vocabulary_logits
 
 
 class DanetPooler(nn.Module):
@@ -81,7 +82,7 @@ class DanetLMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., vocab_size)."""
-        return step_linear(self.decoder, self.features(hidden_states))
+        return vocabulary_logits(self.decoder, self.features(hidden_states))
 
     def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the decoder makes logits of, (..., d)."""

@@ -37,7 +37,7 @@ def _differentiate(ctx, grad):
     if ctx.needs_input_grad[1]:
         if matrix.dim() == 2:
             x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-        grad_matrix = x.mT @ grad
+        grad_matrix = (grad.mT @ x).mT  # laid out as the weight whose transpose the matrix is
     return grad_x, grad_matrix
 
 
