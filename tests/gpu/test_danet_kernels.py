@@ -6,10 +6,12 @@ from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_gpu, needs_kern
 
 from hf_linear_attn import DanetConfig, DanetModel
 from hf_linear_attn.modeling import modeling_danet
+from hf_linear_attn.modeling import relu_feed_forward as relu_feed_forward_module
 from hf_linear_attn.modeling.backend import use_backend
 from hf_linear_attn.modeling.danet_norms import VectorNorm
 from hf_linear_attn.modeling.dense_self_attention import self_attention
 from hf_linear_attn.modeling.gram import gram, with_transpose
+from hf_linear_attn.modeling.relu_feed_forward import masked_product, relu_feed_forward
 from hf_linear_attn.modeling.relu_product import relu_product
 
 pytestmark = needs_kernels
@@ -190,3 +192,46 @@ def test_self_attention_and_gradients(length, linear, dtype):
         out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out).to(kind))
         found.append((out.detach(), a.grad, w.grad))
     assert_as_accurate(*found, ("output", "input", "weight"))
+
+
+HALF = sizes([torch.float16], [torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", sizes([(130, 64, 256)], [(4099, 1024, 4096), (65536, 128, 512)]), ids=str)
+def test_product_masked_by_an_activation(shape, dtype, monkeypatch):
+    monkeypatch.setattr(relu_feed_forward_module, "FEWEST_ROWS", 1)
+    rows, depth, columns = shape
+    torch.manual_seed(0)
+    grad, weight = (
+        torch.randn(rows, depth, device=DEVICE).to(dtype),
+        torch.randn(depth, columns, device=DEVICE).to(dtype),
+    )
+    active = torch.randn(rows, columns, device=DEVICE).relu().to(dtype)
+    found = []
+    for backend, kind in (("triton", dtype), ("torch", dtype), ("torch", torch.float64)):
+        poison(active.numel())
+        with use_backend(backend):
+            found.append([masked_product(grad.to(kind), weight.to(kind), active.to(kind))])
+    assert_as_accurate(*found, ("gradient",))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("length", [15, 5000])
+def test_relu_feed_forward(length, batched, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, length, 64, device=DEVICE)
+    matrix, down = torch.randn(*((2,) if batched else ()), 64, 256, device=DEVICE), torch.randn(64, 256, device=DEVICE)
+    found = []
+    for backend, kind in (("auto", dtype), ("torch", dtype), ("torch", torch.float64)):
+        layer = torch.nn.Linear(256, 64, bias=False, device=DEVICE, dtype=kind)
+        layer.weight.data.copy_(down.to(dtype))
+        a, m = (t.to(dtype).to(kind).requires_grad_() for t in (x, matrix))
+        poison(8 * a.numel())
+        with use_backend(backend):
+            out = relu_feed_forward(a, m, layer)
+            out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out).to(kind))
+        found.append([out.detach(), a.grad, m.grad, layer.weight.grad])
+    assert_as_accurate(*found, ("output", "input", "matrix", "weight"))

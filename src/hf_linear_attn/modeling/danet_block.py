@@ -23,7 +23,7 @@ from .dense_self_attention import can_fuse_self_attention, self_attention
 from .layer_output import LayerOutput, refuse_maps_after
 from .plain_linear import has_hooks, is_plain
 from .relative_positions import apply_position_factors
-from .relu_product import relu_product
+from .relu_feed_forward import relu_feed_forward
 from .step_linear import step_linear
 from .token_layout import take_tokens, token_layout
 
@@ -274,7 +274,8 @@ class DanetMLP(nn.Module):
         elif hidden_states.shape[1] == 1 and product is None and not self.training:
             inner = step_linear(first, hidden_states, relu=True)
         elif is_plain(first) and not (self.training and self.dropout.p):
-            inner = relu_product(hidden_states, first.weight.t() if product is None else product)
+            matrix = first.weight.t() if product is None else product
+            return self.dropout(relu_feed_forward(hidden_states, matrix, self.down_proj))
         else:
             inner = first(hidden_states) if product is None else hidden_states @ product
             inner = F.relu(self.dropout(inner), inplace=True)  # a product needs no output for backward

@@ -31,14 +31,17 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad):
     x, matrix, out = ctx.saved_tensors
-    grad = torch.ops.aten.threshold_backward(grad, out, 0)
-    grad_x = grad @ matrix.mT if ctx.needs_input_grad[0] else None
-    grad_matrix = None
-    if ctx.needs_input_grad[1]:
-        if matrix.dim() == 2:
-            x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-        grad_matrix = (grad.mT @ x).mT  # laid out as the weight whose transpose the matrix is
-    return grad_x, grad_matrix
+    return product_gradients(torch.ops.aten.threshold_backward(grad, out, 0), x, matrix, ctx.needs_input_grad)
+
+
+def product_gradients(grad, x, matrix, wanted):
+    """Gradients of x and M, where wanted, from that of the product x M."""
+    grad_x = grad @ matrix.mT if wanted[0] else None
+    if not wanted[1]:
+        return grad_x, None
+    if matrix.dim() == 2:
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+    return grad_x, (grad.mT @ x).mT  # laid out as the weight whose transpose the matrix is
 
 
 _relu_product.register_autograd(_differentiate, setup_context=_save)
