@@ -27,6 +27,17 @@ def data(path: str) -> Any:
     return json.loads((DATA / path).read_text())
 
 
+def h200(suite: str, name: str, length: int, figure: str = "ktokens_per_s") -> float:
+    """A figure of one contender at one length of a suite on the H200."""
+    cases = data(f"h200-{suite}.json")["cases"]
+    return next(case[figure] for case in cases if (case["name"], case["length"]) == (name, length))
+
+
+def h200_ratio(suite: str, ours: str, theirs: str, length: int, figure: str = "ktokens_per_s") -> float:
+    """The same of one contender over that of another one."""
+    return h200(suite, ours, length, figure) / h200(suite, theirs, length, figure)
+
+
 def runs(corpus: str, model: str) -> list[dict]:
     """All runs of a language model on a text of the comparison on one budget."""
     return [run for run in data("language-models.json")[corpus].get("runs", []) if run["model"] == model]

@@ -21,46 +21,66 @@ PIECE = 4096
 
 
 @triton.jit
+def _add(x, largest, total):
+    """Largest number of each place so far, and the sum of exponentials relative to it, with x (PIECE,) as well."""
+    higher = tl.maximum(largest, x)
+    return higher, total * tl.exp(largest - higher) + tl.exp(x - higher)
+
+
+@triton.jit
+def _slope(x, partition, place, label, classes, weight):
+    """Gradient of a weighted row by its logits x at the places; 0 from `classes` on."""
+    slope = tl.exp(x - partition) - tl.where(place == label, 1.0, 0.0)
+    return tl.where(place < classes, slope * weight, 0.0)
+
+
+@triton.jit
 def _kernel(
     x_ptr, label_ptr, weight_ptr, loss_ptr, partition_ptr, grad_ptr, row_stride, grad_stride, classes, width, ignored,
     PIECE: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Partition is the logarithm of a row's sum of exponentials: written with the loss, read without.
 
-    The gradient's rows have `width` places; it is 0 from `classes` on.
+    The gradient's rows have `width` places; it is 0 from `classes` on. Whole pieces need no mask, with which they would be
+    read number by number.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * row_stride
     column = tl.arange(0, PIECE)
+    whole = classes // PIECE * PIECE
     label = tl.load(label_ptr + row)
     real = label != ignored
     if LOSS:
-        largest, total = -float("inf"), 0.0
-        for start in tl.range(0, classes, PIECE):
-            x = tl.load(x_ptr + start + column, mask=start + column < classes, other=-float("inf")).to(tl.float32)
-            higher = tl.maximum(largest, tl.max(x, axis=0))
-            shift = tl.where(higher == -float("inf"), 0.0, higher)  # a piece may have no finite logit
-            total = total * tl.exp(largest - shift) + tl.sum(tl.exp(x - shift), axis=0)
-            largest = higher
-        partition = largest + tl.log(total)
+        largest, total = tl.full((PIECE,), -3.0e38, tl.float32), tl.zeros((PIECE,), tl.float32)
+        for start in tl.range(0, whole, PIECE):
+            largest, total = _add(tl.load(x_ptr + start + column).to(tl.float32), largest, total)
+        rest = tl.load(x_ptr + whole + column, mask=whole + column < classes, other=-float("inf")).to(tl.float32)
+        largest, total = _add(rest, largest, total)
+        top = tl.max(largest, axis=0)
+        partition = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
         chosen = tl.load(x_ptr + tl.where(real, label, 0)).to(tl.float32)
         tl.store(loss_ptr + row, tl.where(real, partition - chosen, 0.0))
         tl.store(partition_ptr + row, partition)
     else:
         partition = tl.load(partition_ptr + row)
     if GRADIENT:
-        weight = tl.where(real, 1.0, 0.0)
+        weight = 1.0
         if WEIGHTED:
             weight = tl.load(weight_ptr + row).to(tl.float32)
+        weight = tl.where(real, weight, 0.0)
         grad_ptr += row * grad_stride
+        dtype = grad_ptr.dtype.element_ty
         if LOSS:
             tl.debug_barrier()  # the label's logit is read before another thread writes there
-        for start in tl.range(0, width, PIECE):
+        for start in tl.range(0, whole, PIECE):
+            x = tl.load(x_ptr + start + column).to(tl.float32)
+            tl.store(grad_ptr + start + column, _slope(x, partition, start + column, label, classes, weight).to(dtype))
+        for start in tl.range(whole, width, PIECE):
             place = start + column
             x = tl.load(x_ptr + place, mask=place < classes, other=0.0).to(tl.float32)
-            grad = tl.exp(x - partition) - tl.where(place == label, 1.0, 0.0)
-            grad = tl.where(real & (place < classes), grad * weight, 0.0)
-            tl.store(grad_ptr + place, grad.to(grad_ptr.dtype.element_ty), mask=place < width)
+            tl.store(
+                grad_ptr + place, _slope(x, partition, place, label, classes, weight).to(dtype), mask=place < width
+            )
 
 
 def _run(logits, labels, weights, losses, partition, grad, classes, ignored, **flags):
