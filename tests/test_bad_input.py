@@ -103,6 +103,12 @@ CONFIGURATIONS = [
         names=("leap",),
     ),
     Case(
+        "more-layers-formed-again-than-there-are",
+        lambda row: row.config(num_recomputed_mlps=100),
+        ("num_recomputed_mlps", "100", "num_hidden_layers"),
+        names=("leap",),
+    ),
+    Case(
         "odd-head-size-rotary",
         lambda row: row.config(hidden_size=18, num_attention_heads=2),
         ("rotary", "head size", "18 / 2", "odd"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_linear_attn import LeapConfig, LeapModel
 from hf_linear_attn.modeling import leap_mechanism_torch as spelling
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 150, 3, 8  # three chunks of the scan, the last of them not full
@@ -89,3 +90,30 @@ def test_dropout_spares_keys_and_keeps_the_mean():
     seen = out[0, -1].mean() / torch.sigmoid(torch.tensor(2.0))  # a gate between those of dropped queries
     assert 0.5 < seen < 1.2
     assert (out == 0).float().mean() < 0.2, "the gate and the mean are never dropped themselves"
+
+
+def step_of_a_model(num_recomputed_mlps, compiled):
+    """Loss and gradients, and how many tensors as wide as the inner activation are kept for backward."""
+    size = {
+        "vocab_size": 20,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "hidden_dropout_prob": 0.0,
+    }
+    torch.manual_seed(0)
+    model = LeapModel(LeapConfig(**size, intermediate_size=56, num_recomputed_mlps=num_recomputed_mlps)).train()
+    ids, wide = torch.arange(30).view(2, 15) % 20, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: wide.append(x.shape[-2:] == (15, 56)) or x, lambda x: x):
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        loss = run(ids).last_hidden_state.square().mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], sum(wide)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inner_activations_formed_again(compiled):
+    (plain, kept), (ours, fewer) = (step_of_a_model(number, compiled) for number in (0, 1))
+    assert compiled or 2 * fewer == kept > 0
+    for x, y in zip(ours, plain, strict=True):
+        torch.testing.assert_close(x, y)
