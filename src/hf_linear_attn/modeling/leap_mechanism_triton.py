@@ -133,7 +133,7 @@ def leap_carry(
 
     Sums (B, 2, H, E), norms (B, H), carried sums (B, N, H, 2, EP), carried norms (B, N, H), documents (B, N).
     """
-    call = _Call(projected, None, key, None, dropout, mask, segment_ids)
+    call = _Call(projected, key, key, None, dropout, mask, segment_ids)
     total, norm = call.scratch()
     totals_kernel[call.grid](
         *call.inputs, total, norm, *call.pointers(seed), call.dropout, call.scale,
@@ -161,7 +161,7 @@ def leap_carry(
 
 @leap_carry.register_fake
 def _(projected, key, dropout, seed, mask, segment_ids, state_sum, state_norm):
-    call = _Call(projected, None, key, None, dropout, mask, segment_ids)
+    call = _Call(projected, key, key, None, dropout, mask, segment_ids)
     new = partial(projected.new_empty, dtype=torch.float32)
     found = [new(call.B, 2, call.H, call.E), new(call.B, call.H), new(call.B, call.N, call.H, 2, call.EP)]
     documents = [] if segment_ids is None else [new(call.B, call.N, dtype=torch.int32)]
