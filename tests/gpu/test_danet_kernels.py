@@ -107,7 +107,12 @@ def run_folded_and_plain(seed, length, heads, ffn_type, dtype):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("norm", ["max_norm", "fixed_max_norm"])
 def test_norms_between_blocks_in_one_pass(norm, training, padded, dtype, monkeypatch):
-    """The stream runs from block to block: the same hidden states and gradients as block by block."""
+    """The stream runs from block to block: the same hidden states and (in float32) gradients as block by block.
+
+    In half precision the gradient of a model hangs on which of two nearly equal entries rounding makes the largest of its row:
+    for that see the next test.
+    """
+    training = training and dtype == torch.float32
     config = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "position_embedding_type": "learned"}
     config |= {"hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
     torch.manual_seed(0)
@@ -136,6 +141,38 @@ def test_norms_between_blocks_in_one_pass(norm, training, padded, dtype, monkeyp
     ours = go(dtype, "triton")
     assert calls
     assert_as_accurate(ours, plain, exact, ("hidden states", *(name for name, _ in model.named_parameters())))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("width", sizes([60], [1000]))
+def test_two_steps_of_the_stream(width, lazy, dtype):
+    """Two ends of blocks, one after the other: what they give, and the gradients of what blocks add and of the stream."""
+    from hf_linear_attn.modeling.danet_norms_triton import between_blocks, leave_stream
+
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(2, 7, width, generator=generator).to(DEVICE, dtype) for _ in range(6)]
+    scale = torch.rand(2, 7, 1, generator=generator).to(DEVICE) + 0.5
+    keep = None if lazy else (torch.rand(2, 7, 1, generator=generator) > 0.3).float().to(DEVICE)
+    norm = VectorNorm(width, 1e-3)
+
+    def run(kind, ours):
+        first, second, hidden, *grads = (x.detach().clone().to(kind).requires_grad_() for x in draw)
+        poison(8 * hidden.numel())
+        if ours:
+            x, stream, factor = between_blocks(first, hidden, None, keep, scale, 1e-3, 1e-3, lazy)
+            y, stream, factor = between_blocks(second, stream, factor, keep, scale, 1e-3, 1e-3, lazy)
+            found = [x, y, leave_stream(stream, factor)]
+        else:
+            with use_backend("torch"):
+                between = norm(first, keep, hidden)
+                last = norm(second, keep, between)
+                found = [norm(between, scale), norm(last, scale), last]
+        sum((a * b.detach()).sum() for a, b in zip(found, grads)).backward()
+        return [x.detach() for x in found] + [first.grad, second.grad, hidden.grad]
+
+    names = ("x", "next x", "hidden states", "of the first block", "of the second", "of the stream")
+    assert_as_accurate(run(dtype, True), run(dtype, False), run(torch.float64, False), names)
 
 
 @needs_gpu
@@ -182,7 +219,7 @@ def test_self_attention_and_gradients(length, linear, dtype):
     x, weight = torch.randn(2, length, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE)
     found = []
     for function, kind in (("ours", dtype), ("plain", dtype), ("plain", torch.float64)):
-        a, w = ((0.1 * t).to(dtype).to(kind).requires_grad_() for t in (x, weight))
+        a, w = ((0.1 * t).to(dtype).to(kind).clone().requires_grad_() for t in (x, weight))
         if function == "ours":
             poison(a.numel())
             out = self_attention(a, w, linear)
@@ -228,7 +265,7 @@ def test_relu_feed_forward(length, batched, dtype):
     for backend, kind in (("auto", dtype), ("torch", dtype), ("torch", torch.float64)):
         layer = torch.nn.Linear(256, 64, bias=False, device=DEVICE, dtype=kind)
         layer.weight.data.copy_(down.to(dtype))
-        a, m = (t.to(dtype).to(kind).requires_grad_() for t in (x, matrix))
+        a, m = (t.to(dtype).to(kind).detach().clone().requires_grad_() for t in (x, matrix))
         poison(8 * a.numel())
         with use_backend(backend):
             out = relu_feed_forward(a, m, layer)

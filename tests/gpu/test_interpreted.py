@@ -17,7 +17,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Of each module one case or a few of every kernel, chosen by name, in one process: all of them take four minutes.
 QUICK = {
-    "test_leap_kernels": "near_windows and 70-4 or masks_documents and None-True-True-False",
+    "test_leap_kernels": "near_windows and 70-4 or masks_documents and None-True-True-True",
     "test_danet_kernels": "test",
     "test_danet_causal_kernels": "padding or keys_that_are",
     "test_sea_kernels": "slots or narrow or causal_kernel and 16 and False or sort and 1-query or limits and keys-3",
