@@ -33,9 +33,20 @@ def h200(suite: str, name: str, length: int, figure: str = "ktokens_per_s") -> f
     return next(case[figure] for case in cases if (case["name"], case["length"]) == (name, length))
 
 
-def h200_ratio(suite: str, ours: str, theirs: str, length: int, figure: str = "ktokens_per_s") -> float:
-    """The same of one contender over that of another one."""
-    return h200(suite, ours, length, figure) / h200(suite, theirs, length, figure)
+def times(suite: str, ours: str, theirs: str, length: int) -> float:
+    """How many times as fast one contender is as another one."""
+    return h200(suite, ours, length) / h200(suite, theirs, length)
+
+
+def all_times(suite: str, ours: str, theirs: str, *lengths: int) -> str:
+    """The same at several lengths, as in "1.27, 1.67 and 57.3"."""
+    *first, last = (f"{times(suite, ours, theirs, length):.3g}" for length in lengths)
+    return f"{', '.join(first)} and {last}"
+
+
+def memory(suite: str, ours: str, theirs: str, length: int) -> float:
+    """The share that one contender's peak memory is of another one's."""
+    return h200(suite, ours, length, "peak_gib") / h200(suite, theirs, length, "peak_gib")
 
 
 def runs(corpus: str, model: str) -> list[dict]:
@@ -116,28 +127,6 @@ def faithful(model: str, method: str, share: float, against: str = "random", of:
     rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
     kept = [row for row in rows if (row["method"], row["share"]) == (method, share)]
     return statistics.mean(row[of] for row in kept) / (statistics.mean(row[against] for row in kept) if against else 1)
-
-
-def case(suite: str, name: str, length: int) -> dict:
-    """A contender of a suite on a GPU at a length."""
-    return next(c for c in data(f"h200-{suite}.json")["cases"] if (c["name"], c["length"]) == (name, length))
-
-
-def times(suite: str, ours: str, theirs: str, length: int) -> float:
-    """How many times as fast ours is there."""
-    a, b = case(suite, ours, length), case(suite, theirs, length)
-    return a["ktokens_per_s"] / b["ktokens_per_s"] if "ktokens_per_s" in a else b["ms"] / a["ms"]
-
-
-def all_times(suite: str, ours: str, theirs: str, *lengths: int) -> str:
-    """The same at several lengths, as in "1.27, 1.67 and 57.3"."""
-    *first, last = (f"{times(suite, ours, theirs, length):.3g}" for length in lengths)
-    return f"{', '.join(first)} and {last}"
-
-
-def memory(suite: str, ours: str, theirs: str, length: int) -> float:
-    """Our share of their peak memory there."""
-    return case(suite, ours, length)["peak_gib"] / case(suite, theirs, length)["peak_gib"]
 
 
 def cpu(file: str, job: str, contender: str, figure: str = "speed_ratio") -> float:
