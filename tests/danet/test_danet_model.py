@@ -19,7 +19,7 @@ from hf_linear_attn import (
     DanetModel,
     DenseAttention,
 )
-from hf_linear_attn.modeling import danet_block
+from hf_linear_attn.modeling import danet_block, dense_self_attention, relu_feed_forward, relu_product
 from hf_linear_attn.modeling.danet_presets import PRESETS
 from hf_linear_attn.modeling.dense_attention import pattern_mask
 from hf_linear_attn.modeling.dense_attention_state import DenseAttentionState
@@ -596,3 +596,23 @@ def test_attention_functions_without_local_windows_are_refused():
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="knows no local windows"):
         model(tokens(1, 4))
+
+
+@pytest.mark.parametrize("length", [16, 48])  # both orders of the products
+def test_steps_that_a_gpu_takes_in_training(length, monkeypatch):
+    """The attention and the feed-forward layer with a backward of their own, also inside a compiled block, on a CPU."""
+    size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = DanetModel(DanetConfig(**size, position_embedding_type="learned", max_position_embeddings=50)).double()
+    ids, found = torch.arange(2 * length).view(2, length) % 50, []
+    for fused in (False, True, True):
+        for module in (dense_self_attention, relu_feed_forward, relu_product):
+            monkeypatch.setattr(module, "prefers_fused", lambda x, fused=fused: fused)
+        if len(found) == 2:
+            model.layers[0].compile(backend="aot_eager", fullgraph=True)
+        model.zero_grad()
+        out = model(ids).last_hidden_state
+        out.square().mean().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for other in found[1:]:
+        for ours, plain in zip(other, found[0], strict=True):
+            torch.testing.assert_close(ours, plain)

@@ -67,7 +67,7 @@ def can_read_values() -> bool:
 
 def is_transformed(tensor: torch.Tensor) -> bool:
     """Whether a function transform (`torch.func.grad`, `vmap`, ...) looks at this tensor: custom backwards cannot follow it."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 __all__ = [

@@ -30,7 +30,7 @@ def gelu_linear_obstacle(up, down, x) -> str | None:
     """Why the kernels cannot do this layer, or None."""
     if not is_plain(up) or not is_plain(down) or up.bias is None:
         return "a layer is more than its weight and bias"
-    if torch.is_autocast_enabled(x.device.type) or (not torch.compiler.is_compiling() and is_transformed(x)):
+    if torch.is_autocast_enabled(x.device.type) or is_transformed(x):
         return "they neither convert nor know function transforms"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or {up.weight.dtype, down.weight.dtype} != {
         x.dtype

@@ -33,7 +33,7 @@ def normed_linear_obstacle(norm, linear, owner, x) -> str | None:
         return "a layer is more than its weight and bias"
     if has_hooks(norm) or has_hooks(owner):
         return "somebody waits for the normed rows"
-    if torch.is_autocast_enabled(x.device.type) or (not torch.compiler.is_compiling() and is_transformed(x)):
+    if torch.is_autocast_enabled(x.device.type) or is_transformed(x):
         return "it neither converts nor knows function transforms"
     if x.shape[-1] > WIDEST_KERNEL_ROW:
         return f"its rows end at {WIDEST_KERNEL_ROW} features, these have {x.shape[-1]}"

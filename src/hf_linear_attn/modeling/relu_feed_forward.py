@@ -55,6 +55,6 @@ def _is_faster(grad, weight) -> bool:
         grad.dtype in (torch.bfloat16, torch.float16),
         not (weight.shape[0] % 64 or weight.shape[1] % 256),
     )
-    if not half or not whole_tiles or grad.shape[0] < FEWEST_ROWS:
+    if torch.compiler.is_compiling() or not half or not whole_tiles or grad.shape[0] < FEWEST_ROWS:
         return False
     return not grad.is_cuda or torch.cuda.get_device_capability(grad.device) >= (9, 0)
