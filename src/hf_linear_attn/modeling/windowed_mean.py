@@ -251,7 +251,7 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0, re
     total = None
     for (distance, _, columns), matrix in zip(parts, scores):
         part = _product(matrix.to(x.dtype), _shift(values[..., columns, :], step * distance))
-        total = part if total is None else total + part
+        total = part if total is None else total.add_(part)
     if before is not None:
         earlier, earlier_reference = before
         if logs is not None:
@@ -260,7 +260,7 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0, re
             border = segments[..., :1] if reverse else segments[..., -1:]
             continued = segments == _shift(border, step, fill=-1)
             earlier = earlier * continued[:, :, None, :, None]
-        total = total + earlier
+        total.add_(earlier)
     return _join(total, single, length), None if reference is None else _join(reference, single, length)
 
 
