@@ -52,6 +52,19 @@ def test_kept_logits(classes, dtype):
     assert_as_accurate(run("triton", dtype, *given), plain, exact, ("loss", "gradient"))
 
 
+@pytest.mark.parametrize("label", [50, -1])
+def test_a_label_that_is_no_class(label):
+    """NaN in its own row alone; nothing outside the row is read."""
+    logits = torch.randn(3, 50, device=DEVICE, requires_grad=True)
+    labels = torch.tensor([4, label, -100], device=DEVICE)
+    losses, partition = cross_entropy_triton.softmax_loss(logits.detach(), labels, -100)
+    assert losses.isnan().tolist() == [False, True, False]
+    weights = torch.ones(3, device=DEVICE)
+    slope = cross_entropy_triton.softmax_gradient(logits.detach(), labels, partition, weights, -100)
+    assert slope.isnan().any(1).tolist() == [False, True, False]
+    assert not slope[2].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("classes", sizes([50], [4096, 50257]))

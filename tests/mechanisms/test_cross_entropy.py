@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_linear_attn.modeling import cross_entropy as module
 from hf_linear_attn.modeling.cross_entropy import cross_entropy, linear_cross_entropy
+from hf_linear_attn.modeling.vocabulary_logits import _PaddedLinear
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +116,12 @@ def test_a_model_trains_the_same_without_logits(family):
 def test_can_be_differentiated_twice():
     logits, labels = draw(rows=4)
     assert torch.autograd.gradgradcheck(lambda x: cross_entropy(x, labels), (logits,))
+
+
+def test_logits_of_a_padded_vocabulary_can_be_differentiated_twice():
+    """The product that a GPU takes for a vocabulary that is no multiple of 8."""
+    x, weight, bias = (
+        torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 5), (11, 5), (11,))
+    )
+    assert torch.autograd.gradcheck(_PaddedLinear.apply, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(_PaddedLinear.apply, (x, weight, bias))

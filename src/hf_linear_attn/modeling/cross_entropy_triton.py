@@ -3,7 +3,7 @@
     loss = log sum_j exp(x_j) - x_label         gradient = weight (exp(x_j - log sum exp(x)) - [j = label])
 
 A program does one row, in pieces that registers hold. Loss and gradient together read a row twice, the second time out of the
-cache, and write it once: the gradient takes the place of the logits. Sums are float32.
+cache, and write it once: the gradient takes the place of the logits. Sums are float32. A label that is no class gives NaN.
 """
 
 import torch
@@ -50,6 +50,7 @@ def _kernel(
     whole = classes // PIECE * PIECE
     label = tl.load(label_ptr + row)
     real = label != ignored
+    known = (label >= 0) & (label < classes)  # a label that is no class makes loss and gradient NaN
     if LOSS:
         largest, total = tl.full((PIECE,), -3.0e38, tl.float32), tl.zeros((PIECE,), tl.float32)
         for start in tl.range(0, whole, PIECE):
@@ -58,7 +59,7 @@ def _kernel(
         largest, total = _add(rest, largest, total)
         top = tl.max(largest, axis=0)
         partition = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
-        chosen = tl.load(x_ptr + tl.where(real, label, 0)).to(tl.float32)
+        chosen = tl.load(x_ptr + label, mask=known, other=float("nan")).to(tl.float32)
         tl.store(loss_ptr + row, tl.where(real, partition - chosen, 0.0))
         tl.store(partition_ptr + row, partition)
     else:
@@ -67,7 +68,7 @@ def _kernel(
         weight = 1.0
         if WEIGHTED:
             weight = tl.load(weight_ptr + row).to(tl.float32)
-        weight = tl.where(real, weight, 0.0)
+        weight = tl.where(real, tl.where(known, weight, float("nan")), 0.0)
         grad_ptr += row * grad_stride
         dtype = grad_ptr.dtype.element_ty
         if LOSS:

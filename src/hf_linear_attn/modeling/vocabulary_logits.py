@@ -7,7 +7,6 @@ at whole multiples of 128 bytes.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .compat import is_transformed
 from .plain_linear import is_plain
@@ -44,7 +43,6 @@ class _PaddedLinear(torch.autograd.Function):
         return F.linear(x, F.pad(weight, [0, 0, 0, more]), bias)[..., :classes]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         classes, width = weight.shape
