@@ -51,10 +51,8 @@ def masked_product(grad: torch.Tensor, weight: torch.Tensor, active: torch.Tenso
 
 def _is_faster(grad, weight) -> bool:
     """Whether the kernel takes this product, and the GPU has what it lives on (Hopper's tensor memory accelerator)."""
-    half, whole_tiles = (
-        grad.dtype in (torch.bfloat16, torch.float16),
-        not (weight.shape[0] % 64 or weight.shape[1] % 256),
-    )
+    half = grad.dtype in (torch.bfloat16, torch.float16)
+    whole_tiles = weight.shape[0] % 64 == 0 and weight.shape[1] % 256 == 0
     if torch.compiler.is_compiling() or not half or not whole_tiles or grad.shape[0] < FEWEST_ROWS:
         return False
     return not grad.is_cuda or torch.cuda.get_device_capability(grad.device) >= (9, 0)
