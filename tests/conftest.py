@@ -58,6 +58,7 @@ def pytest_collection_finish():
     """The garbage collector need not look again and again at what the libraries made while they were imported."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_unconfigure():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from common.batches import LAYOUTS, tokens
-from common.families import FIRST, TRACED, first_rows, in_every_run, traced_causal_rows, traced_rows
+from common.families import FIRST, TRACED, TRACED_CAUSAL, first_rows, in_every_run, traced_rows
 from common.padding import padded_batch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
@@ -28,7 +28,7 @@ def traced(function, backend="eager"):
     return torch.compile(function, backend=counter, fullgraph=True), counter
 
 
-@traced_rows
+@in_every_run("leap", "fastformer", "danet", "danet-encoder", of=TRACED)
 def test_forward_is_one_graph(row):
     """With a mask; without one in the tests of lengths and of training."""
     model = row.build("AutoModel", **row.layers(2))
@@ -52,7 +52,7 @@ def test_packed_forward_is_one_graph(row):
     assert counter.frame_count == 1
 
 
-@in_every_run("leap", "danet", of=FIRST)  # Fastformer has LEAP's sums
+@in_every_run("leap", of=FIRST)
 def test_lengths_do_not_recompile_for_ever(row):
     """The second length makes the length dynamic; no later one adds a graph, across the borders of the sums' chunks."""
     model = row.causal_lm(**row.layers(1))
@@ -67,7 +67,7 @@ def test_lengths_do_not_recompile_for_ever(row):
     assert counter.frame_count == (3 if row.family == "danet" else 2)
 
 
-@in_every_run("leap", "fastformer", "danet", of=[row for row in TRACED if row.causal])
+@in_every_run("leap", "danet", of=TRACED_CAUSAL)
 def test_training_step_is_one_graph(row):
     model = row.causal_lm(**row.layers(2)).train()
     compiled, counter = traced(model, "aot_eager")  # the backward is a graph, too
@@ -81,8 +81,10 @@ def test_training_step_is_one_graph(row):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@traced_causal_rows
+@pytest.mark.parametrize(
+    "padded", [pytest.param(False, id="full", marks=pytest.mark.slow), pytest.param(True, id="padded")]
+)
+@in_every_run("leap", "fastformer", "danet", of=TRACED_CAUSAL)
 def test_decoding_with_a_static_cache_is_one_graph(row, padded):
     """However many steps: nothing in the cache is a Python number that changes."""
     model = row.causal_lm(**row.layers(2))
@@ -101,7 +103,7 @@ def test_decoding_with_a_static_cache_is_one_graph(row, padded):
     assert counter.frame_count == 1
 
 
-@in_every_run("leap", "sea", of=FIRST)
+@in_every_run("leap", of=FIRST)
 def test_decoding_with_a_dynamic_cache_is_two_graphs(row):
     """The number of columns is a Python number there; after the second step it is a dynamic one."""
     model = row.causal_lm(**row.layers(1))
@@ -151,7 +153,7 @@ def test_export_with_fixed_shapes(row):
     torch.testing.assert_close(program(ids, mask), model(ids, attention_mask=mask)[0], **CLOSE)
 
 
-@in_every_run("leap", "fastformer-encoder", "danet", "danet-encoder", of=TRACED)
+@in_every_run("leap", "danet", "danet-encoder", of=TRACED)
 def test_export_with_dynamic_batch_and_length(row):
     model = row.build("AutoModel", **row.layers(2))
     _, _, ids, mask = padded_batch(LAYOUTS["both"], (70, 23))

@@ -301,7 +301,7 @@ all_rows = _over(ROWS)
 causal_rows = _over(CAUSAL)
 TRACED = [row for row in ROWS if row.traced]
 traced_rows = _over(TRACED)
-traced_causal_rows = _over([row for row in CAUSAL if row.traced])
+TRACED_CAUSAL = [row for row in CAUSAL if row.traced]
 
 # One row a family, for checks that cost seconds and do not depend on the variant.
 FIRST = [next(row for row in CAUSAL if row.family == name) for name in dict.fromkeys(r.family for r in CAUSAL)]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common.families import COMMON, ROWS, TINY
+from common.families import COMMON, ROWS, TINY, in_every_run
 from safetensors.torch import load_file
 from sea.hosts import make_teacher
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
@@ -29,7 +29,7 @@ RUNNER = Path(__file__).with_name("run_examples.py")
 # Each family's language model, and an encoder; SEA is distilled from a tiny Llama.
 KINDS = ("leap", "fastformer", "danet", "danet-encoder", "sea")
 TRAINED = [row for row in ROWS if row.name in KINDS]
-every_kind = pytest.mark.parametrize("row", TRAINED, ids=[row.name for row in TRAINED])
+every_kind = in_every_run("leap", "danet", "sea", of=TRAINED)
 STEPS, SAVE = 4, 2
 
 
@@ -71,7 +71,15 @@ def launch(command, folder, settings=None, **options):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
+def kinds(request):
+    """The rows that this run's tests ask about."""
+    here = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    names = {item.callspec.params["row"].name for item in here if "row" in item.callspec.params}
+    return [row for row in TRAINED if row.name in names]
+
+
+@pytest.fixture(scope="module")
+def single(kinds, tmp_path_factory):
     """Each kind in one process on the CPU; the folder of the outputs, with the text that they read."""
     folder = tmp_path_factory.mktemp("runs")
     text = folder / "text.txt"
@@ -79,19 +87,19 @@ def single(tmp_path_factory):
     save_teacher(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_LINEAR_ATTN_CACHE", str(folder / "cache"))
-        for row in TRAINED:
+        for row in kinds:
             alone(patch, arguments(row, folder / "alone" / row.name, text))
     return folder
 
 
 @pytest.fixture(scope="module")
-def runs(single):
+def runs(single, kinds):
     """The same in two processes beside it, with DDP and then sharded by FSDP2."""
-    kinds = {"ddp": [], "fsdp2": ["--shard"]}
+    ways = {"ddp": [], "fsdp2": ["--shard"]}
     work = [
-        arguments(row, single / k / row.name, single / "text.txt", *more)
-        for k, more in kinds.items()
-        for row in TRAINED
+        arguments(row, single / way / row.name, single / "text.txt", *more)
+        for way, more in ways.items()
+        for row in kinds
     ]
     (single / "runs.json").write_text(json.dumps(work))
     settings = {"CUDA_VISIBLE_DEVICES": "", "HF_LINEAR_ATTN_CACHE": str(single / "cache")}
@@ -150,6 +158,7 @@ def test_activation_checkpointing(runs, row, tmp_path, monkeypatch):
     assert result(tmp_path)["losses"] == pytest.approx(result(runs / "alone" / row.name)["losses"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run(runs, tmp_path):
     """The other one is stopped, and the launcher says which died of what."""
     words = arguments(TRAINED[0], tmp_path / "out", runs / "text.txt")

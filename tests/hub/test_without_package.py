@@ -5,23 +5,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.tiny import EVERY_HEAD, every_head, first_output, some_ids
+from common.tiny import EVERY_HEAD, first_output, some_ids
 from hub.conftest import point_to
 from hub.fake_hub import FakeHub
 from hub.fresh_process import run_without_package
 
 from hf_linear_attn.registration import FAMILIES
 
+# Each takes a second: two of every family in every run, all among the slow tests.
+OFTEN = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+heads = pytest.mark.parametrize(
+    ("row", "head"),
+    [pytest.param(r, h, id=f"{r.family}-{h}", marks=[pytest.mark.slow] * (h not in OFTEN)) for r, h in EVERY_HEAD],
+)
+
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What one fresh process without the package found for every family and head."""
+def answers(request, tmp_path_factory):
+    """What one fresh process without the package found for every family and head that this run asks about."""
+    asked = [item.callspec.params for item in request.session.items if "answers" in getattr(item, "fixturenames", ())]
     folder = tmp_path_factory.mktemp("without-package")
     with FakeHub() as hub:
         requests = []
         with pytest.MonkeyPatch.context() as patch:
             point_to(hub, patch, folder / "cache")
-            for row, head in EVERY_HEAD:
+            for row, head in ((params["row"], params["head"]) for params in asked):
                 name = f"{row.family}-{head}"
                 row.build(head).push_to_hub(f"user/{name}")
                 causal = head == "AutoModelForCausalLM"
@@ -37,7 +45,7 @@ def answers(tmp_path_factory):
     return json.loads(found.read_text())
 
 
-@every_head
+@heads
 def test_loads_computes_and_saves_again(answers, row, head):
     """The same outputs and tokens as here, a complete map in what the fresh process saves, and the same again from that."""
     found = answers[f"{row.family}-{head}"]

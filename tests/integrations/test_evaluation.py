@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.families import ROWS, VOCAB, first_rows
+from common.families import FIRST, ROWS, VOCAB, first_rows, in_every_run
 from common.tiny import FAMILY_ROWS, some_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -50,7 +50,7 @@ def bits_per_byte(model):
     return bits / length
 
 
-@first_rows
+@in_every_run("leap", of=FIRST)
 def test_lm_eval_on_a_folder(checkpoint, monkeypatch):
     """`lm_eval` gives the bits per byte that the logits give."""
     lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval")

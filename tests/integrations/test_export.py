@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from common.batches import tokens
-from common.families import first_rows
+from common.families import first_rows, in_every_run
 from common.tiny import FAMILY_ROWS
 from torch.export import Dim, export
 
@@ -27,7 +27,7 @@ onnx_rows = pytest.mark.parametrize(
         if row.causal
     ],
 )
-dynamic_rows = pytest.mark.parametrize("row", [pytest.param(r, id=r.family) for r in FAMILY_ROWS if r.causal])
+dynamic_rows = in_every_run("leap", "danet", of=[row for row in FAMILY_ROWS if row.causal])
 RUN_ALONE = """
 import sys, numpy as np, onnxruntime
 first = np.load(sys.argv[1] + ".state.npz")

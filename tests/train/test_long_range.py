@@ -99,6 +99,7 @@ def test_saved_rows_come_back(tmp_path):
             np.testing.assert_array_equal(getattr(back[name], field), getattr(split, field))
 
 
+@pytest.mark.slow
 def test_danet_learns_digits_pixel_by_pixel(tmp_path, capsys):
     words = ["run", "--task", "digits", "--models", "danet", "--steps", "120", "--threads", "1", "--device", "cpu"]
     long_range.main([*words, "--output", str(tmp_path)])
