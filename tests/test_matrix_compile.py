@@ -41,7 +41,7 @@ def test_forward_is_one_graph(row):
     assert counter.frame_count == 1
 
 
-@in_every_run("leap", "danet", of=FIRST)
+@in_every_run("leap", of=FIRST)
 def test_packed_forward_is_one_graph(row):
     model = row.causal_lm(**row.layers(1))
     compiled, counter = traced(model)
@@ -153,7 +153,7 @@ def test_export_with_fixed_shapes(row):
     torch.testing.assert_close(program(ids, mask), model(ids, attention_mask=mask)[0], **CLOSE)
 
 
-@in_every_run("leap", "danet", "danet-encoder", of=TRACED)
+@in_every_run("leap", "danet", of=TRACED)
 def test_export_with_dynamic_batch_and_length(row):
     model = row.build("AutoModel", **row.layers(2))
     _, _, ids, mask = padded_batch(LAYOUTS["both"], (70, 23))

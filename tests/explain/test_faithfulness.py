@@ -8,7 +8,9 @@ from explain.keyword_task import keyword_texts, new_classifier, trained_classifi
 from hf_linear_attn.explain import faithfulness, importance
 
 
-@pytest.mark.parametrize(("family", "method"), [("leap", "focus"), ("danet-encoder", "received")])
+@pytest.mark.parametrize(
+    ("family", "method"), [("leap", "focus"), pytest.param("danet-encoder", "received", marks=pytest.mark.slow)]
+)
 def test_top_tokens_of_a_trained_model_matter_more_than_random_ones(family, method):
     model, accuracy = trained_classifier(family)
     assert accuracy > 0.9

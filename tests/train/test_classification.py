@@ -104,7 +104,7 @@ def test_encoder_tokenizer_frames_texts_and_pads_on_the_right(text_file):
     assert batch["input_ids"][1][-1] == tokenizer.sep_token_id == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("family", ["danet", "bert"])
+@pytest.mark.parametrize("family", ["danet", pytest.param("bert", marks=pytest.mark.slow)])
 def test_masked_words_are_learnt_then_classes(encoder, classifier, family, tmp_path):
     report = train_language_model(
         encoder(family, block_length=32, steps=40, learning_rate=1e-2, eval_every=20, save_every=40)

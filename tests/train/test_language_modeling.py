@@ -118,7 +118,7 @@ def test_interrupted_run_continues_with_the_same_losses(tiny, tmp_path, monkeypa
 
 def test_killed_process_resumes_from_its_last_complete_checkpoint(tiny, tmp_path, capsys):
     """A kill -9 in the middle of a run, a half-written checkpoint on top: the curve is that of the undisturbed run."""
-    options = tiny(output=str(tmp_path / "killed"), steps=80, save_every=5, eval_every=40)
+    options = tiny(output=str(tmp_path / "killed"), steps=60, save_every=5, eval_every=30)
     code = (
         "import json, sys; from hf_linear_attn.training.options import TrainingOptions as T;"
         "from hf_linear_attn.training.language_modeling import train_language_model as t;"
@@ -134,14 +134,14 @@ def test_killed_process_resumes_from_its_last_complete_checkpoint(tiny, tmp_path
     process.kill()
     process.wait()
     reached = int(last_complete_checkpoint(folder).name.split("-")[1])
-    assert reached < 80
+    assert reached < 60
     half_written = folder / f"checkpoint-{reached + 5}"
     half_written.mkdir(exist_ok=True)
     (half_written / "trainer_state.json").write_text('{"global_step": ')
 
     resumed = train_language_model(TrainingOptions.for_resume({"output": options.output}))
-    assert f"step {reached:>5}/80" not in capsys.readouterr().out, "the run began again instead of going on"
-    whole = train_language_model(tiny(output=str(tmp_path / "whole"), steps=80, save_every=5, eval_every=40))
+    assert f"step {reached:>5}/60" not in capsys.readouterr().out, "the run began again instead of going on"
+    whole = train_language_model(tiny(output=str(tmp_path / "whole"), steps=60, save_every=5, eval_every=30))
     assert losses(resumed) == losses(whole)
 
 
