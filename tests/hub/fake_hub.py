@@ -140,6 +140,9 @@ class Handler(BaseHTTPRequestHandler):
 
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = (
+        True  # headers and body are two packets; the second would wait 40 ms for the first's receipt
+    )
 
     def log_message(self, *_):
         """Nothing on the console: requests are in `hub.log`."""
