@@ -228,30 +228,40 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0, re
         table = _visible(chunk, window, distance, x.device)
         return table.T if reverse else table
 
-    parts = [(0, visible(0), slice(None))]
+    everything = slice(None)
+    parts = [(0, visible(0), everything, everything)]  # how many chunks away, table, its rows, its columns
     before = None
     if not single:
         whole = None
         if window is not None:
             whole, rest = (window - 1) // chunk, (window - 1) % chunk
             if whole:
-                parts.append((whole, visible(whole), slice(None)))
+                parts.append((whole, visible(whole), everything, everything))
             if rest:
-                columns = slice(0, rest) if reverse else slice(chunk - rest, None)
-                parts.append((whole + 1, visible(whole + 1)[:, columns], columns))
+                first, last = slice(0, rest), slice(chunk - rest, None)
+                rows, columns = (last, first) if reverse else (first, last)
+                parts.append((whole + 1, visible(whole + 1)[:, columns], rows, columns))
             parts = [part for part in parts if tracing or part[0] < count]
         if window is None or whole > 1:
             before = _chunks_before(values, segments, logs, None if window is None else whole - 1, depth, reverse)
-    scores = [_scores(step * distance, table, columns, segments, logs) for distance, table, columns in parts]
+    scores = [_scores(step * distance, table, columns, segments, logs) for distance, table, _, columns in parts]
     reference = None
     if logs is not None:
         tops = [score.detach().amax(-1) for score in scores] + ([] if before is None else [before[1]])
         reference = torch.stack(torch.broadcast_tensors(*tops)).amax(0).clamp(min=LOG_WEIGHT_FLOOR)
         scores = [torch.exp(score - reference[..., None]) for score in scores]
     total = None
-    for (distance, _, columns), matrix in zip(parts, scores):
-        part = _product(matrix.to(x.dtype), _shift(values[..., columns, :], step * distance))
-        total = part if total is None else total.add_(part)
+    for (distance, _, rows, columns), matrix in zip(parts, scores):
+        matrix, seen = matrix[..., rows, :].to(x.dtype), values[..., columns, :]
+        if total is None:
+            total = _product(matrix, seen)
+        elif tracing:
+            total[..., rows, :].add_(_product(matrix, _shift(seen, step * distance)))
+        else:  # the first chunks, or the last in reverse, see nothing that far away
+            places, sources = slice(distance, None), slice(None, -distance)
+            places, sources = (sources, places) if reverse else (places, sources)
+            matrix = matrix if matrix.dim() == 2 else matrix[:, places]
+            total[:, places, ..., rows, :].add_(_product(matrix, seen[:, sources]))
     if before is not None:
         earlier, earlier_reference = before
         if logs is not None:
@@ -330,6 +340,8 @@ def _cut(x, padding, single, fill=0):
     """Cut (B, T, ...) into chunks (B, n, C, ...); the last is filled up at its end, which no earlier token sees."""
     if single:
         return x[:, None]
+    if isinstance(padding, int) and padding == 0:  # padding by nothing copies
+        return x.unflatten(1, (-1, CHUNK))
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, padding], value=fill).unflatten(1, (-1, CHUNK))
 
 
