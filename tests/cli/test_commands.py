@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,6 +114,8 @@ class TestAll:
             (["bench", "--lengths", "1"], "--lengths must be at least 2"),
             (["bench", "--families", "gtp2"], "did you mean 'gpt2'"),
             (["bench", "a", "--families", "leap"], "not both"),
+            (["generate", "text", "--device", "cuda:99"], "'cuda:99' cannot be used"),
+            (["explain", "a", "b", "--device", "gpu"], "'gpu' cannot be used"),
         ],
         ids=lambda value: "-".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
     )
@@ -138,6 +144,33 @@ class TestAll:
         assert "absent" in err
         assert "Traceback" not in err
         assert not (tmp_path / "out").exists()
+
+    def test_a_mistyped_folder_that_could_be_a_name_on_the_hub(self, tmp_path, monkeypatch, capsys):
+        """Transformers' own message names neither the folder nor what is wrong with it when the Hub cannot be reached."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        code, _, err = call(["explain", "outputs/laep", "some text"], capsys)
+        assert code == 1
+        assert err.endswith("There is no folder 'outputs/laep' here, so the Hub was asked for it.\n")
+
+    def test_the_installed_command_sets_openmp_up_before_pytorch_is_loaded(self):
+        """OMP_WAIT_POLICY is read once, when PyTorch is loaded, and any module of the package loads PyTorch."""
+        pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+        module, function = tomllib.loads(pyproject)["project"]["scripts"]["hf-linear-attn"].split(":")
+        code = f"""if True:
+            import importlib, os, sys, types
+            start = getattr(importlib.import_module("{module}"), "{function}")
+            assert "torch" not in sys.modules
+            seen = lambda: print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+            for name in ("hf_linear_attn", "hf_linear_attn.cli", "hf_linear_attn.cli.main"):
+                sys.modules[name] = types.SimpleNamespace(main=seen, __path__=[])
+            start()"""
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        source = str(Path(__file__).parents[2] / "src")
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"PYTHONPATH": source}
+        )
+        assert done.stdout == "PASSIVE False\n", done.stderr
 
 
 class TestGenerate:

@@ -55,6 +55,11 @@ def test_figures_of_the_run(row, tmp_path):
     card = build_card(tmp_path, repo="user/small", language="en", license="mit", speed=False)
     assert "| test | Perplexity | 12.18 |" in str(card)
     assert "| 40 | 3.000 | 3.250 |" in str(card)
+    # A training loss that is logged less often than the validation loss is not shown again as if it were a new one.
+    curve = {"training": [{"step": 1, "loss": 5.0}], "validation": [{"step": s, "loss": 4.0} for s in (10, 20)]}
+    (tmp_path / "training_report.json").write_text(json.dumps(REPORT | {"curve": curve}))
+    rows = str(build_card(tmp_path, speed=False))
+    assert "| 10 | 5.000 | 4.000 |\n| 20 | - | 4.000 |" in rows
     assert "40 steps, 4,000 tokens in 12 s" in str(card)
     results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert results == {

@@ -41,7 +41,7 @@ def parser() -> Parser:
     made.add_argument("--batch-size", type=int, default=1, metavar="INT", help="texts at a time (default: 1)")
     made.add_argument("--rounds", type=int, default=3, metavar="INT", help="how often to measure (default: 3)")
     made.add_argument("--no-train", action="store_true", help="leave out the training step")
-    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, mps (default: cpu)")
+    made.add_device()
     made.add_argument(
         "--dtype", type=one_of(DTYPES), default="float32", metavar="|".join(DTYPES), help="numbers (default: float32)"
     )

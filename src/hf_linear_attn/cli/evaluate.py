@@ -15,7 +15,7 @@ Without --data or --dataset the text is the State of the Union speeches' test sp
 EXAMPLES = """\
 examples:
   hf-linear-attn evaluate outputs/leap
-  hf-linear-attn evaluate outputs/leap --data book.txt --split train --json
+  hf-linear-attn evaluate outputs/leap --data book.txt --json
   hf-linear-attn evaluate my-classifier --data test.csv
 Tasks of the lm-evaluation-harness: lm_eval run --model hf --model_args pretrained=CHECKPOINT,trust_remote_code=True ...
 """
@@ -45,7 +45,7 @@ def parser() -> Parser:
         "--max-tokens", type=int, metavar="INT", help="measure a sample of that many tokens (default: all)"
     )
     made.add_argument("--seed", type=int, default=0, metavar="INT", help="which words are masked (default: 0)")
-    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, mps (default: cpu)")
+    made.add_device()
     made.add_json()
     return made
 

@@ -32,7 +32,7 @@ def parser() -> Parser:
     made.add_argument("--top", type=int, default=10, metavar="INT", help="tokens in the list below (default: 10)")
     made.add_argument("--html", metavar="FILE", help="also write a page")
     made.add_argument("--width", type=int, default=100, metavar="INT", help="columns of the terminal (default: 100)")
-    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, mps (default: cpu)")
+    made.add_device()
     made.add_json()
     return made
 

@@ -48,7 +48,7 @@ def parser() -> Parser:
     )
     made.add_argument("--greedy", action="store_true", help="always the likeliest token")
     made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the draws (default: 0)")
-    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, mps (default: cpu)")
+    made.add_device()
     made.add_json()
     return made
 

@@ -1,8 +1,9 @@
-"""Entry point of `hf-linear-attn`: finds the command and loads nothing else, so that help and errors come at once."""
+"""The commands of `hf-linear-attn`: finds the one that is called, and turns errors that a user can mend into one message."""
 
 import importlib
-import os
+import re
 import sys
+from pathlib import Path
 
 from .parser import did_you_mean
 
@@ -49,9 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    # Before PyTorch is loaded: threads that wait sleep instead of spinning. On cores that others use, too, two spinning threads
-    # are several times slower than one; on idle cores the difference is small.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
     try:
         return command.run(words[1:])
@@ -60,8 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except (ValueError, ImportError, OSError) as error:
         # What a user can put right: say what is wrong, without the stack of our own calls.
-        print(f"hf-linear-attn {name}: error: {error}", file=sys.stderr)
+        print(f"hf-linear-attn {name}: error: {error}{_looked_up(words[1:], error)}", file=sys.stderr)
         return 1
+
+
+def _looked_up(words: list[str], error: Exception) -> str:
+    """Which word was taken for a name on the Hub, where the Hub could not be reached: mostly a folder with a wrong name."""
+    if not isinstance(error, OSError) or "huggingface.co" not in str(error):
+        return ""
+    names = [word for word in words if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", word) and not Path(word).exists()]
+    names = [word for word in names if word[0] != "-" and word not in str(error)]
+    return f"\nThere is no folder {names[0]!r} here, so the Hub was asked for it." if names else ""
 
 
 if __name__ == "__main__":

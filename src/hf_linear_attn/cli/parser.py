@@ -40,6 +40,12 @@ class Parser(argparse.ArgumentParser):
         text = "print the result as one JSON object, everything else on stderr"
         self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
+    def add_device(self) -> None:
+        """The option `--device`; one that PyTorch cannot use here is a wrong call."""
+        self.add_argument(
+            "--device", type=usable_device, default="cpu", metavar="NAME", help="cpu, cuda, mps (default: cpu)"
+        )
+
     def _option_names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
 
@@ -64,6 +70,20 @@ class Parser(argparse.ArgumentParser):
             keywords["type"] = one_of(choices) if choices else about["kind"]
             keywords["metavar"] = about["metavar"] or ("|".join(choices) if choices else about["kind"].__name__.upper())
             group.add_argument(flag, help=about["help"] + default, **keywords)
+
+
+def usable_device(name: str) -> str:
+    """Argument type of a device that PyTorch can put a tensor on."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        here = f"cpu, {found.type}" if found else "cpu alone"
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used ({reason}); here is {here}") from None
+    return name
 
 
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:

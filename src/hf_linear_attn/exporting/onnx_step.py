@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from .decoding import DecodeStep, empty_state, state_names
 
-INSTALL = "pip install hf-linear-attn[onnx]"
+INSTALL = "pip install 'hf-linear-attn[onnx]'"
 
 
 def save_onnx_step(model: PreTrainedModel, path: str | os.PathLike) -> None:

@@ -232,7 +232,9 @@ def _distillation_text(report) -> str:
 
 
 def _curve_rows(report) -> list[dict[str, Any]]:
-    """At most twelve rows of the learning curve, evenly spread, the last included; training losses are the latest logged."""
+    """At most twelve rows of the learning curve, evenly spread, the last included. A training loss is the latest
+    that was logged since the row before.
+    """
     curve = report.get("curve")
     if curve is None:
         from ..training.learning_curve import curve_of
@@ -243,8 +245,9 @@ def _curve_rows(report) -> list[dict[str, Any]]:
     steps = sorted(validation or training)
     if len(steps) > CURVE_ROWS:
         steps = [steps[round(i * (len(steps) - 1) / (CURVE_ROWS - 1))] for i in range(CURVE_ROWS)]
-    logged = sorted(training)
-    latest = {s: next((training[t] for t in reversed(logged) if t <= s), None) for s in steps}
+    logged = sorted(training, reverse=True)
+    before = dict(zip(steps, [-1, *steps]))
+    latest = {s: next((training[t] for t in logged if before[s] < t <= s), None) for s in steps}
     shown = [{"step": s, "training": latest[s], "validation": validation.get(s)} for s in steps]
     return [{k: f"{v:.3f}" if isinstance(v, float) else "-" if v is None else v for k, v in r.items()} for r in shown]
 

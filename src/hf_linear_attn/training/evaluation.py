@@ -65,12 +65,13 @@ def evaluate_checkpoint(
         result["data"] = ", ".join(map(str, data))
     else:
         text = _text(data, dataset, dataset_config, text_column)
+        title = f"{text.description} ({split or 'test'})" if split or not data else text.description
         split = split or ("train" if data else "test")
         longest = getattr(config, "max_position_embeddings", None) or LONGEST_BLOCK
         length = block_length or min(longest, LONGEST_BLOCK)
         more = {"seed": seed} if measure is evaluate_masked_words else {}
         result = measure(model, tokenizer, text, split, length, batch_size, max_tokens, **more)
-        result["data"] = f"{text.description} ({split})"
+        result["data"] = title
     return {"class": type(model).__name__} | result | {"seconds": time.perf_counter() - started}
 
 
