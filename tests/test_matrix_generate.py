@@ -115,6 +115,48 @@ def test_forks_are_independent(row):
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("change", ["as it is", "rows", "fork", "reset"])
+@pytest.mark.parametrize("kind", [RecurrentCache, StaticCache])
+@first_rows
+def test_a_cache_from_inference_mode_serves_outside_of_it(row, kind, change):
+    model = row.causal_lm(torch.float64)
+    ids = tokens(2, 9)
+    with torch.inference_mode():
+        cache = kind(config=model.config, **({} if kind is RecurrentCache else {"max_cache_len": 32}))
+        model(ids, past_key_values=cache)
+        if change == "rows":
+            cache.reorder_cache(torch.tensor([1, 0]))
+            ids = ids.flip(0)
+        cache = copy.deepcopy(cache) if change == "fork" else cache
+    if change == "reset":
+        cache.reset()
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+    step = tokens(2, 1, seed=2)
+    with torch.no_grad():
+        logits = model(step, past_key_values=cache).logits
+        expected = model(torch.cat([ids, step], 1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+
+
+@first_rows
+def test_a_copy_of_a_recording_cache_has_no_copy_of_the_model(row):
+    model = row.causal_lm()
+    cache = RecurrentCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(tokens(1, 5), past_key_values=cache)
+        copied = cache.fork()
+        for ours, theirs in zip(cache.layers, copied.layers):
+            assert [advance for advance, _ in getattr(ours, "_replay", [])] == [
+                advance for advance, _ in getattr(theirs, "_replay", [])
+            ]
+        for one in (cache, copied):
+            one.crop(-2)
+        step = tokens(1, 1, seed=2)
+        assert torch.equal(*(model(step, past_key_values=one).logits for one in (cache, copied)))
+
+
 @causal_rows
 def test_inputs_embeds(row):
     model = row.causal_lm(torch.float64)

@@ -6,6 +6,7 @@ Transformers' own layers, and in assisted decoding by exact rollback: while past
 and the inputs since the last `crop`, and undoes tokens by running the mechanism again over the inputs that stay.
 """
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable
@@ -23,6 +24,11 @@ LAYER_TYPE = "hf_linear_attn_state"
 FORMAT = "hf_linear_attn.cache.v1"
 
 
+def making_buffers():
+    """Context for tensors that later calls write to: one made in inference mode could not be written outside of it."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     """State of one recurrent layer: `recurrent_states[0..n-1]` of the mechanism, then the row counts `(B,)` (int64)."""
 
@@ -34,7 +40,10 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=0)
         # A static cache counts in a tensor: an int would be a new constant, and a new graph, at each step.
-        self.cumulative_length: int | torch.Tensor = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
+        self.cumulative_length: int | torch.Tensor = 0
+        if max_cache_len is not None:
+            with making_buffers():
+                self.cumulative_length = torch.zeros((), dtype=torch.long)
         self._base: tuple[torch.Tensor, ...] | None = None
         self._replay: list[tuple[Callable, tuple]] = []
 
@@ -110,7 +119,8 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     def _place_length(self, device) -> None:
         """Move the count of a static cache to the states' device, once: from then on CUDA graphs rely on its address."""
         if self.cumulative_length.device != device:
-            self.cumulative_length = self.cumulative_length.to(device)
+            with making_buffers():
+                self.cumulative_length = self.cumulative_length.to(device)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.cumulative_length)
 
@@ -140,7 +150,8 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             self.number_of_states = len(states)
             self.dtype, self.device = states[0].dtype, states[0].device
             for i, s in enumerate(states):
-                self.recurrent_states[i] = torch.zeros_like(s)
+                with making_buffers():
+                    self.recurrent_states[i] = torch.zeros_like(s)
                 self.is_recurrent_states_initialized[i] = True
                 self.is_conv_states_initialized[i] = False
                 if not torch.compiler.is_compiling():
@@ -149,7 +160,8 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             if torch.is_grad_enabled() and s.requires_grad:
                 self.recurrent_states[i] = s  # a copy into the buffer would cut or overwrite what backward needs
             elif self.recurrent_states[i].requires_grad:
-                self.recurrent_states[i] = s.clone()
+                with making_buffers():
+                    self.recurrent_states[i] = s.detach().clone()
             else:
                 self.recurrent_states[i].copy_(s)  # in place: CUDA graphs rely on the address
             self.has_previous_state[i] = True
@@ -245,10 +257,19 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         """Keep the rows `indices`."""
         self._map_rows(lambda s: s[indices.to(s.device)])
 
+    def __deepcopy__(self, memo: dict) -> "RecurrentStateLayer":
+        memo |= {id(advance): advance for advance, _ in self._replay}  # methods of the model, which is not copied along
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        with making_buffers():
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for i, state in self.recurrent_states.items():
-            if state is not None:
-                self.recurrent_states[i] = function(state)
+        with making_buffers():
+            for i, state in self.recurrent_states.items():
+                if state is not None:
+                    self.recurrent_states[i] = function(state)
         self._base = None if self._base is None else tuple(function(s) for s in self._base)
         self._replay = [
             (advance, tuple(None if x is None else function(x) for x in inputs)) for advance, inputs in self._replay

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .compat import STATIC_LAYER_TYPE_MAPPING
-from .recurrent_cache import RecurrentStateLayer
+from .recurrent_cache import RecurrentStateLayer, making_buffers
 
 SEA_LAYER_TYPE = "hf_linear_attn_sea"
 
@@ -45,8 +45,9 @@ class SeaCacheLayer(RecurrentStateLayer):
                 )
             if self.keys is None:
                 shape = (*key_states.shape[:2], self.max_cache_len)
-                self.keys = key_states.new_zeros(*shape, key_states.shape[3])
-                self.values = value_states.new_zeros(*shape, value_states.shape[3])
+                with making_buffers():
+                    self.keys = key_states.new_zeros(*shape, key_states.shape[3])
+                    self.values = value_states.new_zeros(*shape, value_states.shape[3])
             self.keys[:, :, self.slots : self.slots + new] = key_states
             self.values[:, :, self.slots : self.slots + new] = value_states
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -111,9 +112,10 @@ class SeaCacheLayer(RecurrentStateLayer):
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super()._map_rows(function)
-        for name in ("keys", "values", "key_mask"):
-            if getattr(self, name) is not None:
-                setattr(self, name, function(getattr(self, name)))
+        with making_buffers():
+            for name in ("keys", "values", "key_mask"):
+                if getattr(self, name) is not None:
+                    setattr(self, name, function(getattr(self, name)))
 
 
 STATIC_LAYER_TYPE_MAPPING[SEA_LAYER_TYPE] = SeaCacheLayer
