@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 from common.batches import tokens
-from common.families import causal_rows, rows_with_heads
+from common.families import VOCAB, causal_rows, first_rows, rows_with_heads
 from common.padding import TOLERANCE
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.auto import modeling_auto
 
 from hf_linear_attn.registration import AUTO_CLASSES, FAMILIES
@@ -88,6 +89,18 @@ def test_outputs_as_a_tuple(row, head):
         named, plain = model(tokens(2, 9)), model(tokens(2, 9), return_dict=False)
     assert isinstance(plain, tuple)
     assert torch.equal(named[0], plain[0])
+
+
+@first_rows
+def test_shapes_alone(row):
+    """What estimates memory runs a model on fake tensors, which hold no values to look at."""
+    model = row.causal_lm()
+    mask = torch.ones_like(tokens(2, 9))
+    mask[0, :3] = 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        ids, mask = mode.from_tensor(tokens(2, 9)), mode.from_tensor(mask)
+        for given in (None, mask):
+            assert model(ids, attention_mask=given).logits.shape == (2, 9, VOCAB)
 
 
 @causal_rows

@@ -4,6 +4,7 @@ Checked on transformers 5.17 and 5.23, PyTorch 2.11 and 2.13. When a release mov
 """
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from transformers import initialization as init
 from transformers.activations import GELUActivation
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
@@ -53,12 +54,13 @@ def keep_logits(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor)
     return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
-def can_read_values() -> bool:
-    """Whether tensors hold values now that Python may look at.
+def can_read_values(tensor: torch.Tensor) -> bool:
+    """Whether the tensor holds values now that Python may look at.
 
-    Not while the code is traced, transformed by `torch.func` or recorded in a CUDA graph.
+    Not while the code is traced, transformed by `torch.func` or recorded in a CUDA graph, nor in a `FakeTensorMode`, where a
+    model runs for its shapes and memory alone.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_fake(tensor):
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False

@@ -137,7 +137,7 @@ def prepare_softmax_layers(
             "document numbers: pass `use_cache=False`, or one document a row"
         )
     counts_columns = "swa@softmax" in codes or (windowed and past_key_values is not None)
-    if counts_columns and attention_mask is not None and can_read_values():
+    if counts_columns and attention_mask is not None and can_read_values(attention_mask):
         real = attention_mask.bool()
         if bool((real[:, 1:] & ~real[:, :-1] & (real.cumsum(-1)[:, :-1] > 0)).any()):
             raise ValueError(

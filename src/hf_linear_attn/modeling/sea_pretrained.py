@@ -161,7 +161,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         types = kwargs.get("token_type_ids")
         if types is None or not find_host(self.config.host_config).token_types:
             kwargs.pop("token_type_ids", None)
-            if types is not None and can_read_values() and bool(types.any()):
+            if types is not None and can_read_values(types) and bool(types.any()):
                 raise ValueError(
                     f"`token_type_ids` other than 0 mean nothing to a {self.config.host_config.model_type} host"
                 )
@@ -224,7 +224,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         return past_key_values
 
     def _check_length(self, positions: torch.Tensor) -> None:
-        if not find_host(self.config.host_config).learned_positions or not can_read_values():
+        if not find_host(self.config.host_config).learned_positions or not can_read_values(positions):
             return
         limit = self.config.host_config.max_position_embeddings
         if positions.shape[-1] + 1 > limit or positions.device.type == "cpu":

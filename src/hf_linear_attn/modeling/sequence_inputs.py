@@ -109,7 +109,7 @@ def padding_mask(attention_mask, batch: int, length: int, past_length: int | tor
             )
         attention_mask = attention_mask[:, -length:]
     mask = attention_mask.bool()
-    if can_read_values():
+    if can_read_values(mask):
         valid = (attention_mask == mask.to(attention_mask.dtype)).all()
         valid, full = torch.stack([valid, mask.all()]).tolist()
         if not valid:
@@ -130,7 +130,7 @@ def _is_zero(length) -> bool:
 def _reject_unknown(unknown: dict) -> None:
     # Tokenizers of the BERT kind send token types along; all zeros say nothing.
     types = unknown.pop("token_type_ids", None)
-    if types is not None and can_read_values() and bool(types.any()):
+    if types is not None and can_read_values(types) and bool(types.any()):
         raise ValueError("`token_type_ids` other than 0 mean nothing to this family, which has no token type embedding")
     unknown = {name: value for name, value in unknown.items() if value is not None}
     if unknown:
@@ -159,12 +159,12 @@ def _declared_documents(seq_idx, cu_seq_lens_q, inputs_embeds):
                 f"`cu_seq_lens_q` describes one packed row, got a batch of {batch} and shape {tuple(cu_seq_lens_q.shape)}: "
                 "flatten the batch into one row, or pass `seq_idx` or `position_ids`"
             )
-        if can_read_values() and (int(cu_seq_lens_q[-1]) != length or int(cu_seq_lens_q[0]) != 0):
+        if can_read_values(cu_seq_lens_q) and (int(cu_seq_lens_q[-1]) != length or int(cu_seq_lens_q[0]) != 0):
             raise ValueError(
                 f"`cu_seq_lens_q` goes from {int(cu_seq_lens_q[0])} to {int(cu_seq_lens_q[-1])}, expected 0 to {length}, the "
                 "length of the packed row"
             )
-        if can_read_values() and bool((cu_seq_lens_q.diff() < 0).any()):
+        if can_read_values(cu_seq_lens_q) and bool((cu_seq_lens_q.diff() < 0).any()):
             raise ValueError(
                 f"`cu_seq_lens_q` falls somewhere in {cu_seq_lens_q.tolist()[:20]}, expected the ends of the documents in "
                 "order"
@@ -185,7 +185,7 @@ def _documents_from_positions(position_ids, mask):
     starts = (before >= 0) & (position_ids != expected)
     if mask is not None:
         starts = starts & mask
-    if can_read_values() and not bool(starts.any()):
+    if can_read_values(starts) and not bool(starts.any()):
         return None
     return starts.long().cumsum(1)
 
@@ -204,10 +204,9 @@ def _ranks(mask, segment_ids, past_counts, length, device):
 
 
 def _check_range(position_ids, mask, max_positions, past_length, length):
-    if isinstance(past_length, int) and isinstance(length, int) and past_length + length <= max_positions:
-        highest = None if not can_read_values() or position_ids.device.type != "cpu" else _extreme(position_ids, mask)
-    else:
-        highest = _extreme(position_ids, mask) if can_read_values() else None
+    lengths_known = isinstance(past_length, int) and isinstance(length, int)
+    looks = position_ids.device.type == "cpu" or not lengths_known or past_length + length > max_positions
+    highest = _extreme(position_ids, mask) if looks and can_read_values(position_ids) else None
     if highest is not None and not (highest[0] >= 0 and highest[1] < max_positions):
         wrong = highest[0] if highest[0] < 0 else highest[1]
         raise ValueError(
@@ -229,7 +228,7 @@ def check_token_ids(input_ids: torch.Tensor, vocab_size: int, training: bool) ->
     if input_ids.is_floating_point():
         raise ValueError(f"`input_ids` has dtype {input_ids.dtype}, expected integers below {vocab_size}")
     looked_at = input_ids.device.type == "cpu" or (not training and input_ids.shape[1] > 1)
-    if input_ids.numel() and looked_at and can_read_values():
+    if input_ids.numel() and looked_at and can_read_values(input_ids):
         low, high = torch.stack([input_ids.min(), input_ids.max()]).tolist()
         if low < 0 or high >= vocab_size:
             raise ValueError(

@@ -26,7 +26,7 @@ def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, ...], meanin
 
 def check_classes(name: str, labels: torch.Tensor, count: int) -> None:
     """Refuse labels that are no class, where looking does not stall a GPU's queue; -100 is ignored by losses."""
-    if labels.device.type == "cpu" and labels.numel() and can_read_values():
+    if labels.device.type == "cpu" and labels.numel() and can_read_values(labels):
         wrong = labels[((labels < 0) & (labels != -100)) | (labels >= count)]
         if wrong.numel():
             raise ValueError(

@@ -70,7 +70,7 @@ def token_layout(
     if mask is not None:
         mask = mask.to(torch.bool)
         lengths = mask.sum(-1)
-        if not can_read_values() or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        if not can_read_values(mask) or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
             real_slot = mask.cumsum(-1) - 1
             slots = torch.where(mask, real_slot, lengths[:, None] + (~mask).cumsum(-1) - 1)
             tokens = torch.arange(length, device=device).expand(batch_size, -1)
