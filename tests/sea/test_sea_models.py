@@ -1,3 +1,5 @@
+from threading import Thread
+
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -7,6 +9,7 @@ import hf_linear_attn
 from hf_linear_attn.conversion import linearize
 from hf_linear_attn.modeling.configuration_common import FORMAT_FIELD
 from hf_linear_attn.modeling.sea_host_attention import Distillation
+from hf_linear_attn.modeling.sea_inputs import pooling_real_tokens
 from hf_linear_attn.modeling.sea_losses import TeacherTargets
 
 from .hosts import CAUSAL_HOSTS, HOSTS, host_config, make_ids, make_student, make_teacher
@@ -289,3 +292,16 @@ def test_inputs_that_cannot_work_are_refused():
         linearize(make_teacher("bert"), "leap")
     with pytest.raises(ValueError, match="the teacher's scores"):
         student(ids, distillation=Distillation({0: TeacherTargets(scores=torch.zeros(2, 2, 9, 9))}))
+
+
+def test_another_thread_pools_its_own_rows():
+    """A server's threads share a model: one call's padding says nothing about the rows of another."""
+    student = make_student("bert", "AutoModelForSequenceClassification").eval()
+    row, mask, found = make_ids()[:1], torch.ones(2, 20, dtype=torch.bool), []
+    mask[:, :5] = False
+    expected = student(row).logits
+    with pooling_real_tokens(student.host_model, mask):
+        other = Thread(target=lambda: found.append(student(row).logits))
+        other.start()
+        other.join()
+    assert torch.equal(found[0], expected)

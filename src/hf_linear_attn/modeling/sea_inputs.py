@@ -1,6 +1,7 @@
 """What a SEA model refuses before its host sees it, and what it does to the host around one call."""
 
 import inspect
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -59,10 +60,16 @@ def check_task_labels(task: str, labels: torch.Tensor | None, tokens: torch.Tens
 
 @contextmanager
 def pooling_real_tokens(host: nn.Module, mask: torch.Tensor | None):
-    """BERT's pooler reads the first column; while the context is open it gets the first real token of each row."""
+    """BERT's pooler reads the first column; while the context is open it gets the first real token of each row.
+
+    In this thread alone: others may run the same host on other rows (a server's threads, `DataParallel`'s replicas).
+    """
+    caller = threading.get_ident()
     poolers = [] if mask is None else [module for module in host.modules() if type(module).__name__ == "BertPooler"]
 
     def first_real(module, inputs):
+        if threading.get_ident() != caller:
+            return None
         rows = torch.arange(mask.shape[0], device=mask.device)
         return (inputs[0][rows, mask.to(torch.uint8).argmax(dim=1)][:, None],)
 
