@@ -25,6 +25,7 @@ QUICK = {
     "test_gelu_kernels": "test",
     "test_normed_linear": "test",
     "test_cross_entropy_kernels": "test",
+    "test_launches": "test",
     "test_leap_block_training": "recomputed-4 or padded-4 or frozen",
 }
 

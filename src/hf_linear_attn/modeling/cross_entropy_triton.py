@@ -89,7 +89,7 @@ def _run(logits, labels, weights, losses, partition, grad, classes, ignored, **f
     # A kernel never touches a pointer whose flag is off; any tensor will do.
     weights, losses, partition, grad = (logits if x is None else x for x in (weights, losses, partition, grad))
     _kernel[(rows,)](
-        logits, labels, weights, losses, partition, grad, logits.stride(0), grad.stride(0), classes, width,
+        logits, labels.contiguous(), weights, losses, partition, grad, logits.stride(0), grad.stride(0), classes, width,
         ignored,
         PIECE=min(PIECE, triton.next_power_of_2(classes)), num_warps=8, **flags,
     )  # fmt: skip

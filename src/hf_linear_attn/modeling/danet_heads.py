@@ -106,7 +106,7 @@ class TiedHeadMixin:
 def masked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, count=None) -> torch.Tensor:
     """Cross-entropy in float32 over the places whose label is not -100: their mean, or the sum divided by `count`."""
     check_labels("labels", labels, logits.shape[:2], "one label a token, -100 where none counts")
-    labels = labels.flatten()
+    labels = labels.flatten().to(logits.device)
     if count is None:
         count = (labels != IGNORED).sum().clamp(min=1)  # a batch without a masked word has loss 0, not NaN
     return cross_entropy(logits.flatten(0, 1), labels, count)

@@ -211,7 +211,9 @@ def between_blocks(y, stream, factor, keep, scale, eps, next_eps, lazy):
         x (B, T, d), stream (B, T, d), factor (B, T, 1) or None: h = stream factor. The gradient of `stream` is that of h:
         it may go into this function and into `leave_stream` alone.
     """
-    normed, stream, *factors = _BetweenBlocks.apply(y.contiguous(), stream, factor, keep, scale, eps, next_eps, lazy)
+    normed, stream, *factors = _BetweenBlocks.apply(
+        y.contiguous(), stream.contiguous(), factor, keep, scale, eps, next_eps, lazy
+    )
     return normed, stream, *(factors or [None])
 
 

@@ -35,13 +35,23 @@ def _rows(x_ptr, t, d, T, stride_t, D: tl.constexpr):
 
 
 @triton.jit
+def _chunk_of_program(N):
+    """Chunk, head and row of a program. Rows (documents, windows: any number) go along the grid's one axis without a low limit.
+
+    All but the chunk are 64 bits wide: heads that lie one after another in memory are T D numbers apart.
+    """
+    place = tl.program_id(0)
+    return place % N, tl.program_id(1).to(tl.int64), (place // N).to(tl.int64)
+
+
+@triton.jit
 def _memory_kernel(
     b_ptr, c_ptr, memory_ptr, T, H, N, sb_b, sb_t, sb_h, sc_b, sc_t, sc_h,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
     SINGLE: tl.constexpr,
 ):  # fmt: skip
     """B^T C of each chunk, (B, N, H, D, E) float32."""
-    n, h, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, h, row = _chunk_of_program(N)
     t, d, e = n * C + tl.arange(0, C), tl.arange(0, DP), tl.arange(0, EP)
     b = _rows(b_ptr + row * sb_b + h * sb_h, t, d, T, sb_t, D)
     c = _rows(c_ptr + row * sc_b + h * sc_h, t, e, T, sc_t, E)
@@ -59,7 +69,7 @@ def _band_kernel(
     C: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """One chunk of rows against the chunks that its window meets, or against itself and the memory of all others."""
-    n, h, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, h, row = _chunk_of_program(N)
     i, d, e = n * C + tl.arange(0, C), tl.arange(0, DP), tl.arange(0, EP)
     a = _rows(a_ptr + row * sa_b + h * sa_h, i, d, T, sa_t, D)
     b_ptr += row * sb_b + h * sb_h
@@ -101,7 +111,7 @@ def _causal_bilinear(
     chunk = 32 if is_wide and a.dtype == torch.float32 else CHUNK  # what shared memory holds
     sizes |= {"C": chunk, "num_warps": 8 if is_wide else 4} | ({"num_stages": 1} if a.dtype == torch.float32 else {})
     number = triton.cdiv(length, chunk)
-    grid = (number, heads, batch)
+    grid = (number * batch, heads)
     out = torch.empty(batch, length, heads, width, dtype=a.dtype, device=a.device)
     final = []
     before = a

@@ -18,19 +18,20 @@ SQUARE = 64  # side of the tiles of a transposed sum
 
 
 @triton.jit
-def _triangle(tile):
-    """Tile number i (i + 1) / 2 + j of the lower triangle -> (i, j)."""
+def _triangle(tiles):
+    """Matrix of a program (64 bits) and its tile (i, j): number i (i + 1) / 2 + j of the `tiles` of the lower triangle."""
+    tile = tl.program_id(0) % tiles
     i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)  # off by one at most
     i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
-    return i, tile - i * (i + 1) // 2
+    return (tl.program_id(0) // tiles).to(tl.int64), i, tile - i * (i + 1) // 2
 
 
 @triton.jit
-def _add_transpose_kernel(x_ptr, d, SQUARE: tl.constexpr):
+def _add_transpose_kernel(x_ptr, tiles, d, SQUARE: tl.constexpr):
     """X + x^T in the place of x (d, d): a program reads and writes a tile and its mirror image."""
-    x_ptr += tl.program_id(1).to(tl.int64) * d * d
-    i, j = _triangle(tl.program_id(0))
+    b, i, j = _triangle(tiles)
+    x_ptr += b * d * d
     rows, columns = i * SQUARE + tl.arange(0, SQUARE), j * SQUARE + tl.arange(0, SQUARE)
     here = rows[:, None] * d + columns[None, :]
     there = columns[:, None] * d + rows[None, :]
@@ -46,9 +47,8 @@ def _add_transpose_kernel(x_ptr, d, SQUARE: tl.constexpr):
 
 
 @triton.jit
-def _gram_kernel(x_ptr, out_ptr, T, d, TILE: tl.constexpr, STEP: tl.constexpr):
-    b, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    i, j = _triangle(tile)
+def _gram_kernel(x_ptr, out_ptr, tiles, T, d, TILE: tl.constexpr, STEP: tl.constexpr):
+    b, i, j = _triangle(tiles)
     rows, columns, t = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, STEP)
     left = x_ptr + b * T * d + t[:, None] * d + rows[None, :]
     right = x_ptr + b * T * d + t[:, None] * d + columns[None, :]
@@ -69,7 +69,8 @@ def _gram_kernel(x_ptr, out_ptr, T, d, TILE: tl.constexpr, STEP: tl.constexpr):
 def add_transpose_(matrix: torch.Tensor) -> None:
     """M + M^T in the place of M (B, d, d), contiguous."""
     n = triton.cdiv(matrix.shape[1], SQUARE)
-    _add_transpose_kernel[(n * (n + 1) // 2, matrix.shape[0])](matrix, matrix.shape[1], SQUARE=SQUARE)
+    tiles = n * (n + 1) // 2
+    _add_transpose_kernel[(tiles * matrix.shape[0],)](matrix, tiles, matrix.shape[1], SQUARE=SQUARE)
 
 
 @torch.library.custom_op("hf_linear_attn::gram", mutates_args=())
@@ -78,7 +79,8 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
     batch, length, width = x.shape
     out = x.new_empty(batch, width, width)
     n = width // TILE
-    _gram_kernel[(n * (n + 1) // 2, batch)](x, out, length, width, TILE=TILE, STEP=STEP, num_warps=8, num_stages=3)
+    tiles = n * (n + 1) // 2
+    _gram_kernel[(tiles * batch,)](x, out, tiles, length, width, TILE=TILE, STEP=STEP, num_warps=8, num_stages=3)
     return out
 
 

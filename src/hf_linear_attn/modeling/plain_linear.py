@@ -6,9 +6,10 @@ from torch import nn
 def is_plain(layer: nn.Module) -> bool:
     """Whether a projection is its weight and nothing more, so that its matrix may be used instead of it.
 
-    An adapter, a quantized or sharded weight, or a hook is more.
+    An adapter, a quantized or sharded weight, or a hook is more; so is a transposed weight, which kernels would read by rows.
     """
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not has_hooks(layer)
+    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.weight.is_contiguous()
+    return plain and not has_hooks(layer)
 
 
 def has_hooks(layer: nn.Module) -> bool:

@@ -27,7 +27,8 @@ def _select_kernel(
     probs_ptr, budget_ptr, keep_ptr, out_ptr, heads, time, cells, SIZE: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """True at the `budget` largest of the heads x cells entries of one query; of equal ones those of smaller index."""
-    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    query = tl.program_id(0).to(tl.int64)
+    t, b = query % time, query // time
     index = tl.arange(0, SIZE)
     inside = index < heads * cells
     place = ((b * heads + index // cells) * time + t) * cells + index % cells
@@ -55,7 +56,7 @@ def _select_largest(probs: torch.Tensor, budget: torch.Tensor, keep: torch.Tenso
     batch, heads, time, cells = probs.shape
     out = torch.empty(probs.shape, dtype=torch.bool, device=probs.device)
     size = triton.next_power_of_2(heads * cells)
-    _select_kernel[(time, batch)](
+    _select_kernel[(time * batch,)](
         probs, budget, budget if keep is None else keep, out.view(torch.uint8), heads, time, cells,
         SIZE=size, MASKED=keep is not None, num_warps=max(1, min(8, size // 512)),
     )  # fmt: skip

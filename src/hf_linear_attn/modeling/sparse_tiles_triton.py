@@ -21,6 +21,17 @@ BITS = 32  # cells in a word
 
 
 @triton.jit
+def _tile_of_program(count, C: tl.constexpr):
+    """Tile, head and row of a program that does C of `count` places of one head.
+
+    Rows (documents: any number) go along the grid's one axis without a low limit. Head and row are 64 bits wide.
+    """
+    tiles = tl.cdiv(count, C)
+    place = tl.program_id(0)
+    return place % tiles, tl.program_id(1).to(tl.int64), (place // tiles).to(tl.int64)
+
+
+@triton.jit
 def _words_kernel(cells_ptr, words_ptr, rows, M, WORDS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
     """The choice of each row as bits, (rows, M) bytes -> (rows, WORDS) int32."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -67,7 +78,7 @@ def _forward_kernel(
     WORDS: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Out = softmax(scale q K^T) V over the kept keys, 0 for a row without keys, and the logarithm of its sum."""
-    tile, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, h, b = _tile_of_program(time, C)
     t, d, e = tile * C + tl.arange(0, C), tl.arange(0, DP), tl.arange(0, EP)
     length = tl.load(length_ptr + b * time + t, mask=t < time, other=0).to(tl.int32)
     first = (b * heads + h) * time
@@ -114,7 +125,7 @@ def _query_gradients_kernel(
     WORDS: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries, and <out, its gradient> of each row for the other kernel."""
-    tile, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, h, b = _tile_of_program(time, C)
     t, d, e = tile * C + tl.arange(0, C), tl.arange(0, DP), tl.arange(0, EP)
     length = tl.load(length_ptr + b * time + t, mask=t < time, other=0).to(tl.int32)
     first = (b * heads + h) * time
@@ -146,7 +157,7 @@ def _key_gradients_kernel(
     WORDS: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values from all queries of the heads that share them."""
-    tile, key_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, key_head, b = _tile_of_program(num_slots, C)
     j, d, e = tile * C + tl.arange(0, C), tl.arange(0, DP), tl.arange(0, EP)
     k = _rows(k_ptr + b * sk_b + key_head * sk_h, j, d, num_slots, sk_s, D)
     v = _rows(v_ptr + b * sv_b + key_head * sv_h, j, e, num_slots, sv_s, E)
@@ -189,7 +200,7 @@ def _arguments(q, keys, values, cells, length):
     tile = 32 if exact and is_wide else TILE  # what shared memory holds
     flags = {"D": dim, "E": value_dim, **widths, "WORDS": count, "BITS": BITS, "C": tile, "EXACT": exact}
     flags |= {"num_warps": 8 if is_wide else 4} | ({"num_stages": 1} if exact else {})
-    return (triton.cdiv(time, tile), heads, batch), (q, keys, values, words, length), sizes, flags
+    return (triton.cdiv(time, tile) * batch, heads), (q, keys, values, words, length), sizes, flags
 
 
 def tiled_attention(q, keys, values, cells, length, scale):
@@ -208,6 +219,6 @@ def tiled_attention_backward(q, keys, values, cells, length, scale, out, log_sum
     delta, dq = torch.empty_like(log_sum), torch.empty_like(q)
     _query_gradients_kernel[grid](*pointers, out, log_sum, grad, delta, dq, scale, *sizes, **flags)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (keys, values))
-    grid = (triton.cdiv(keys.shape[2], flags["C"]), keys.shape[1], q.shape[0])
+    grid = (triton.cdiv(keys.shape[2], flags["C"]) * q.shape[0], keys.shape[1])
     _key_gradients_kernel[grid](*pointers, log_sum, grad, delta, dk, dv, scale, *sizes, **flags)
     return dq, dk, dv
