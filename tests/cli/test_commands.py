@@ -17,6 +17,8 @@ from common.tiny import FAMILY_ROWS, word_tokenizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_linear_attn import DanetConfig, DanetForCausalLM
+from hf_linear_attn.cli.generate import write_text
 from hf_linear_attn.cli.main import COMMANDS, main
 from hf_linear_attn.explain import importance
 
@@ -184,6 +186,19 @@ class TestGenerate:
         expected = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
         assert found["text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
         assert found["state_bytes"] == found["state_bytes_after_prompt"] > 0
+
+    def test_positions_that_are_not_learned_have_no_limit(self, leap):
+        """A DANet with cosine positions writes past `max_position_embeddings`; one with learned positions refuses."""
+        tokenizer = AutoTokenizer.from_pretrained(leap)
+        size = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 8}
+        for positions in ("cosine", "learned"):
+            config = DanetConfig(is_causal=True, position_embedding_type=positions, **size)
+            model = DanetForCausalLM(config).eval()
+            if positions == "learned":
+                with pytest.raises(ValueError, match="exceed the model's 8 positions"):
+                    write_text(model, tokenizer, "w5 w9 w7", max_new_tokens=9, greedy=True)
+            else:
+                assert write_text(model, tokenizer, "w5 w9 w7", max_new_tokens=9, greedy=True)["new_tokens"] > 0
 
 
 class TestEvaluate:

@@ -111,16 +111,16 @@ def write_text(
     import torch
     from transformers import TextStreamer
 
+    from ..hub.card_facts import position_limit
     from ..modeling.recurrent_cache import RecurrentCache
 
     inputs = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
-    limit = getattr(model.config, "max_position_embeddings", None)
-    rotary = getattr(model.config, "position_embedding_type", "learned") == "rotary"
-    if limit is not None and not rotary and length + max_new_tokens > limit:
+    limit = position_limit(model.config)
+    if limit is not None and length + max_new_tokens > limit:
         raise ValueError(
             f"prompt ({length} tokens) and max_new_tokens={max_new_tokens} exceed the model's {limit} positions: "
-            f"ask for at most {max(0, limit - length)} tokens (models with rotary positions have no such limit)"
+            f"ask for at most {max(0, limit - length)} tokens (models without learned positions have no such limit)"
         )
     torch.manual_seed(seed)
     cache = RecurrentCache(config=model.config)

@@ -80,7 +80,7 @@ def describe(model: PreTrainedModel) -> list[tuple[str, str]]:
 def position_limit(config) -> int | None:
     """Longest text that learned positions allow, None where positions are unbounded."""
     kind = getattr(config, "position_embedding_type", "learned")
-    return config.max_position_embeddings if kind == "learned" else None
+    return getattr(config, "max_position_embeddings", None) if kind == "learned" else None
 
 
 def machine() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..hub.card_facts import position_limit
 from ..modeling.recurrent_cache import RecurrentCache
 
 
@@ -37,9 +38,8 @@ def compare_speed(
         ValueError: a length that a model's learned positions do not allow.
     """
     for title, model in models.items():
-        limit = getattr(model.config, "max_position_embeddings", None)
-        bounded = getattr(model.config, "position_embedding_type", "learned") == "learned"
-        if bounded and limit is not None and max(lengths) + new_tokens > limit:
+        limit = position_limit(model.config)
+        if limit is not None and max(lengths) + new_tokens > limit:
             raise ValueError(f"{title} has {limit} positions, fewer than {max(lengths)} and {new_tokens} new ones")
     rows = []
     jobs = ("read", "train", "write") if train else ("read", "write")
