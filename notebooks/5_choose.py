@@ -210,9 +210,9 @@ for axis, (corpus, key) in zip(axes, {"speeches": "perplexity", "docs8": "bits_p
 # ## So
 #
 # * **Writing long texts, many at once, or on little memory**: LEAP with windows. Its state does not grow; below the crossover
-#   above, a GPT-2 with its cache is as fast. It learns fast, and a long training leaves it behind GPT-2.
-# * **Reading long documents** (classification, masked words): DANet; below about a thousand tokens softmax attention with fused
-#   kernels is as fast, and is the safer choice.
+#   above, a GPT-2 with its cache is as fast or faster. It learns fast, and a long training leaves it behind GPT-2.
+# * **Reading long documents** (classification, masked words): DANet; below the crossover above softmax attention
+#   is as fast, and is the safer choice.
 # * **A pretrained model that should read longer texts**: SEA, by distillation (notebook 3).
 # * **All-global LEAP** is the simplest, with the smallest state, and a clearly worse language model. **Fastformer** (with
 #   windows) lies between LEAP and GPT-2 on docs8 and next to LEAP on the speeches, and trains the slowest of the six.
