@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_kernels, poison, sizes
 
+pytest.importorskip("triton")
+
 from hf_linear_attn.modeling import cross_entropy as module
 from hf_linear_attn.modeling import cross_entropy_triton
 from hf_linear_attn.modeling.backend import use_backend
