@@ -278,7 +278,8 @@ class TestConvert:
         case = next(case for name, case in json.loads(GOLDEN.read_text())["cases"].items() if name.startswith("leap"))
         folder = tmp_path / "published"
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(case["config"]))
+        saved_with = {"model_type": "LeapForCausalLM", "torch_dtype": "float32", "transformers_version": "4.26.0"}
+        (folder / "config.json").write_text(json.dumps(case["config"] | saved_with))
         (folder / "pytorch_model.bin").write_bytes(b"a pickle")
         code, _, err = call(["convert", folder, tmp_path / "out", "--to", "leap"], capsys)
         assert code == 1

@@ -52,3 +52,34 @@ def test_refuses_what_does_not_fit(name):
         from_published(family, case["config"] | {"magic": 1}, params)
     with pytest.raises(ValueError, match="family"):
         from_published("nothing", case["config"], params)
+
+
+def test_absent_fields_are_the_published_defaults():
+    """Four heads, four layers and 1024 positions, which are not our own defaults; ready for evaluation, as when loaded."""
+    case, params = load("leap_default_windows")
+    params = {name: tensor for name, tensor in params.items() if ".decoders.4." not in name}
+    table = "leap_model.position_embeddings.weight"
+    params[table] = torch.nn.functional.pad(params[table], [0, 0, 0, 1024 - len(params[table])])
+    model = from_published("leap", {"hidden_size": 16, "vocab_size": 19}, params)
+    assert (model.config.num_attention_heads, model.config.num_hidden_layers) == (4, 4)
+    assert model.config.layer_windows == [None, 4, 8, 16]
+    assert not model.training
+    explicit = {"n_head": 4, "n_layer": 4, "n_positions": 1024}
+    same = from_published("leap", {"hidden_size": 16, "vocab_size": 19, **explicit}, params)
+    ids = torch.tensor(case["input_ids"])
+    assert torch.equal(model(ids).logits, same(ids).logits)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_saved_configuration(name):
+    """What `save_pretrained` writes beside the fields is no obstacle; an earlier LEAP's `rescale` is, and why."""
+    case, params = load(name)
+    family = name.split("_")[0]
+    saved = {"model_type": f"{family.title()}ForCausalLM", "architectures": [f"{family.title()}ForCausalLM"]}
+    saved |= {"torch_dtype": "float32", "transformers_version": "4.26.0", "_name_or_path": "somewhere"}
+    config = case["config"] | saved
+    logits = from_published(family, config, params)(torch.tensor(case["input_ids"])).logits
+    assert (logits - torch.tensor(case["logits"], dtype=torch.float64).view(logits.shape)).abs().max() < 1e-8
+    if family == "leap":
+        with pytest.raises(ValueError, match="earlier LEAP"):
+            from_published(family, config | {"rescale": 10}, params)

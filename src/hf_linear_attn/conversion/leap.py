@@ -3,6 +3,7 @@
 import re
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..modeling.configuration_fastformer import FastformerConfig
 from ..modeling.configuration_leap import LeapConfig
@@ -10,15 +11,19 @@ from ..modeling.modeling_fastformer import FastformerForCausalLM
 from ..modeling.modeling_leap import LeapForCausalLM
 from .published import load_exactly, rename
 
+# What the published configurations take a field for that is absent; ours have other defaults.
+DEFAULTS = {"hidden_size": 256, "vocab_size": 32100, "n_heads": 4, "n_positions": 1024, "n_layer": 4}
 # Fields of the published configurations that our configurations have under the same or an aliased name.
-SHARED_FIELDS = {
-    "vocab_size", "hidden_size", "n_layer", "n_positions", "window_sizes", "use_local_att", "hidden_dropout_prob",
-    "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id",
+SHARED_FIELDS = set(DEFAULTS) | {
+    "n_head", "window_sizes", "use_local_att", "hidden_dropout_prob", "initializer_range",
+    "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
 FAMILIES: dict[str, tuple[type, type, set[str]]] = {
-    "leap": (LeapConfig, LeapForCausalLM, SHARED_FIELDS | {"n_head", "n_heads"}),
-    "fastformer": (FastformerConfig, FastformerForCausalLM, SHARED_FIELDS | {"n_head", "n_heads", "rescale"}),
+    "leap": (LeapConfig, LeapForCausalLM, SHARED_FIELDS),
+    "fastformer": (FastformerConfig, FastformerForCausalLM, SHARED_FIELDS | {"rescale"}),
 }
+# What `save_pretrained` writes beside them (the last two are old names), which says nothing about the function.
+BOOKKEEPING = set(PreTrainedConfig().to_dict()) | {"_name_or_path", "torch_dtype"}
 
 BLOCK_NAMES = {
     "leap.projections.weight": "attention.qfkv_proj.weight",
@@ -36,12 +41,20 @@ BLOCK_NAMES = {
 def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor]):
     """See `hf_linear_attn.conversion.from_published`."""
     config_class, model_class, fields = FAMILIES[family]
-    unknown = sorted(set(config) - fields)
+    unknown = sorted(set(config) - fields - BOOKKEEPING)
     if unknown:
+        hint = ""
+        if "rescale" in unknown:
+            hint = (
+                ". `rescale` belongs to an earlier LEAP, whose weights are exp of standardised products: another function, "
+                "which this family does not compute"
+            )
         raise ValueError(
-            f"`config` has fields that the published {family} does not know: {unknown}; known: {sorted(fields)}"
+            f"`config` has fields that the published {family} does not know: {unknown}; known: {sorted(fields)}{hint}"
         )
-    values = dict(config)
+    values = DEFAULTS | {name: value for name, value in config.items() if name in fields}
+    if "n_head" in values:
+        values["n_heads"] = values.pop("n_head")
     windows = values.pop("window_sizes", None)
     ours = config_class(**values)
     if windows is not None:
@@ -51,7 +64,7 @@ def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor
         ours = config_class(**values, layer_windows=windows)
     model = model_class(ours)
     load_exactly(model, rename(state_dict, _our_name))
-    return model
+    return model.eval()
 
 
 def _our_name(name: str) -> str | None:

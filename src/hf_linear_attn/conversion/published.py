@@ -20,8 +20,11 @@ def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor
         family (`str`): `"leap"` or `"fastformer"` (package leap-transformer) give `LeapForCausalLM` / `FastformerForCausalLM`;
             `"danet"` gives a `DanetForPreTraining` with the published scale, pooling and epsilon;
             `"sea"` gives the `SeaAttentionCore` of one layer.
-        config (`dict`): the published configuration fields.
+        config (`dict`): the published configuration fields; absent ones take the published defaults.
         state_dict (`dict`): the published parameter names and tensors; the model takes their dtype.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
         ValueError: an unknown family or configuration field, a missing or unexpected parameter, a wrong shape.
