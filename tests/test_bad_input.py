@@ -20,6 +20,7 @@ WITH_WINDOWS = ("leap", "fastformer")
 BOUNDED = tuple(row.name for row in CAUSAL if row.bounded)
 EVERY_CAUSAL = tuple(row.name for row in CAUSAL)
 EVERY_BODY = tuple(row.name for row in ROWS)
+NOT_SEA = tuple(row.name for row in ROWS if row.family != "sea")
 
 
 @dataclass
@@ -53,6 +54,11 @@ def seen(row: Row, batch: int = 2, **changes):
     return row.causal_lm(**changes)(tokens(batch, 5), use_cache=True).past_key_values
 
 
+def layer(hidden_states, **arguments):
+    """A call of each row's first mixing layer alone."""
+    return lambda row: row.mixers(row.build("AutoModel"))[0](hidden_states, **arguments)
+
+
 def ones(*shape):
     return torch.ones(*shape, dtype=torch.long)
 
@@ -65,6 +71,31 @@ CONFIGURATIONS = [
         names=EVERY_BODY,
     ),
     Case("no-heads", lambda row: row.config(num_attention_heads=0), ("num_attention_heads", "0"), names=EVERY_BODY),
+    Case("width-zero", lambda row: row.config(hidden_size=0), ("hidden_size", "0", "at least 1"), names=NOT_SEA),
+    Case(
+        "inner-width-zero",
+        lambda row: row.config(intermediate_size=0),
+        ("intermediate_size", "0", "at least 1"),
+        names=WITH_WINDOWS,
+    ),
+    Case(
+        "unknown-activation",
+        lambda row: row.config(hidden_act="gelo"),
+        ("hidden_act", "'gelo'", "'gelu'"),
+        names=WITH_WINDOWS,
+    ),
+    Case(
+        "dropout-above-one",
+        lambda row: row.config(attention_dropout=1.5),
+        ("attention_dropout", "1.5", "0 to 1"),
+        names=WITH_WINDOWS,
+    ),
+    Case(
+        "wavelengths-negative",
+        lambda row: row.config(rope_theta=-5.0),
+        ("rope_theta", "-5.0", "positive"),
+        names=("leap-rotary",),
+    ),
     Case("no-layers", lambda row: row.config(num_hidden_layers=0), ("num_hidden_layers", "0"), names=EVERY_BODY),
     Case(
         "window-zero",
@@ -116,6 +147,12 @@ CONFIGURATIONS = [
     ),
     Case("rescale-zero", lambda row: row.config(rescale=0.0), ("rescale", "0.0", "positive"), names=("fastformer",)),
     Case(
+        "rescale-infinite",
+        lambda row: row.config(rescale=float("inf")),
+        ("rescale", "inf", "positive"),
+        names=("fastformer",),
+    ),
+    Case(
         "head-size-one",
         lambda row: row.config(hidden_size=4, num_attention_heads=4),
         ("head size", "at least 2"),
@@ -136,6 +173,7 @@ TOKENS = [
     ),
     Case("ids-negative", body(input_ids=tokens(2, 9) * 0 - 1), ("-1", "input_ids"), names=EVERY_BODY),
     Case("ids-of-one-dimension", body(input_ids=tokens(1, 9)[0]), ("input_ids", "(9,)"), names=EVERY_BODY),
+    Case("ids-bool", body(input_ids=tokens(2, 9) > 5), ("input_ids", "bool", "integers"), names=EVERY_BODY),
     Case("ids-float", body(input_ids=tokens(2, 9).float()), ("input_ids", "float32", "integers"), names=EVERY_BODY),
     Case(
         "embeds-of-another-width",
@@ -179,6 +217,15 @@ MASKS_AND_POSITIONS = [
     ),
     Case("positions-of-one-dimension", body(position_ids=ones(9)), ("position_ids", "(9,)"), names=EVERY_BODY),
     Case(
+        "positions-float", body(position_ids=torch.arange(9.0)[None]), ("position_ids", "float32"), names=WITH_WINDOWS
+    ),
+    Case(
+        "positions-too-large-for-an-encoder",
+        body(position_ids=torch.arange(250, 259)[None]),
+        ("position 258", "0 to 255", 'other than "learned"'),
+        names=(ENCODER,),
+    ),
+    Case(
         "positions-too-large",
         body(position_ids=torch.arange(250, 259)[None]),
         ("position 258", "0 to 255", "max_position_embeddings"),
@@ -220,6 +267,11 @@ PACKING = [
         ("cu_seq_lens_q", "fall"),
     ),
     Case(
+        "cu-seq-lens-empty",
+        body(input_ids=tokens(1, 9), cu_seq_lens_q=torch.tensor([], dtype=torch.long)),
+        ("cu_seq_lens_q", "0 entries"),
+    ),
+    Case(
         "encoder-packed",
         body(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])),
         ("packed", "row of its own"),
@@ -232,6 +284,7 @@ LABELS = [
     Case("labels-of-one-dimension", lm(labels=ones(2)), ("labels", "(2,)", "(2, 9)")),
     Case("labels-for-kept-logits", lm(labels=tokens(2, 9), logits_to_keep=3), ("labels", "logits_to_keep")),
     Case("labels-too-large", lm(labels=tokens(2, 9) * 0 + VOCAB), ("labels", str(VOCAB), f"0 to {VOCAB - 1}")),
+    Case("labels-float", lm(labels=tokens(2, 9) * 1.0), ("labels", "float32", "integers")),
     Case("labels-negative", lm(labels=tokens(2, 9) * 0 - 1), ("labels", "-1", "-100")),
     Case(
         "token-labels",
@@ -250,6 +303,34 @@ LABELS = [
         lambda row: row.build("AutoModelForSequenceClassification")(tokens(2, 9), labels=ones(3)),
         ("labels", "3", "2"),
         names=EVERY_BODY,
+    ),
+    Case(
+        "text-labels-of-two-dimensions",
+        lambda row: row.build("AutoModelForSequenceClassification")(tokens(2, 9), labels=ones(2, 9)),
+        ("labels", "(2, 9)", "(2,)"),
+        names=NOT_SEA,
+    ),
+    Case(
+        "text-label-that-is-no-class",
+        lambda row: row.build("AutoModelForSequenceClassification")(tokens(2, 9), labels=2 * ones(2)),
+        ("labels", "2", "0 to 1"),
+        names=EVERY_BODY,
+    ),
+    Case(
+        "several-labels-of-another-number",
+        lambda row: row.build("AutoModelForSequenceClassification", num_labels=3)(
+            tokens(2, 9), labels=torch.zeros(2, 2)
+        ),
+        ("labels", "(2, 2)", "(2, 3)"),
+        names=NOT_SEA,
+    ),
+    Case(
+        "answers-of-another-batch",
+        lambda row: row.build("AutoModelForQuestionAnswering")(
+            tokens(2, 9), start_positions=ones(3), end_positions=ones(3)
+        ),
+        ("start_positions", "(3,)", "(2,)"),
+        names=NOT_SEA,
     ),
     Case(
         "half-an-answer",
@@ -288,6 +369,12 @@ CACHES = [
         ("another model",),
         names=tuple(row.name for row in CAUSAL if row.family != "danet"),
     ),
+    Case(
+        "cache-with-logarithms",
+        after(lambda row: seen(row, layer_windows=[None] * 3, rescale=80.0)),
+        ("6 tensors", "expected 4", "another model"),
+        names=("fastformer",),
+    ),
     Case("cache-of-another-window", after(lambda row: seen(row, window_size=8)), ("another model",), names=("danet",)),
     Case(
         "cache-of-another-batch",
@@ -301,6 +388,31 @@ CACHES = [
     Case("attentions-with-a-state", after(seen, output_attentions=True), ("output_attentions", "use_cache=False")),
 ]
 LAYERS = [
+    Case("layer-width", layer(torch.zeros(2, 9, 8)), ("hidden_states", "(2, 9, 8)", "16"), names=WITH_WINDOWS),
+    Case(
+        "layer-mask-additive",
+        layer(torch.zeros(2, 9, 16), attention_mask=torch.full((2, 9), -1e4)),
+        ("attention_mask", "-10000", "additive"),
+        names=WITH_WINDOWS,
+    ),
+    Case(
+        "layer-mask-of-four-dimensions",
+        layer(torch.zeros(2, 9, 16), attention_mask=torch.zeros(2, 1, 1, 9)),
+        ("attention_mask", "(2, 1, 1, 9)", "(2, 9)"),
+        names=WITH_WINDOWS,
+    ),
+    Case(
+        "layer-mask-of-one-row",
+        layer(torch.zeros(2, 9, 16), attention_mask=ones(1, 9).bool()),
+        ("attention_mask", "(1, 9)", "(2, 9)"),
+        names=WITH_WINDOWS,
+    ),
+    Case(
+        "layer-documents-of-one-row",
+        lambda row: LeapAttention(row.config())(torch.zeros(2, 9, 16), segment_ids=ones(1, 9)),
+        ("segment_ids", "(1, 9)", "(2, 9)"),
+        names=("leap",),
+    ),
     Case(
         "layer-state-of-another-batch",
         lambda row: LeapAttention(row.config())(

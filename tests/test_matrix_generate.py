@@ -167,6 +167,15 @@ def test_inputs_embeds(row):
 
 
 @causal_rows
+def test_inputs_embeds_are_not_cut_into_chunks(row):
+    """Transformers cuts token ids alone: embeddings are read in one call, and the text is the same."""
+    model = row.causal_lm(torch.float64)
+    embeds = model.get_input_embeddings()(tokens(2, PROMPT))
+    expected = generate(model, inputs_embeds=embeds)
+    assert_same_text(generate(model, inputs_embeds=embeds, prefill_chunk_size=4), expected)
+
+
+@causal_rows
 def test_reset(row):
     model = row.causal_lm(torch.float64)
     for cache in (RecurrentCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from common.batches import left_padded, tokens
-from common.families import causal_rows, first_rows
+from common.families import CAUSAL, causal_rows, first_rows
 from common.generation import PROMPT, assert_same_text, generate, texts
 from transformers import DynamicCache, StaticCache
 
@@ -136,6 +136,30 @@ def test_assisted_decoding_with_left_padding(row):
     greedy = generate(model, ids[1:2], mask[1:2], new=20)
     assisted = generate(model, ids[1:2], mask[1:2], new=20, assistant_model=assistants(row)["near"])
     assert torch.equal(assisted.sequences, greedy.sequences)
+
+
+@pytest.mark.parametrize("name", ["leap", "fastformer"])
+def test_the_first_layers_as_assistant(name):
+    """`assistant_early_exit`: the model drafts with its first layers, and is whole again afterwards."""
+    model = next(row for row in CAUSAL if row.name == name).causal_lm(torch.float64)
+    ids = tokens(1, PROMPT)
+    greedy = generate(model, ids, new=20)
+    assert torch.equal(generate(model, ids, new=20, assistant_early_exit=2).sequences, greedy.sequences)
+    assert model.config.num_hidden_layers == 3
+
+
+@causal_rows
+def test_assistants_do_not_go_on_from_a_cache(row):
+    """Transformers would read the tokens in the cache twice, and write another text: refused. An empty cache is welcome."""
+    model = row.causal_lm(torch.float64)
+    ids = tokens(1, PROMPT)
+    cache = RecurrentCache(config=model.config)
+    greedy = generate(model, ids)
+    assert torch.equal(
+        generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=3).sequences, greedy.sequences
+    )
+    with pytest.raises(ValueError, match=r"`past_key_values` holds .* read it twice"):
+        generate(model, greedy.sequences, past_key_values=cache, prompt_lookup_num_tokens=3)
 
 
 @causal_rows

@@ -1,5 +1,9 @@
 """Checks that the families' configurations share."""
 
+import math
+
+from transformers.activations import ACT2FN
+
 # What a saved configuration says about itself. Raised when a new field changes what a model computes, so that an older
 # release refuses the checkpoint instead of computing something else.
 FORMAT_FIELD = "hf_linear_attn_format"
@@ -44,7 +48,10 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_head_size(config, even: bool = False) -> None:
     """Refuse sizes that are not positive, and heads that do not divide the width (or leave an odd head size to rotary)."""
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    for name in (*sizes, "intermediate_size"):
+        if name == "intermediate_size" and config.intermediate_size is None:
+            continue  # not derived yet
         if getattr(config, name) < 1:
             raise ValueError(f"`{name}` is {getattr(config, name)}, expected at least 1")
     width, heads = config.hidden_size, config.num_attention_heads
@@ -58,6 +65,19 @@ def check_head_size(config, even: bool = False) -> None:
             f"rotary positions turn features in pairs, but the head size {width} / {heads} = {width // heads} is odd: choose "
             "another `hidden_size` or `num_attention_heads`"
         )
+
+
+def check_numbers(config, *positive: str) -> None:
+    """Refuse numbers outside their range (NaN is), those named `positive` too, and an activation that does not exist."""
+    for name in ("hidden_dropout_prob", "attention_dropout"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"`{name}` is {getattr(config, name)}, expected a probability, 0 to 1")
+    for name in ("layer_norm_eps", *positive):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"`{name}` is {getattr(config, name)}, expected a positive number")
+    if not 0 <= config.initializer_range < math.inf:
+        raise ValueError(f"`initializer_range` is {config.initializer_range}, expected a standard deviation, 0 or more")
+    check_choice("hidden_act", config.hidden_act, tuple(ACT2FN))
 
 
 def check_windows(config) -> None:

@@ -9,6 +9,7 @@ from .configuration_common import (
     check_choice,
     check_format,
     check_head_size,
+    check_numbers,
     check_windows,
 )
 from .recurrent_cache import LAYER_TYPE
@@ -102,14 +103,13 @@ class FastformerConfig(DerivedLayerTypes, PreTrainedConfig):
         """Refuse sizes and names that no model can be built from."""
         check_head_size(self)
         check_windows(self)
+        check_numbers(self, "rescale")
         check_choice("position_embedding_type", self.position_embedding_type, ("learned", "none"))
         if self.hidden_size // self.num_attention_heads < 2:
             raise ValueError(
                 f"the head size {self.hidden_size} / {self.num_attention_heads} is 1, but Fastformer divides by the standard "
                 "deviation of a head's features, which needs at least 2"
             )
-        if not self.rescale > 0:
-            raise ValueError(f"`rescale` is {self.rescale}, expected a positive number")
 
     def validate_layer_type(self):
         """Our layer type is not one of Transformers' own, which is all that the base class would accept."""

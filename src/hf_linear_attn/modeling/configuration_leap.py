@@ -10,6 +10,7 @@ from .configuration_common import (
     check_choice,
     check_format,
     check_head_size,
+    check_numbers,
     check_windows,
 )
 from .recurrent_cache import LAYER_TYPE
@@ -92,6 +93,7 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         check_format(self, kwargs)
         apply_aliases(self, kwargs)
+        check_head_size(self)  # before anything is derived from the sizes
         if self.layer_windows is None:
             cycle = [None, 4, 8, 16] if self.use_local_attention else [None]
             self.layer_windows = [cycle[i % len(cycle)] for i in range(self.num_hidden_layers)]
@@ -109,6 +111,7 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
         """Refuse sizes and names that no model can be built from."""
         check_head_size(self, even=self.position_embedding_type == "rotary")
         check_windows(self)
+        check_numbers(self, "rope_theta")
         check_choice("position_embedding_type", self.position_embedding_type, ("learned", "rotary"))
         check_choice("focus_function", self.focus_function, ("elu", "exp"))
         if not 0 <= self.num_recomputed_mlps <= self.num_hidden_layers:

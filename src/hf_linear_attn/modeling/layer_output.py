@@ -14,6 +14,15 @@ class LayerOutput(NamedTuple):
     state: tuple[torch.Tensor, ...] | None = None
 
 
+def check_state(state: tuple[torch.Tensor, ...], layer_idx: int, count: int, shape: tuple[int, ...]) -> None:
+    """Refuse a layer's state unless it has `count` tensors, the first of this shape."""
+    if len(state) != count or tuple(state[0].shape) != shape:
+        raise ValueError(
+            f"the state of layer {layer_idx} has {len(state)} tensors, of shapes {[tuple(x.shape) for x in state]}, expected "
+            f"{count}, the first of shape {shape}: it comes from another model or another batch size"
+        )
+
+
 def refuse_maps_after(state) -> None:
     """Attention maps need every token; refuse them where earlier ones are only left as a state (not None)."""
     if state is not None:

@@ -35,7 +35,7 @@ from .portable_checkpoint import PortableCheckpointMixin
 from .recurrent_cache import LAYER_TYPE, RecurrentCache
 from .relative_positions import sinusoidal_embeddings
 from .sequence_inputs import prepare_sequence
-from .task_heads import QuestionAnsweringMixin, TokenClassificationMixin, check_labels
+from .task_heads import QuestionAnsweringMixin, TokenClassificationMixin, check_labels, check_text_labels
 
 
 def danet_mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
@@ -363,8 +363,7 @@ class DanetForSequenceClassification(DanetPreTrainedModel):
         logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:
-            if labels.shape[0] != logits.shape[0]:
-                raise ValueError(f"`labels` has {labels.shape[0]} rows, expected {logits.shape[0]}, one for each text")
+            check_text_labels(labels, logits, self.config)
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss,

@@ -27,9 +27,9 @@ from .causal_lm import (
 )
 from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, init, merge_with_config_defaults
 from .configuration_fastformer import FastformerConfig
-from .layer_output import LayerOutput, refuse_maps_after
+from .layer_output import LayerOutput, check_state, refuse_maps_after
 from .portable_checkpoint import PortableCheckpointMixin
-from .sequence_inputs import prepare_sequence
+from .sequence_inputs import check_layer_inputs, prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
 from .windowed_mean import EPS, attention_rows, compute_dtype, windowed_mean
 
@@ -88,6 +88,7 @@ class FastformerAttention(nn.Module):
         Returns:
             [`LayerOutput`].
         """
+        attention_mask = check_layer_inputs(hidden_states, self.num_heads * self.head_dim, attention_mask, segment_ids)
         layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if layer_cache is not None:
             state = layer_cache.get_state()
@@ -146,11 +147,9 @@ class FastformerAttention(nn.Module):
             return
         features = (hidden_states.shape[0], self.num_heads, self.head_dim)
         expected = features if self.window is None else (features[0], self.window - 1, *features[1:])
-        if len(state) % 2 or tuple(state[0].shape) != expected:
-            raise ValueError(
-                f"the state of layer {self.layer_idx} has {len(state)} tensors, the first of shape {tuple(state[0].shape)}, "
-                f"expected shape {expected}: it comes from another model or another batch size"
-            )
+        # With log weights the state of a global mean has a third tensor.
+        each = 2 + (self.window is None and self.rescale > LARGEST_PLAIN_LOGIT)
+        check_state(state, self.layer_idx, 2 * each, expected)
 
 
 class FastformerEncoderAttention(nn.Module):
@@ -178,6 +177,7 @@ class FastformerEncoderAttention(nn.Module):
         **kwargs,
     ) -> LayerOutput:
         """Mix tokens over the whole text; the attention (the same for every query) is that of the keys' pooling."""
+        attention_mask = check_layer_inputs(hidden_states, self.num_heads * self.head_dim, attention_mask, None)
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         dtype = compute_dtype(hidden_states.dtype)
         pooled_query, _ = self._pool(query.to(dtype), self.query_vector, attention_mask)
@@ -329,7 +329,7 @@ class FastformerModel(FastformerPreTrainedModel):
                 )
             sequence = self._begin_encoder(inputs_embeds, attention_mask, position_ids, bound, kwargs)
         hidden_states = self.dropout(add_positions(inputs_embeds, self.embed_positions, sequence))
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while `assistant_early_exit` drafts
             hidden_states = layer(
                 hidden_states,
                 attention_mask=sequence.mask,

@@ -36,7 +36,7 @@ from .compat import (
 )
 from .configuration_leap import LeapConfig
 from .gelu_linear import gelu_feed_forward
-from .layer_output import LayerOutput, refuse_maps_after
+from .layer_output import LayerOutput, check_state, refuse_maps_after
 from .leap_block_training import leap_block_rest
 from .leap_mechanism import leap_mechanism
 from .leap_mechanism_torch import averaged, focus_weights
@@ -45,7 +45,7 @@ from .normed_linear import normed_linear
 from .plain_linear import has_hooks
 from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
-from .sequence_inputs import prepare_sequence
+from .sequence_inputs import check_layer_inputs, prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
 from .windowed_mean import attention_rows, windowed_mean
 
@@ -100,6 +100,7 @@ class LeapAttention(nn.Module):
         Returns:
             [`LayerOutput`].
         """
+        attention_mask = check_layer_inputs(hidden_states, self.num_heads * self.head_dim, attention_mask, segment_ids)
         layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if layer_cache is not None:
             state = layer_cache.get_state()
@@ -169,11 +170,7 @@ class LeapAttention(nn.Module):
             return
         features = (hidden_states.shape[0], 2, self.num_heads, self.head_dim)
         expected = features if self.window is None else (features[0], self.window - 1, *features[1:])
-        if tuple(state[0].shape) != expected or len(state) != 2 + (self.window is None and self.exponential):
-            raise ValueError(
-                f"the state of layer {self.layer_idx} has {len(state)} tensors, the first of shape {tuple(state[0].shape)}, "
-                f"expected shape {expected}: it comes from another model or another batch size"
-            )
+        check_state(state, self.layer_idx, 2 + (self.window is None and self.exponential), expected)
 
 
 class LeapMLP(nn.Module):
@@ -220,6 +217,8 @@ class LeapBlock(GradientCheckpointingLayer):
         **kwargs,
     ):
         """See the class."""
+        width = self.attention.num_heads * self.attention.head_dim
+        attention_mask = check_layer_inputs(hidden_states, width, attention_mask, kwargs.get("segment_ids"))
         step = leap_block_step(self, hidden_states, attention_mask, past_key_values, return_state, kwargs)
         if step is not None:
             return step
@@ -330,7 +329,7 @@ class LeapModel(LeapPreTrainedModel):
             self, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, bound, kwargs
         )
         hidden_states = self.dropout(add_positions(inputs_embeds, self.embed_positions, sequence))
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while `assistant_early_exit` drafts
             hidden_states = layer(
                 hidden_states,
                 attention_mask=sequence.mask,

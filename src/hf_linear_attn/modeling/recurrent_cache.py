@@ -16,9 +16,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
+from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from .compat import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from .decoding_graph import DecodingGraph
+
+logger = logging.get_logger(__name__)
 
 LAYER_TYPE = "hf_linear_attn_state"
 FORMAT = "hf_linear_attn.cache.v1"
@@ -363,16 +367,26 @@ class RecurrentGenerationMixin:
 
     device: Any
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and given is not None and given.get_seq_length():
+            raise ValueError(
+                f"`past_key_values` holds {int(given.get_seq_length())} tokens already, but assisted decoding and prompt lookup "
+                "of Transformers begin with the whole prompt and would read it twice: leave `past_key_values` or the "
+                "assistant out"
+            )
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            logger.warning_once("`prefill_chunk_size` splits token ids; `inputs_embeds` are read in one call")
+            generation_config.prefill_chunk_size = None  # this configuration is generate()'s own copy
         wanted = generation_config.cache_implementation in (None, "dynamic")
         if wanted and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             cache = RecurrentCache(config=self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache
-            # Transformers refuses a cache together with the name of one; this configuration is generate()'s own copy.
+            # Transformers refuses a cache together with the name of one.
             generation_config.cache_implementation = None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
         """Whether generate() takes its steps through `get_compiled_call`: with its own cache for a CUDA graph only."""

@@ -123,6 +123,20 @@ def padding_mask(attention_mask, batch: int, length: int, past_length: int | tor
     return mask
 
 
+def check_layer_inputs(
+    hidden_states: torch.Tensor, width: int, attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The mask of a layer that is called on its own, as `padding_mask` gives it; a body's bool mask passes without a look."""
+    shape = tuple(hidden_states.shape)
+    if len(shape) != 3 or shape[2] != width or 0 in shape:
+        raise ValueError(f"`hidden_states` has shape {shape}, expected (batch, length, {width}), none of them 0")
+    if segment_ids is not None and tuple(segment_ids.shape) != shape[:2]:
+        raise ValueError(f"`segment_ids` has shape {tuple(segment_ids.shape)}, expected {shape[:2]}")
+    if attention_mask is not None and attention_mask.dtype == torch.bool and tuple(attention_mask.shape) == shape[:2]:
+        return attention_mask
+    return padding_mask(attention_mask, *shape[:2])
+
+
 def _is_zero(length) -> bool:
     return isinstance(length, int) and length == 0
 
@@ -142,6 +156,8 @@ def _reject_unknown(unknown: dict) -> None:
 
 def _checked_positions(position_ids, batch, length):
     shape = tuple(position_ids.shape)
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise ValueError(f"`position_ids` has dtype {position_ids.dtype}, expected integers")
     if position_ids.dim() != 2 or shape[1] != length or shape[0] not in (1, batch):
         raise ValueError(f"`position_ids` has shape {shape}, expected ({batch}, {length}) or (1, {length})")
     return position_ids
@@ -158,6 +174,11 @@ def _declared_documents(seq_idx, cu_seq_lens_q, inputs_embeds):
             raise ValueError(
                 f"`cu_seq_lens_q` describes one packed row, got a batch of {batch} and shape {tuple(cu_seq_lens_q.shape)}: "
                 "flatten the batch into one row, or pass `seq_idx` or `position_ids`"
+            )
+        if cu_seq_lens_q.numel() < 2 or cu_seq_lens_q.is_floating_point():
+            raise ValueError(
+                f"`cu_seq_lens_q` has {cu_seq_lens_q.numel()} entries of {cu_seq_lens_q.dtype}, expected integers: 0 and the end "
+                "of each document"
             )
         if can_read_values(cu_seq_lens_q) and (int(cu_seq_lens_q[-1]) != length or int(cu_seq_lens_q[0]) != 0):
             raise ValueError(
@@ -211,8 +232,8 @@ def _check_range(position_ids, mask, max_positions, past_length, length):
         wrong = highest[0] if highest[0] < 0 else highest[1]
         raise ValueError(
             f"a token has position {wrong}, but this model has learned positions 0 to {max_positions - 1} "
-            f"(`max_position_embeddings`={max_positions}): shorten the text, or train with "
-            '`position_embedding_type="rotary"`, which has no limit'
+            f"(`max_position_embeddings`={max_positions}): shorten the text, or train a model with more of them, or with a "
+            '`position_embedding_type` other than "learned", which has no limit'
         )
 
 
@@ -225,8 +246,10 @@ def check_token_ids(input_ids: torch.Tensor, vocab_size: int, training: bool) ->
     """Refuse ids outside the vocabulary with a message, where looking does not stall a GPU's queue."""
     if input_ids.dim() != 2:
         raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}, expected (batch, length)")
-    if input_ids.is_floating_point():
-        raise ValueError(f"`input_ids` has dtype {input_ids.dtype}, expected integers below {vocab_size}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"`input_ids` has dtype {input_ids.dtype}, expected integers (int64 or int32) below {vocab_size}"
+        )
     looked_at = input_ids.device.type == "cpu" or (not training and input_ids.shape[1] > 1)
     if input_ids.numel() and looked_at and can_read_values(input_ids):
         low, high = torch.stack([input_ids.min(), input_ids.max()]).tolist()

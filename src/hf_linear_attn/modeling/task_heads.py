@@ -26,12 +26,29 @@ def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, ...], meanin
 
 def check_classes(name: str, labels: torch.Tensor, count: int) -> None:
     """Refuse labels that are no class, where looking does not stall a GPU's queue; -100 is ignored by losses."""
+    if labels.is_floating_point():
+        raise ValueError(f"`{name}` has dtype {labels.dtype}, expected integers, 0 to {count - 1}")
     if labels.device.type == "cpu" and labels.numel() and can_read_values(labels):
         wrong = labels[((labels < 0) & (labels != -100)) | (labels >= count)]
         if wrong.numel():
             raise ValueError(
                 f"`{name}` holds {int(wrong[0])}, expected 0 to {count - 1}, or -100 where no label counts"
             )
+
+
+def check_text_labels(labels: torch.Tensor, logits: torch.Tensor, config) -> None:
+    """Refuse labels of texts that do not fit the logits (B, num_labels) and the problem that the loss will see in them."""
+    batch, count = logits.shape
+    classes = config.problem_type == "single_label_classification"
+    if config.problem_type is None:
+        classes = count > 1 and labels.dtype in (torch.int64, torch.int32)
+    one = classes or count == 1
+    shapes = [(batch,), (batch, 1)] if one else [(batch, count)]
+    if tuple(labels.shape) not in shapes:
+        meaning = "one for each text" if one else "one for each text and label"
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, expected {shapes[0]}, {meaning}")
+    if classes:
+        check_classes("labels", labels, count)
 
 
 def last_real_token(hidden_states, input_ids, attention_mask, pad_token_id) -> torch.Tensor:
@@ -106,8 +123,7 @@ class SequenceClassificationMixin:
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
-            if labels.shape[0] != logits.shape[0]:
-                raise ValueError(f"`labels` has {labels.shape[0]} rows, expected {logits.shape[0]}, one for each text")
+            check_text_labels(labels, logits, self.config)
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -193,6 +209,13 @@ class QuestionAnsweringMixin:
             raise ValueError("`start_positions` and `end_positions` go together: one of them is missing")
         loss = None
         if start_positions is not None:
+            for name, places in (("start_positions", start_positions), ("end_positions", end_positions)):
+                if tuple(places.shape) not in ((start_logits.shape[0],), (start_logits.shape[0], 1)):
+                    raise ValueError(
+                        f"`{name}` has shape {tuple(places.shape)}, expected ({start_logits.shape[0]},), one for each text"
+                    )
+                if places.is_floating_point():
+                    raise ValueError(f"`{name}` has dtype {places.dtype}, expected integers: columns of the text")
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
         return QuestionAnsweringModelOutput(
             loss=loss,
