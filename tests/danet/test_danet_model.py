@@ -309,7 +309,7 @@ def test_every_head_learns_and_survives_saving(model_class, tmp_path):
         loss = model(**inputs).loss
         loss.backward()
         unused = [n for n, p in model.named_parameters() if p.grad is None]
-        assert unused == (["model.embed_token_types.weight"] if model_class is DanetForMultipleChoice else [])
+        assert unused == []
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -317,6 +317,13 @@ def test_every_head_learns_and_survives_saving(model_class, tmp_path):
     model.save_pretrained(tmp_path)
     again = model_class.from_pretrained(tmp_path).eval()
     assert torch.equal(model(**inputs).loss, again(**inputs).loss)
+
+
+def test_a_text_without_token_types_is_text_a():
+    model, ids = build(DanetForMaskedLM, use_token_type=True), tokens(2, 6)
+    first = model(ids, token_type_ids=torch.zeros_like(ids)).logits
+    assert torch.equal(model(ids).logits, first)
+    assert not torch.equal(model(ids, token_type_ids=torch.ones_like(ids)).logits, first)
 
 
 def test_multiple_choice_leaves_padding_out_and_is_registered():
@@ -528,6 +535,12 @@ def test_exports_with_a_dynamic_length(name):
         ({"scale_length": 0}, "scale_length"),
         ({"is_causal": True, "scale_mode": "valid_length", "use_cache": True}, "scale_mode"),
         ({"hidden_size": "16"}, "hidden_size"),
+        ({"pooler_dense": False, "pooler_norm": "standard_ln"}, "pooler_dense"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob.* 1.5, .*0 to 1"),
+        ({"attention_dropout": float("nan")}, "attention_dropout"),
+        ({"maxnorm_eps": -1e-3}, "maxnorm_eps"),
+        ({"initializer_range": -0.02}, "initializer_range"),
+        ({"rope_theta": 0.0}, "rope_theta"),
     ],
 )
 def test_bad_configurations_are_refused(fields, message):
@@ -548,11 +561,42 @@ def test_bad_configurations_are_refused(fields, message):
         ({"input_ids": tokens(1, 4), "use_cache": True}, "is_causal"),
         ({"input_ids": tokens(1, 4), "labels": tokens(1, 5)}, "labels"),
         ({"input_ids": tokens(1, 4), "is_causal": True}, "is_causal=True"),
+        ({"input_ids": tokens(1, 4), "labels": torch.full((1, 4), VOCAB)}, "`labels` holds 37, expected 0 to 36"),
+        ({"input_ids": tokens(1, 4), "labels": torch.full((1, 4), -1)}, "`labels` holds -1"),
     ],
 )
 def test_bad_inputs_are_refused(inputs, message):
     with pytest.raises(ValueError, match=message):
         encoder("learned g relu")(**inputs)
+
+
+@pytest.mark.parametrize(
+    "types", [torch.full((2, 5), 2), torch.full((2, 5), -1), torch.zeros(2, 4).long(), torch.zeros(2, 5)]
+)
+def test_token_types_without_an_embedding_are_refused(types):
+    with pytest.raises(ValueError, match="token_type_ids"):
+        build(DanetForMaskedLM, use_token_type=True)(tokens(2, 5), token_type_ids=types)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "labels"),
+    [
+        (DanetForPreTraining, {"next_sentence_label": torch.tensor([0, 2])}),
+        (DanetForSequenceClassification, {"labels": torch.tensor([0, 2])}),
+        (DanetForMultipleChoice, {"labels": torch.tensor([0, 3])}),
+    ],
+)
+def test_labels_that_are_no_class_are_refused(model_class, labels):
+    ids = tokens(2, 3, 5) if model_class is DanetForMultipleChoice else tokens(2, 5)
+    (name,) = labels
+    with pytest.raises(ValueError, match=f"`{name}` holds"):
+        build(model_class)(ids, **labels)
+
+
+@pytest.mark.parametrize("layer", [DenseAttention, DanetBlock])
+def test_a_layer_alone_refuses_an_additive_mask(layer):
+    with pytest.raises(ValueError, match="additive"):
+        layer(config())(torch.zeros(1, 3, 16), attention_mask=torch.tensor([[0.0, 0.0, -1e4]]))
 
 
 def test_an_unknown_keyword_is_refused():

@@ -46,6 +46,37 @@ def test_golden_cases(name):
     torch.testing.assert_close(out.seq_relationship_logits, tensor(case["nsp_logits"]), **tolerance)
 
 
+def changed_case(config, **params):
+    """The first golden case with other fields, without its positions, and with more parameters."""
+    case = GOLDEN["A_bert_learned_relu_global"]
+    kept = {name: tensor(entry) for name, entry in case["params"].items() if "position" not in name}
+    model = from_published("danet", {**case["config"], "pos_emb_type": "RELPE", **config}, {**kept, **params})
+    return model, {"input_ids": torch.tensor(case["input_ids"]), "attention_mask": torch.tensor(case["attention_mask"])}
+
+
+def test_published_sinusoids_are_read_and_pooled_over_padding():
+    table = torch.zeros(1, 12, 8, dtype=torch.float64)  # a buffer of the published model
+    model, inputs = changed_case({"pos_emb_type": "SINUSOIDAL"}, **{"bert.embeddings.position_embeddings.pe": table})
+    padded = model(**inputs, output_hidden_states=True).hidden_states[0]
+    full = model(inputs["input_ids"], output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(padded, full, rtol=0, atol=1e-12)  # the position of padding is its column
+
+
+def test_the_norm_of_the_published_pooler():
+    gain = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
+    plain, inputs = changed_case({"pooler_ln_type": "uncentered_fixed_ln"})
+    scaled, _ = changed_case({"pooler_ln_type": "uncentered_ln"}, **{"bert.pooler.layer_norm.weight": gain})
+    pooled = plain.pooler(plain.model(**inputs).last_hidden_state)
+    torch.testing.assert_close(scaled.pooler(scaled.model(**inputs).last_hidden_state), pooled * gain)
+
+
+def test_a_published_pooler_without_its_dense_layer_has_no_norm_either():
+    case = GOLDEN["A_bert_learned_relu_global"]
+    params = {name: tensor(entry) for name, entry in case["params"].items() if "pooler" not in name}
+    config = {**case["config"], "pooler_no_dense": True, "pooler_ln_type": "standard_ln"}
+    assert from_published("danet", config, params).pooler.norm is None
+
+
 SIZES = {
     "bert-large": 335_905_602,
     "bert-large-128": 335_512_386,
@@ -141,6 +172,7 @@ def test_fusion_of_a_norm_without_gain_is_refused():
         ({"local_scheme": "l_x_g", "local_attention": True}, "'x'"),
         ({"relpe_type": "rope", "num_attention_heads": 2}, "heads"),
         ({"relpe_type": "learned"}, "relpe_type"),
+        ({"relpe_type": "ROPE", "num_attention_heads": 2}, "heads"),
         ({"default_ffn_norm": 0.1}, "default_ffn_norm"),
         ({"flux": 1}, "flux"),
         ({"hidden_size": 16}, "shape"),

@@ -82,6 +82,15 @@ def test_ties_take_the_first_cells_and_padded_rows_nothing():
     assert crowded.sum() == 2 * 4
 
 
+@pytest.mark.parametrize("group", ["head", "batch"])
+def test_published_padded_rows_take_what_the_budget_leaves_over(group):
+    probs, keep = torch.tensor([[[[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]]]]), torch.tensor([[False, True]])
+    lengths = torch.ones(1, 2, dtype=torch.long)
+    for k, rows in ((1, 1), (2, 2)):  # k M cells of a head, of which the real row has M
+        assert select_cells(probs, lengths, k, group, keep, official=True).sum() == 4 * rows
+        assert select_cells(probs, lengths, k, group, keep).sum() == 4
+
+
 def test_an_unknown_group_is_refused():
     with pytest.raises(ValueError, match="topk_group must be one of"):
         cell_budget(torch.tensor([3]), 1, 1, 4, "rows")

@@ -29,6 +29,36 @@ def test_official_form_gives_the_published_numbers(name):
         torch.testing.assert_close(getattr(result, field), case[field], atol=2e-5, rtol=0)
 
 
+def test_published_layers_take_the_dtype_of_their_parameters():
+    case = published_case("bidirectional_batch")
+    core = from_published("sea", case["config"], {name: x.double() for name, x in case["params"].items()})
+    context = core(*(case[name].double() for name in "qkv")).context
+    torch.testing.assert_close(context, case["context"].double(), atol=2e-5, rtol=0)
+
+
+def test_the_published_network_sees_each_row_where_it_stands():
+    core = make_core(False, official=True)
+    rows = []
+    core.cnn.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0]))
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[:, :3] = mask[0, 6] = False
+    q, k, v = make_inputs(length=12)
+    for token in range(12):
+        other = q.clone()
+        other[:, :, token] += 1.0
+        rows.clear()
+        core(q, k, v, attention_mask=mask)
+        core(other, k, v, attention_mask=mask)
+        moved = (rows[0] - rows[1]).abs().amax((0, 1, 3)) > 1e-3
+        assert moved.nonzero().flatten().tolist() == [token]
+
+
+@pytest.mark.parametrize("mask", [torch.full((2, 20), 0.5), torch.full((2, 20), -1e4)])
+def test_a_layer_alone_refuses_other_masks_than_ones_and_zeros(mask):
+    with pytest.raises(ValueError, match="1 \\(keep\\) and 0"):
+        make_core(False)(*make_inputs(), attention_mask=mask)
+
+
 def test_published_layer_with_missing_or_misshapen_parameters_is_refused():
     case = published_case("causal")
     short = {name: value for name, value in case["params"].items() if name != "scaler.bias"}
@@ -275,9 +305,9 @@ def test_inputs_that_do_not_fit_are_refused():
     mask = torch.arange(20).expand(2, -1) < 16
     assert core(q, k, v, attention_mask=mask).context.isfinite().all()  # 16 real tokens fit
     short = q[:, :, :9], k[:, :, :9], v[:, :, :9]
-    with pytest.raises(ValueError, match="attention_mask must have the shape"):
+    with pytest.raises(ValueError, match="`attention_mask` has shape"):
         core(*short, attention_mask=torch.ones(2, 1, 9, 9))
-    with pytest.raises(ValueError, match="attention_mask must have the shape"):
+    with pytest.raises(ValueError, match="`attention_mask` has shape"):
         core(*short, attention_mask=torch.ones(2, 8))
     with pytest.raises(ValueError, match="q must have the shape"):
         core(q[:, :1], k, v)

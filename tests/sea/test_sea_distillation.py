@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from hf_linear_attn.conversion import linearize
 from hf_linear_attn.modeling.sea_losses import TeacherTargets
@@ -235,6 +236,7 @@ def test_a_large_vocabulary_is_compared_in_blocks(monkeypatch):
     [
         ({"hidden_weight": -1}, "hidden_weight must not be negative"),
         (dict.fromkeys(["task_weight", "hidden_weight", "logits_weight", "attention_weight"], 0), "nothing to learn"),
+        ({"hidden_weight": float("nan")}, "hidden_weight must not be negative"),
         ({"attention_loss_rows": 0}, "attention_loss_rows must be at least 1"),
         ({"sea_learning_rate": 0.0}, "sea_learning_rate must be greater"),
     ],
@@ -250,7 +252,15 @@ def test_models_that_do_not_belong_together_are_refused(tmp_path):
         make_trainer("llama", tmp_path, student=student, teacher=student.host)
     with pytest.raises(ValueError, match="the teacher has num_hidden_layers=3 and the student 2"):
         make_trainer("llama", tmp_path, student=student, teacher=make_teacher("llama", num_hidden_layers=3))
+    with pytest.raises(ValueError, match="`teacher` is a str"):
+        make_trainer("llama", tmp_path, student=student, teacher="llama")
+    other = transformers.LlamaForSequenceClassification(make_teacher("llama").config)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification and the student's host a LlamaForCausalLM"):
+        make_trainer("llama", tmp_path, student=student, teacher=other)
     with pytest.raises(ValueError, match="holds no SEA model"):
         make_trainer("llama", tmp_path, student=make_teacher("llama"))
     with pytest.raises(ValueError, match="must have the shape"):
         TeacherTargets(scores=torch.zeros(1, 2, 3, 3)).check(1, 2, 4, 8)
+    for key in (torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 4, 5), torch.zeros(1, 3, 4, 4)):
+        with pytest.raises(ValueError, match="the teacher's k must have the shape"):
+            TeacherTargets(q=torch.zeros(1, 2, 4, 4), k=key).check(1, 2, 4, 8)

@@ -290,8 +290,27 @@ def test_inputs_that_cannot_work_are_refused():
         linearize(make_teacher("bert"), "sea", windows=3)
     with pytest.raises(ValueError, match='"sea" only'):
         linearize(make_teacher("bert"), "leap")
+    with pytest.raises(ValueError, match="leave them out"):
+        linearize(make_teacher("bert"), "sea", dtype=torch.float16)
+    with pytest.raises(ValueError, match="`model` is a Linear"):
+        linearize(torch.nn.Linear(2, 2), "sea")
+    with pytest.raises(ValueError, match="`hidden_size` belongs to the host"):
+        hf_linear_attn.SeaConfig(hidden_size=32)
+    with pytest.raises(TypeError, match="encoder_hidden_states"):
+        student(ids, encoder_hidden_states=torch.zeros(2, 3, 16))
     with pytest.raises(ValueError, match="the teacher's scores"):
         student(ids, distillation=Distillation({0: TeacherTargets(scores=torch.zeros(2, 2, 9, 9))}))
+    batch, length = ids.shape
+    fit = {0: TeacherTargets(scores=torch.zeros(batch, 2, length, length))}
+    with pytest.raises(ValueError, match=r"layers \[2\], but the student has 0 to 1"):
+        student(ids, distillation=Distillation(fit | {2: fit[0]}))
+    for rows in ([length], [-1], []):
+        with pytest.raises(ValueError, match="loss_rows"):
+            student(ids, distillation=Distillation(fit, torch.tensor(rows, dtype=torch.long)))
+    student.set_sparsity(3)
+    with pytest.raises(ValueError, match="k must be a positive integer"):
+        student.set_sparsity(0)
+    assert student.config.k == 3
 
 
 def test_another_thread_pools_its_own_rows():

@@ -84,13 +84,14 @@ _NAMES = [
     (r"bert\.encoder\.layer\.(\d+)\.ffn\.c_proj\.", r"model.layers.\1.mlp.down_proj."),
     (r"bert\.encoder\.layer\.(\d+)\.ffn_activation\.", r"model.layers.\1.post_norm."),
     (r"bert\.pooler\.dense_act\.", "pooler.dense."),
-    (r"bert\.pooler\.LayerNorm\.", "pooler.norm."),
+    (r"bert\.pooler\.layer_norm\.", "pooler.norm."),
     (r"cls\.predictions\.bias$", "lm_head.decoder.bias"),
     (r"cls\.predictions\.transform\.dense_act\.", "lm_head.dense."),
     (r"cls\.predictions\.transform\.LayerNorm\.", "lm_head.norm."),
     (r"cls\.predictions\.decoder\.", "lm_head.decoder."),
     (r"cls\.seq_relationship\.", "seq_relationship."),
 ]
+_SINUSOIDS = "bert.embeddings.position_embeddings.pe"
 _TRANSPOSED = ("ffn.expanding_weight", "ffn.contracting_weight")
 
 
@@ -113,12 +114,18 @@ def config_from_published(config: dict[str, Any]) -> DanetConfig:
             raise ValueError(f"unknown published field {name!r}; known are {sorted(set(_FIELDS) | _HANDLED)}")
     ours["ffn_type"] = "swiglu" if published.get("swiglu_ffn") else "relu"
     ours["pooler_dense"] = not published.get("pooler_no_dense", False)
+    if not ours["pooler_dense"]:
+        ours["pooler_norm"] = None  # the published pooler has neither then
     ours["layer_pattern"] = published["local_scheme"] if published["local_attention"] else "g"
     kind = str(published["pos_emb_type"]).lower().split(".")[-1]
     if kind == "relpe":
-        if published["relpe_type"] not in _RELATIVE:
-            raise ValueError(f"`relpe_type` is {published['relpe_type']!r}, expected one of {list(_RELATIVE)}")
-        kind = _RELATIVE[published["relpe_type"]]
+        relative = published["relpe_type"]
+        relative = (
+            relative.lower() if isinstance(relative, str) else relative
+        )  # the published code ignores the case, too
+        if relative not in _RELATIVE:
+            raise ValueError(f"`relpe_type` is {relative!r}, expected one of {list(_RELATIVE)}")
+        kind = _RELATIVE[relative]
     ours["position_embedding_type"] = kind
     if kind == "rotary" and ours.get("num_attention_heads", 1) > 1:
         raise ValueError(
@@ -132,6 +139,8 @@ def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor
     """See `hf_linear_attn.conversion.from_published`. A checkpoint under the key "module" is unwrapped."""
     state_dict = state_dict.get("module", state_dict)
     model = DanetForPreTraining(config_from_published(config))
+    if model.config.position_embedding_type == "sinusoidal":  # computed here, a saved table there
+        state_dict = {name: tensor for name, tensor in state_dict.items() if name != _SINUSOIDS}
     turned = {name: tensor.T if name.endswith(_TRANSPOSED) else tensor for name, tensor in state_dict.items()}
     load_exactly(model, rename(turned, _our_name))
     return model.eval()

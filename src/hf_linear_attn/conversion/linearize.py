@@ -66,7 +66,19 @@ def linearize(
         raise ValueError(
             f"unknown option(s) {unknown}: `linearize` takes the fields of SeaConfig, such as k, predictor_length"
         )
-    teacher = model if isinstance(model, torch.nn.Module) else _load(model, task, dtype)
+    if isinstance(model, PreTrainedModel):
+        if task is not None or dtype is not None:
+            raise ValueError(
+                "`task` and `dtype` say how to load a path; a model in memory has both: leave them out, or use "
+                "`model.to(dtype)` first"
+            )
+        teacher = model
+    elif isinstance(model, (str, os.PathLike)):
+        teacher = _load(model, task, dtype)
+    else:
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, expected a pretrained model of Transformers, or the path or Hub id of one"
+        )
     find_host(teacher.config)
     sea_class = _sea_class(teacher)
     config = SeaConfig(host_config=teacher.config, **options)

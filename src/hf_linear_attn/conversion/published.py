@@ -86,4 +86,5 @@ def load_exactly(model: torch.nn.Module, state_dict: dict[str, torch.Tensor]) ->
         raise ValueError(
             f"parameters missing: {missing[:5]}; unexpected: {unexpected[:5]}: does the configuration fit?"
         )
-    model.tie_weights()
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()

@@ -3,6 +3,7 @@
 import torch
 
 from ..modeling.sea_attention import SeaAttentionCore, SeaOptions
+from .published import load_exactly
 
 PUBLISHED_FIELDS = ("causal", "T", "M", "k", "group", "nbf", "H", "D", "N")
 
@@ -44,5 +45,5 @@ def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor
     if own != given:
         wrong = sorted(set(own.items()) ^ set(given.items()))
         raise ValueError(f"`state_dict` does not fit `config`; names and shapes that differ: {wrong[:6]}")
-    core.load_state_dict(state_dict)
+    load_exactly(core, state_dict)
     return core.eval()

@@ -98,17 +98,18 @@ def select_cells(
     k: int,
     group: str,
     keep: torch.Tensor | None = None,
-    published_ties: bool = False,
+    official: bool = False,
 ) -> torch.Tensor:
     """Keep the largest cells of each group: probabilities (B, H, T, M) -> bool (B, H, T, M). No gradient flows.
 
     ``length`` (B, T) is the number of visible keys of each row, ``keep`` (B, T) is False at padded rows, which select
     nothing and never compete with real ones. Ties go to the smaller (head, row, cell) index, so that every device
-    selects the same cells; ``published_ties`` leaves them to ``torch.sort``, as the published model does. O(H T M
-    log) time; linear memory in T.
+    selects the same cells. ``official`` is the published choice: ties are left to ``torch.sort``, and in the groups
+    ``batch`` and ``head`` a padded row competes with probability 0, so that it selects cells where the budget exceeds
+    those of the real rows. O(H T M log) time; linear memory in T.
     """
     batch, heads, time, cells = probs.shape
-    if runs_triton(probs, _kernel_obstacle(probs, group, published_ties)):
+    if runs_triton(probs, _kernel_obstacle(probs, group, official)):
         from .sparse_attention_triton import select_largest
 
         budget = cell_budget(length, k, heads, cells, group)  # (B, T)
@@ -117,25 +118,27 @@ def select_cells(
             budget, keep = (None if x is None else x.repeat_interleave(heads, dim=0) for x in (budget, keep))
         return select_largest(probs, budget, keep).view(batch, heads, time, cells)
     if keep is not None:
-        probs = probs.masked_fill(~keep[:, None, :, None], -1.0)
+        probs = probs.masked_fill(~keep[:, None, :, None], 0.0 if official else -1.0)
     if group in ("batch", "head"):
         flat = probs.reshape(batch, 1, -1) if group == "batch" else probs.reshape(batch, heads, -1)
         budget = cell_budget(length[:, :1, None], k, heads, cells, group).expand(*flat.shape[:2], 1)
         largest = min(flat.shape[-1], (heads if group == "batch" else 1) * k * cells)
-        selected = _largest_of_group(flat, budget, largest, published_ties).view(batch, heads, time, cells)
+        selected = _largest_of_group(flat, budget, largest, official).view(batch, heads, time, cells)
     elif group == "query":
         budget = cell_budget(length, k, heads, cells, group)[:, None, :, None]  # (B, 1, T, 1)
-        selected = _largest_of_group(probs, budget.expand(batch, heads, time, 1), cells, published_ties)
+        selected = _largest_of_group(probs, budget.expand(batch, heads, time, 1), cells, official)
     else:
         budget = cell_budget(length, k, heads, cells, group)  # (B, T)
         blocks = []
         for start in range(0, time, SELECTION_ROWS):
             rows = slice(start, start + SELECTION_ROWS)
             flat = probs[:, :, rows].transpose(1, 2).flatten(2)  # (B, R, H M)
-            kept = _largest_of_group(flat, budget[:, rows, None], heads * cells, published_ties)
+            kept = _largest_of_group(flat, budget[:, rows, None], heads * cells, official)
             blocks.append(kept.unflatten(-1, (heads, cells)).transpose(1, 2))
         selected = torch.cat(blocks, dim=2)
-    return selected if keep is None else selected & keep[:, None, :, None]
+    if keep is None or (official and group in ("batch", "head")):
+        return selected
+    return selected & keep[:, None, :, None]
 
 
 def _kernel_obstacle(probs: torch.Tensor, group: str, published_ties: bool) -> str | None:

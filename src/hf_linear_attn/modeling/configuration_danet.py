@@ -198,6 +198,19 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
         for name in ("scale_length", "chunk_size", "intermediate_size", "type_vocab_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least 1")
+        for name in ("hidden_dropout_prob", "attention_dropout", "embedding_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a probability from 0 to 1")
+        for name in ("maxnorm_eps", "scaled_norm_eps", "initializer_range", "query_initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more")
+        if not self.rope_theta > 0:
+            raise ValueError(f"`rope_theta` is {self.rope_theta}, expected a positive number, such as 10000.0")
+        if self.pooler_norm is not None and not self.pooler_dense:
+            raise ValueError(
+                f"`pooler_norm` is {self.pooler_norm!r}, but it follows the dense layer that `pooler_dense`=False leaves out: "
+                "set one of `pooler_norm`=None and `pooler_dense`=True"
+            )
         parts = self.relpe_scheme.split(",")
         if relative and (parts != ["qkv"] and (len(set(parts)) != len(parts) or not set(parts) <= {"q", "k", "v"})):
             raise ValueError(f"`relpe_scheme` is {self.relpe_scheme!r}, expected 'qkv' or some of 'q,k,v'")

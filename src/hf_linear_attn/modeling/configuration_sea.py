@@ -21,6 +21,8 @@ SHARED_WITH_HOST = (
     "label2id",
     "problem_type",
 )
+# What a SEA configuration only reads from its host's.
+OF_HOST = {"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "is_causal"}
 
 
 @strict
@@ -78,6 +80,12 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_format(self, kwargs)
+        foreign = sorted(OF_HOST & set(kwargs))
+        if foreign:
+            raise ValueError(
+                f"`{foreign[0]}` belongs to the host: SeaConfig(host_config=BertConfig({foreign[0]}=...)), or that of "
+                "another host"
+            )
         host = self.host_config
         if host is None:
             host = BertConfig()

@@ -24,6 +24,7 @@ from .layer_output import LayerOutput, refuse_maps_after
 from .plain_linear import has_hooks, is_plain
 from .relative_positions import apply_position_factors
 from .relu_feed_forward import relu_feed_forward
+from .sequence_inputs import padding_mask
 from .step_linear import step_linear
 from .token_layout import take_tokens, token_layout
 
@@ -104,6 +105,7 @@ class DenseAttention(nn.Module):
             refuse_maps_after(state)
         if context is None:
             seen = None if state is None else state.count
+            attention_mask = padding_mask(attention_mask, *hidden_states.shape[:2])
             context = build_context(
                 self.config, hidden_states, attention_mask, position_ids, segment_ids, seen, {self.pattern}
             )
@@ -318,6 +320,7 @@ class DanetBlock(GradientCheckpointingLayer):
                 held = past_key_values.layers[self.layer_idx].get_state()
                 state = None if held is None else DenseAttentionState(*held)
             seen = None if state is None else state.count
+            attention_mask = padding_mask(attention_mask, *hidden_states.shape[:2])
             context = build_context(
                 self.config, hidden_states, attention_mask, position_ids, segment_ids, seen, {self.pattern}
             )

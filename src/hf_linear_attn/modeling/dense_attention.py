@@ -38,6 +38,7 @@ from .dense_attention_state import (
     read_ring,
     window_shift,
 )
+from .sequence_inputs import padding_mask
 from .token_layout import slot_ranks, take_tokens, token_layout
 
 PATTERNS = ("g", "l", "sl", "sw")
@@ -100,8 +101,9 @@ def dense_attention(
     """
     check_dense_arguments(pattern, is_causal, window_size, mode)
     lengths = layout = None
+    batch, length = query.shape[:2]
+    attention_mask = padding_mask(attention_mask, batch, length)
     if attention_mask is not None:
-        batch, length = query.shape[:2]
         layout = token_layout(batch, length, query.device, attention_mask, segment_ids)
         lengths, segment_ids = layout.lengths, layout.segment_ids
         shared = value is key

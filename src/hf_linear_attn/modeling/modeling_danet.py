@@ -34,8 +34,14 @@ from .danet_stream import can_stream, stream_blocks
 from .portable_checkpoint import PortableCheckpointMixin
 from .recurrent_cache import LAYER_TYPE, RecurrentCache
 from .relative_positions import sinusoidal_embeddings
-from .sequence_inputs import prepare_sequence
-from .task_heads import QuestionAnsweringMixin, TokenClassificationMixin, check_labels, check_text_labels
+from .sequence_inputs import check_token_types, prepare_sequence
+from .task_heads import (
+    QuestionAnsweringMixin,
+    TokenClassificationMixin,
+    check_classes,
+    check_labels,
+    check_text_labels,
+)
 
 
 def danet_mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
@@ -137,7 +143,8 @@ class DanetModel(DanetPreTrainedModel):
             input_ids (`(B, T)`) or inputs_embeds (`(B, T, d)`): the tokens.
             attention_mask (`(B, T)`, or with a cache `(B, past + T)`, *optional*): 1 keeps, 0 is padding, on any side.
             position_ids (`(B, T)`, *optional*): restarting positions mark packed documents.
-            token_type_ids (`(B, T)`, *optional*): text A (0) or B (1), with `use_token_type`.
+            token_type_ids (`(B, T)`, *optional*): text A (0) or B (1), with `use_token_type`; all of text A if not
+                given.
             past_key_values (`Cache`, *optional*): the state to go on from; updated in place. Decoders only.
             use_cache (`bool`, *optional*): whether to make and return a state.
             **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions` (raw
@@ -186,18 +193,23 @@ class DanetModel(DanetPreTrainedModel):
     def _embed(self, hidden_states, sequence, token_type_ids) -> torch.Tensor:
         """Token, position and type embeddings, normalised: (B, T, d)."""
         positions = sequence.position_ids
-        if self.embed_positions is not None:
-            if sequence.mask is not None:
-                # Any legal position would do for padding; its column is what the published model pools over.
-                columns = torch.arange(positions.shape[1], device=positions.device)
+        if sequence.mask is not None:
+            # Any legal position would do for padding; its column is what the published model pools over.
+            columns = torch.arange(positions.shape[1], device=positions.device)
+            if self.embed_positions is not None:
                 columns = columns.clamp(max=self.config.max_position_embeddings - 1)
-                positions = torch.where(sequence.mask, positions, columns)
+            positions = torch.where(sequence.mask, positions, columns)
+        if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(positions)
         elif self.config.position_embedding_type == "sinusoidal":
             hidden_states = hidden_states + sinusoidal_embeddings(
                 positions, self.config.hidden_size, self.config.rope_theta, hidden_states.dtype
             )
-        if self.embed_token_types is not None and token_type_ids is not None:
+        if self.embed_token_types is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(positions)
+            batch, length, _ = hidden_states.shape
+            check_token_types(token_type_ids, batch, length, self.config.type_vocab_size)
             hidden_states = hidden_states + self.embed_token_types(token_type_ids)
         if self.embedding_norm is not None:
             hidden_states = self.embedding_norm(hidden_states)
@@ -287,6 +299,7 @@ class DanetForPreTraining(TiedHeadMixin, DanetPreTrainedModel):
             loss = masked_lm_loss(words, labels, count)
         if next_sentence_label is not None:
             check_labels("next_sentence_label", next_sentence_label, relation.shape[:1], "0 or 1 for each pair")
+            check_classes("next_sentence_label", next_sentence_label, 2)
             relation_loss = nn.functional.cross_entropy(relation.float(), next_sentence_label)
             loss = relation_loss if loss is None else loss + relation_loss
         return DanetForPreTrainingOutput(loss, words, relation, output.hidden_states, output.attentions)
@@ -432,6 +445,7 @@ class DanetForMultipleChoice(DanetPreTrainedModel):
         loss = None
         if labels is not None:
             check_labels("labels", labels, logits.shape[:1], "the number of the right choice for each question")
+            check_classes("labels", labels, logits.shape[1])
             loss = nn.functional.cross_entropy(logits.float(), labels)
         return MultipleChoiceModelOutput(loss, logits, output.hidden_states, output.attentions)
 

@@ -38,6 +38,7 @@ from .sea_estimator import (
 )
 from .sea_losses import TeacherTargets, attention_fidelity, attention_losses
 from .sea_options import SeaOptions
+from .sequence_inputs import padding_mask
 from .sparse_attention import (
     chunked_sparse_attention,
     dense_sparse_attention,
@@ -175,6 +176,7 @@ class SeaAttentionCore(nn.Module):
         options = self.options
         self._check(q, k, v, teacher, key_cache)
         if layout is None:
+            attention_mask = padding_mask(attention_mask, q.shape[0], q.shape[2])
             layout = TokenLayout.from_mask(attention_mask, q.shape[0], q.shape[2], q.device)
         causal = options.causal
         scale = scaling if scaling is not None else (1.0 if causal else options.head_dim**-0.5)
@@ -291,9 +293,10 @@ class SeaAttentionCore(nn.Module):
         if self.options.causal:
             history = None if state is None else (state.conv1_rows, state.conv2_rows)
             return self.cnn(rows, layout.lengths, history)
-        # The published network sees padded rows; otherwise the image ends with the last real one.
-        lengths = torch.full_like(layout.lengths, rows.shape[2]) if self.options.official else layout.lengths
-        return self.cnn(rows, lengths), ()
+        if self.options.official:  # the published network sees padded rows, and each row where it stands
+            every = torch.full_like(layout.lengths, rows.shape[2])
+            return layout.compact(self.cnn(layout.restore(rows), every)), ()
+        return self.cnn(rows, layout.lengths), ()
 
     def _attend(self, q, keys, values, cells, visible, scale, slots, layout, output_attentions):
         """Sparse attention by the chosen backend; the mask and the probabilities by rank, if asked for."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .compat import can_read_values
 from .sequence_inputs import HARMLESS_KEYWORDS, check_token_ids
 from .task_heads import check_classes, check_labels
 
@@ -37,12 +38,28 @@ def check_call(model, input_ids, inputs_embeds, kwargs: dict) -> None:
             f"`is_causal={kwargs['is_causal']}` cannot be honoured by a {model.config.host_config.model_type} host: {what}"
         )
     known = set(inspect.signature(model.host_model.forward).parameters) | HARMLESS_KEYWORDS | PACKING_KEYWORDS
+    known -= {"encoder_hidden_states", "encoder_attention_mask"}  # of cross-attention, which no host has here
     unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
     if unknown:
         raise TypeError(
             f"unknown keyword(s) {', '.join(unknown)}: neither SEA nor its {host} host would act on "
             "them. Padding is told by `attention_mask`"
         )
+
+
+def check_targets(distillation, layers: int, length: int) -> None:
+    """Refuse targets of layers that the student does not have, and rows that a text of `length` tokens does not have."""
+    foreign = sorted(set(distillation.targets) - set(range(layers)))
+    if foreign:
+        raise ValueError(
+            f"`distillation.targets` has layers {foreign}, but the student has 0 to {layers - 1}: distil from a teacher with as "
+            "many layers"
+        )
+    rows = distillation.loss_rows
+    if rows is None or rows.device.type != "cpu" or not can_read_values(rows):
+        return
+    if not rows.numel() or int(rows.min()) < 0 or int(rows.max()) >= length:
+        raise ValueError(f"`distillation.loss_rows` is {rows.tolist()}, expected some of 0 to {length - 1}")
 
 
 def check_task_labels(task: str, labels: torch.Tensor | None, tokens: torch.Tensor, num_labels: int) -> None:

@@ -42,6 +42,9 @@ class TeacherTargets:
         if self.scores is None and (self.q is None or self.k is None):
             raise ValueError("teacher targets need either scores (B, H, T, T) or both q and k (B, H, T, D)")
         expected = {"scores": (batch, heads, time, time), "context": (batch, time, width), "q": (batch, heads, time)}
+        if self.k is not None and self.q is not None and self.k.dim() == 4:
+            groups = self.k.shape[1]
+            expected["k"] = (batch, groups if groups and heads % groups == 0 else heads, time, self.q.shape[-1])
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape[: len(shape)]) != shape:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from .sea_cache import SeaCacheLayer
 from .sea_documents import PackedRows
 from .sea_host_attention import ATTENTION_NAME, LayerResults, SeaCall, register_attention
 from .sea_hosts import attention_layers, find_host, head_size
-from .sea_inputs import check_call, join_masks, pooling_real_tokens
+from .sea_inputs import check_call, check_targets, join_masks, pooling_real_tokens
 from .sea_output import extend_output
 from .sequence_inputs import SequenceInputs, prepare_sequence
 
@@ -71,8 +72,8 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
 
     def set_sparsity(self, k: int) -> None:
         """Attend to `k` keys a query and head from now on: trained with one k, a model may run with another."""
+        options = replace(self.config.core_options(), k=k)
         self.config.k = k
-        options = self.config.core_options()
         for core in self.sea_layers().values():
             core.options = options
 
@@ -130,6 +131,8 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
                 "its own row, padded, with an `attention_mask`"
             )
         call.results = LayerResults() if output_sea or distillation is not None else None
+        if distillation is not None:
+            check_targets(distillation, self.config.num_hidden_layers, tokens.shape[1])
         call.distillation = distillation
         if causal:
             kwargs |= {"use_cache": cache is not None, "past_key_values": cache}

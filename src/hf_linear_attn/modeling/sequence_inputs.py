@@ -242,6 +242,21 @@ def _extreme(position_ids, mask):
     return (0, 0) if real.numel() == 0 else (int(real.min()), int(real.max()))
 
 
+def check_token_types(token_type_ids: torch.Tensor, batch: int, length: int, count: int) -> None:
+    """Refuse token types of another shape than the tokens, and types that have no embedding."""
+    shape = tuple(token_type_ids.shape)
+    if shape not in ((batch, length), (1, length)) or token_type_ids.is_floating_point():
+        raise ValueError(
+            f"`token_type_ids` has shape {shape} and dtype {token_type_ids.dtype}, expected integers of shape ({batch}, {length})"
+        )
+    if token_type_ids.device.type == "cpu" and can_read_values(token_type_ids):
+        low, high = torch.stack([token_type_ids.min(), token_type_ids.max()]).tolist()
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"`token_type_ids` holds {low if low < 0 else high}, expected 0 to {count - 1} (`type_vocab_size`={count})"
+            )
+
+
 def check_token_ids(input_ids: torch.Tensor, vocab_size: int, training: bool) -> None:
     """Refuse ids outside the vocabulary with a message, where looking does not stall a GPU's queue."""
     if input_ids.dim() != 2:

@@ -67,7 +67,7 @@ class SeaDistillationArguments(TrainingArguments):
             name: getattr(self, name) for name in ("task_weight", "hidden_weight", "logits_weight", "attention_weight")
         }
         for name, value in weights.items():
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not any(weights.values()):
             raise ValueError("all loss weights are 0: there is nothing to learn from")
@@ -335,6 +335,10 @@ def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
 def _check_teacher(teacher: PreTrainedModel, student: SeaPreTrainedModel) -> None:
     if teacher is student.host_model:
         raise ValueError("`teacher` is the student's own host: load the teacher a second time, because it stays frozen")
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(
+            f"`teacher` is a {type(teacher).__name__}, expected the pretrained model that `linearize` was given"
+        )
     ours, theirs = student.config.host_config, teacher.config
     for name in ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
         if getattr(ours, name, None) != getattr(theirs, name, None):
@@ -342,6 +346,11 @@ def _check_teacher(teacher: PreTrainedModel, student: SeaPreTrainedModel) -> Non
                 f"the teacher has {name}={getattr(theirs, name, None)!r} and the student "
                 f"{getattr(ours, name, None)!r}: distil from the model that `linearize` was given"
             )
+    if isinstance(teacher, PreTrainedModel) and not isinstance(teacher, type(student.host_model)):
+        raise ValueError(
+            f"the teacher is a {type(teacher).__name__} and the student's host a {type(student.host_model).__name__}: distil "
+            "from the model that `linearize` was given"
+        )
 
 
 def add_lora(student: SeaPreTrainedModel, rank: int = 16, alpha: int | None = None, target_modules=None):
