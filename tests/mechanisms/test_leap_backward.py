@@ -111,7 +111,7 @@ def step_of_a_model(num_recomputed_mlps, compiled):
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], sum(wide)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_inner_activations_formed_again(compiled):
     (plain, kept), (ours, fewer) = (step_of_a_model(number, compiled) for number in (0, 1))
     assert compiled or 2 * fewer == kept > 0

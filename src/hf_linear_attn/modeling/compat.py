@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.activations import GELUActivation
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import and_masks, create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -79,6 +80,7 @@ __all__ = [
     "CacheLayerMixin",
     "ForCausalLMLoss",
     "GELUActivation",
+    "GenerationMode",
     "GradientCheckpointingLayer",
     "LinearAttentionLayer",
     "OutputRecorder",

@@ -16,10 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
-from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from .compat import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+from .compat import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, GenerationMode, LinearAttentionLayer
 from .decoding_graph import DecodingGraph
 
 logger = logging.get_logger(__name__)
