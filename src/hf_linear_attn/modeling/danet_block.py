@@ -25,7 +25,7 @@ from .plain_linear import has_hooks, is_plain
 from .relative_positions import apply_position_factors
 from .relu_feed_forward import relu_feed_forward
 from .sequence_inputs import padding_mask
-from .step_linear import step_linear
+from .step_linear import step_feed_forward, step_linear
 from .token_layout import take_tokens, token_layout
 
 
@@ -270,11 +270,11 @@ class DanetMLP(nn.Module):
             else:
                 hidden_states = hidden_states @ matrix
         if self.gated:
-            inner = first(hidden_states) if product is None else hidden_states @ product
+            inner = step_linear(first, hidden_states) if product is None else hidden_states @ product
             gate, up = inner.chunk(2, dim=-1)
             inner = self.dropout(F.silu(gate) * up)
         elif hidden_states.shape[1] == 1 and product is None and not self.training:
-            inner = step_linear(first, hidden_states, relu=True)
+            return step_feed_forward(first, self.down_proj, hidden_states)
         elif is_plain(first) and not (self.training and self.dropout.p):
             matrix = first.weight.t() if product is None else product
             return self.dropout(relu_feed_forward(hidden_states, matrix, self.down_proj))

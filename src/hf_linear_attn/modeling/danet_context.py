@@ -23,6 +23,7 @@ class DanetContext:
     factors: by pattern, the position multipliers in the order that the pattern's layers work in;
     None without positions.
     softmax_masks: by pattern, the masks of softmax layers.
+    counters: what layers would each raise by one at the end of a decoding step; who gathers it raises all at once.
     """
 
     layout: TokenLayout
@@ -31,6 +32,7 @@ class DanetContext:
     factors: dict[str, PositionFactors | None]
     softmax_masks: dict[str, torch.Tensor | None] = field(default_factory=dict)
     softmax_positions: PositionFactors | None = None
+    counters: list[torch.Tensor] | None = None
 
 
 def works_in_slots(pattern: str, layout: TokenLayout) -> bool:
@@ -65,7 +67,7 @@ def build_context(
     patterns = {code for code in patterns if "@" not in code and code != "softmax"}
     scales = {code: _input_scale(config, code, layout, keep, length, wide, hidden_states.device) for code in patterns}
     positions = layout.ranks if position_ids is None else position_ids
-    factors = {code: _factors(config, code, layout, positions, hidden_states) for code in patterns}
+    factors = _position_factors(config, patterns, layout, positions, hidden_states)
     return DanetContext(layout, keep, scales, factors)
 
 
@@ -86,14 +88,25 @@ def _input_scale(config, pattern, layout, keep, length, dtype, device) -> torch.
     return scale if keep is None else scale * keep
 
 
-def _factors(config, pattern, layout, position_ids, hidden_states) -> PositionFactors | None:
+def _position_factors(config, patterns, layout, position_ids, hidden_states) -> dict[str, PositionFactors | None]:
+    """By pattern; patterns whose tokens stand at the same positions share them."""
     if config.position_embedding_type not in RELATIVE_POSITIONS:
-        return None
-    positions = position_ids
-    if pattern in ("l", "sl"):
-        shift = window_shift(pattern, config.window_size)
-        positions = (layout.ranks + shift) % config.window_size if config.local_relpe else position_ids + shift
-    if works_in_slots(pattern, layout):
-        positions = take_tokens(positions.expand(layout.order.shape[0], -1), layout.order)
+        return dict.fromkeys(patterns)
     head_dim = config.hidden_size // config.num_attention_heads
-    return position_factors(config.position_embedding_type, positions, head_dim, config.rope_theta, hidden_states.dtype)
+    made, by_pattern = {}, {}
+    for code in patterns:
+        local, shift = config.local_relpe and code in ("l", "sl"), window_shift(code, config.window_size)
+        in_slots = works_in_slots(code, layout)
+        key = local, shift, in_slots
+        if key not in made:
+            positions = layout.ranks if local else position_ids
+            if shift:
+                positions = positions + shift
+            if local:
+                positions = positions % config.window_size
+            if in_slots:
+                positions = take_tokens(positions.expand(layout.order.shape[0], -1), layout.order)
+            kind, theta, dtype = config.position_embedding_type, config.rope_theta, hidden_states.dtype
+            made[key] = position_factors(kind, positions, head_dim, theta, dtype)
+        by_pattern[code] = made[key]
+    return by_pattern

@@ -14,10 +14,12 @@ from torch.autograd.function import once_differentiable
 try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
 from .backend import on_its_device
+from .step_linear_triton import early_options
 
 
 @triton.jit
@@ -72,8 +74,12 @@ def _backward_kernel(
 def _between_blocks_kernel(
     y_ptr, stream_ptr, factor_ptr, keep_ptr, scale_ptr, normed_ptr, out_ptr, eps, next_eps, width,
     WIDTH: tl.constexpr, LAZY_IN: tl.constexpr, LAZY_OUT: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """H += keep Norm(y), then x = scale Norm(h). A lazy stream holds x and h / x, one number a row, instead of h."""
+    if EARLY:  # see `step_linear_triton`
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     features = tl.arange(0, WIDTH)
     inside = features < width
@@ -211,8 +217,9 @@ def between_blocks(y, stream, factor, keep, scale, eps, next_eps, lazy):
         x (B, T, d), stream (B, T, d), factor (B, T, 1) or None: h = stream factor. The gradient of `stream` is that of h:
         it may go into this function and into `leave_stream` alone.
     """
+    decodes = y.shape[1] == 1 and not torch.is_grad_enabled()
     normed, stream, *factors = _BetweenBlocks.apply(
-        y.contiguous(), stream.contiguous(), factor, keep, scale, eps, next_eps, lazy
+        y.contiguous(), stream.contiguous(), factor, keep, scale, eps, next_eps, lazy, decodes
     )
     return normed, stream, *(factors or [None])
 
@@ -222,13 +229,14 @@ class _BetweenBlocks(torch.autograd.Function):
 
     @staticmethod
     @on_its_device
-    def forward(ctx, y, stream, factor, keep, scale, eps, next_eps, lazy):
+    def forward(ctx, y, stream, factor, keep, scale, eps, next_eps, lazy, decodes):
         grid, width, options = _sizes(y)
         normed = torch.empty_like(y)
         out = torch.empty(*y.shape[:-1], 1, device=y.device) if lazy else torch.empty_like(y)
         _between_blocks_kernel[grid](
             y, stream, *(y if x is None else x for x in (factor, keep, scale)), normed, out, eps, next_eps, width,
-            LAZY_IN=factor is not None, LAZY_OUT=lazy, MASKED=keep is not None, SCALED=scale is not None, **options,
+            LAZY_IN=factor is not None, LAZY_OUT=lazy, MASKED=keep is not None, SCALED=scale is not None,
+            **(early_options(y.device) if decodes else {"EARLY": False}), **options,
         )  # fmt: skip
         ctx.save_for_backward(y, normed if lazy else out, out if lazy else None, keep, scale)
         ctx.arguments = eps, next_eps
@@ -249,7 +257,7 @@ class _BetweenBlocks(torch.autograd.Function):
             dstream.contiguous(), dy, dh, *ctx.arguments, width,
             LAZY=factor is not None, MASKED=keep is not None, SCALED=scale is not None, **options,
         )  # fmt: skip
-        return dy, dh, *[None] * 6
+        return dy, dh, *[None] * 7
 
 
 def leave_stream(stream, factor):

@@ -45,6 +45,7 @@ def stream_blocks(layers, norm, hidden_states: torch.Tensor, context, past_key_v
     first, lazy = layers[0], context.keep is None
     keep = row_numbers(context.keep, hidden_states)
     scales = {pattern: row_numbers(scale, hidden_states) for pattern, scale in context.input_scales.items()}
+    context.counters = []
     normed, stream, factor = first.pre_norm(hidden_states, scales[first.pattern]), hidden_states, None
     for block, following in pairwise(layers):
         added, _ = block.mix(normed, context, past_key_values)
@@ -52,6 +53,8 @@ def stream_blocks(layers, norm, hidden_states: torch.Tensor, context, past_key_v
         normed, stream, factor = between_blocks(added, stream, factor, keep, scales[following.pattern], *eps, lazy)
     last = layers[-1]
     added, _ = last.mix(normed, context, past_key_values)
+    if context.counters:
+        torch._foreach_add_(context.counters, 1)
     if norm is not None and _plain_max_norm(norm):
         return between_blocks(added, stream, factor, keep, None, last.post_norm.eps, norm.eps, factor is not None)[0]
     hidden_states = last.post_norm(added, keep, residual=leave_stream(stream, factor))

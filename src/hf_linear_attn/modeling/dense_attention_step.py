@@ -30,7 +30,11 @@ def dense_attention_step(attention, hidden_states, layer_cache, context) -> torc
     out = step_kernel(
         query[:, 0], hidden_states[:, 0], factors, turned, memory, count, attention.pattern, attention.window, shift
     )
-    torch._foreach_add_([x for x in (count, counts, length) if x is not None], 1)
+    counters = [x for x in (count, counts, length) if x is not None]
+    if context.counters is None:
+        torch._foreach_add_(counters, 1)
+    else:
+        context.counters += counters
     return out[:, None]
 
 

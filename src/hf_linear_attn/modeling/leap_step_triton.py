@@ -39,14 +39,11 @@ def _turned(pointer, e, position, log_theta, E: tl.constexpr):
 
 @triton.jit
 def _mix_kernel(
-    x_ptr, position_ptr, values_ptr, weights_ptr, counts_ptr, length_ptr, residual_ptr, out_ptr, done_ptr, columns,
+    x_ptr, position_ptr, values_ptr, weights_ptr, counts_ptr, length_ptr, residual_ptr, out_ptr,
     position_stride, scale, log_theta, eps, H: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, ROTARY: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Out = residual + gated mean of one token and head; the state (see `windowed_mean`) goes one token on in place.
-
-    Also sets the counters of the block's last product to 0.
-    """
+    """Out = residual + gated mean of one token and head; the state (see `windowed_mean`) goes one token on in place."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -103,8 +100,6 @@ def _mix_kernel(
     mixed = (sum_v * share * gate).to(dtype).to(tl.float32)
     mixed += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, mixed.to(dtype), mask=inside)
-    for column in range(h, columns, H):
-        tl.store(done_ptr + column, 0)
     if h == 0:
         tl.store(counts_ptr + b, tl.load(counts_ptr + b) + 1)
         if COUNTED and b == 0:
@@ -118,22 +113,21 @@ def step_kernels(block, hidden_states, position_ids, state, counts, length):
     """
     attention, mlp = block.attention, block.mlp
     projected = project(hidden_states.contiguous(), attention.qfkv_proj, block.attention_norm)
+    mixed = _mix(attention, projected, hidden_states.contiguous(), position_ids, state, counts, length)
     done = counters_of(mlp.down_proj, hidden_states.device)
-    mixed = _mix(attention, projected, hidden_states.contiguous(), position_ids, state, counts, length, done)
-    inner = project(mixed, mlp.up_proj, block.mlp_norm, gelu=True)
+    inner = project(mixed, mlp.up_proj, block.mlp_norm, gelu=True, clears=done)
     return project(inner, mlp.down_proj, residual=mixed, done=done)
 
 
 @on_its_device
-def _mix(attention, projected, residual, position_ids, state, counts, length, done):
-    """The mechanism for one token, the state taken along: (B, 4 d) and the residual (B, d) -> (B, d); `done` becomes 0."""
+def _mix(attention, projected, residual, position_ids, state, counts, length):
+    """The mechanism for one token, the state taken along: (B, 4 d) and the residual (B, d) -> (B, d)."""
     batch = residual.shape[0]
     head, window, rotary = attention.head_dim, attention.window, attention.rope_theta is not None
     out = torch.empty_like(residual)
     held = 0 if window is None else window - 1
     _mix_kernel[(attention.num_heads, batch)](
         projected, position_ids if rotary else projected, *state, counts, counts if length is None else length, residual, out,
-        done, done.numel(),
         position_ids.stride(0) if rotary and position_ids.shape[0] > 1 else 0, head**-0.5,
         math.log(attention.rope_theta) if rotary else 0.0, EPS,
         H=attention.num_heads, W=0 if window is None else window, WP=max(1, triton.next_power_of_2(held)), E=head,

@@ -6,7 +6,8 @@ the batch and a few columns; LayerNorm's statistics are formed again in each, wh
 
 Up to 16 rows in half precision, a program asks for its whole part of the weight at once and waits for the memory one time, and
 each of its warps multiplies a part of the depth; deeper weights are cut, and the last program to finish a column adds the pieces
-up, always in the same order. Otherwise it goes through the depth in a loop.
+up, always in the same order (an earlier product sets the counters of this one to 0, on request). Otherwise it goes through the
+depth in a loop.
 
 From Hopper on, a program asks for its weights while the kernel before is still at work (programmatic dependent launch), which
 therefore must not be one that writes them. Nothing else is read, and nothing is written, before that kernel has ended.
@@ -55,11 +56,14 @@ def _finish(
 
 @triton.jit
 def _whole_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, pieces_ptr, done_ptr, norm_eps, B, N,
-    K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, pieces_ptr, done_ptr, clears_ptr, cleared,
+    norm_eps, B, N, K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """As `_loop_kernel`; program (i, j) multiplies columns i with the depth from j KP on, in G parts at once: a warp each."""
+    """As `_loop_kernel`; program (i, j) multiplies columns i with the depth from j KP on, in G parts at once: a warp each.
+
+    The first `cleared` numbers at `clears_ptr` become 0.
+    """
     if EARLY:
         gdc_launch_dependents()
     m, n = tl.arange(0, BM), tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -69,6 +73,8 @@ def _whole_kernel(
     weight = tl.load(weight_ptr + n[None, None, :] * K + k[:, :, None], mask=known, other=0.0)
     if EARLY:
         gdc_wait()
+    for place in range(tl.program_id(0), cleared, tl.num_programs(0)):
+        tl.store(clears_ptr + place, 0)
     inside = (m[None, :, None] < B) & (k[:, None, :] < K)
     x = tl.load(x_ptr + m[None, :, None] * K + k[:, None, :], mask=inside, other=0.0)
     if NORM:
@@ -144,10 +150,11 @@ def counters_of(linear, device: torch.device) -> torch.Tensor:
 
 
 @on_its_device
-def project(x, linear, norm=None, gelu=False, relu=False, residual=None, done=None):
+def project(x, linear, norm=None, gelu=False, relu=False, residual=None, done=None, clears=None):
     """`linear` on x (B, K), B <= 64, with a LayerNorm before it and the exact GELU, a ReLU or a residual after it: (B, N).
 
     done: `counters_of(linear)` that an earlier kernel set to 0; without it a launch more does that, where the layer is deep.
+    clears: such counters of a later product, which this one sets to 0.
     """
     rows, depth = x.shape
     columns = linear.out_features
@@ -167,6 +174,8 @@ def project(x, linear, norm=None, gelu=False, relu=False, residual=None, done=No
     eps = 0.0 if norm is None else norm.eps
     pieces = triton.cdiv(depth, WHOLE_DEPTH)
     if rows > WHOLE_ROWS or x.dtype not in WHOLE_DTYPES or (norm is not None and pieces > 1):
+        if clears is not None:
+            clears.zero_()
         tile = FLOAT32_TILE if x.dtype == torch.float32 else LOOP_TILE
         _loop_kernel[(triton.cdiv(columns, tile["BN"]),)](
             x, *norms, linear.weight, *pointers, out, eps, rows, columns, KP=triton.next_power_of_2(depth), **tile, **flags
@@ -179,7 +188,8 @@ def project(x, linear, norm=None, gelu=False, relu=False, residual=None, done=No
         parts = torch.empty(pieces, rows, columns, device=x.device)
         done = counters_of(linear, x.device).zero_() if done is None else done
     _whole_kernel[grid](
-        x, *norms, linear.weight, *pointers, out, parts, x if done is None else done, eps, rows, columns,
+        x, *norms, linear.weight, *pointers, out, parts, x if done is None else done, x if clears is None else clears,
+        0 if clears is None else clears.numel(), eps, rows, columns,
         KP=min(WHOLE_DEPTH, max(16 * WARPS, triton.next_power_of_2(depth))), G=WARPS, BN=width, PIECES=pieces, num_warps=WARPS,
         **early_options(x.device), **flags,
     )  # fmt: skip
