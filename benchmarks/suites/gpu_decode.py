@@ -25,7 +25,7 @@ LENGTHS = (1024, 16384, 1048576)
 LONGEST_CACHE = 16384
 BATCH, WIDTH, LAYERS, HEADS, VOCABULARY = 16, 768, 12, 12, 50257
 CHUNK = 16384
-FEW, MANY = 8, 72
+FEW, MANY, CALLS = 8, 72, 5
 
 
 def about(suite: str) -> dict:
@@ -185,9 +185,9 @@ def timed(call) -> Work:
     """A loop `call(number of new tokens)`: the time of a token is that of many less that of few."""
     call(FEW)  # the first calls compile
     call(FEW)
-    start = min(milliseconds(lambda: call(FEW)) for _ in range(2))
+    start = min(milliseconds(lambda: call(FEW)) for _ in range(CALLS))
     facts = {"ms_of_a_call_with_8_tokens": round(start, 1)}
-    facts["ms_a_token"] = round((min(milliseconds(lambda: call(MANY)) for _ in range(3)) - start) / (MANY - FEW), 3)
+    facts["ms_a_token"] = round((min(milliseconds(lambda: call(MANY)) for _ in range(CALLS)) - start) / (MANY - FEW), 3)
     return Work(lambda: call(MANY), BATCH * MANY, facts, MANY)
 
 
