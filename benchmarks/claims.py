@@ -262,7 +262,7 @@ def speed() -> Iterator[Row]:
         SPEED,
     )
     theirs = "linear attention (1 + elu), compiled"
-    linear = {n: times("encoder-linear", "DANet, ours", theirs, n) for n in (128, 1024, 16384, 131072)}
+    linear = {n: times("encoder", "DANet, ours", theirs, n) for n in (128, 1024, 16384, 131072)}
     yield (
         "and than linear attention",
         "1.37, 1.23, 1.24 and 1.22 times at 128, 1,024, 16,384 and 131,072 (H100)",

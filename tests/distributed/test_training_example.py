@@ -12,15 +12,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from common.families import COMMON, ROWS, TINY, in_every_run
 from safetensors.torch import load_file
 from sea.hosts import make_teacher
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from hf_linear_attn.conversion import linearize
 from hf_linear_attn.training.tokenized_text import train_bpe_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -198,6 +204,41 @@ def test_configurations_are_read_by_accelerate(name):
     loaded = load_config_from_file(str(EXAMPLES / f"{name}.yaml"))
     assert loaded.num_processes == 2
     assert loaded.distributed_type.name == yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["distributed_type"]
+
+
+@pytest.fixture
+def one_process():
+    """A group of one process, as far as FSDP is concerned."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("dp_shard",))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_accelerate_prepares_a_student(kind, one_process):
+    """Accelerate's FSDP2 with the shipped configuration, buffers and all, as far as it goes without a GPU."""
+    settings = yaml.safe_load((EXAMPLES / "fsdp2.yaml").read_text())["fsdp_config"]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy=settings["fsdp_auto_wrap_policy"].lower(),
+        reshard_after_forward=settings["fsdp_reshard_after_forward"],
+        cpu_ram_efficient_loading=settings.get("fsdp_cpu_ram_efficient_loading", True),
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=one_process,
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["dp_shard"]),
+        device=torch.device("cpu"),
+        is_main_process=True,
+        mixed_precision="no",
+    )
+    student = linearize(make_teacher(kind), "sea", k=4, predictor_length=16).eval()
+    ids = torch.randint(0, student.config.vocab_size, (2, 9))
+    with torch.no_grad():
+        expected = student(ids).logits
+        fsdp2_prepare_model(accelerator, student)
+        assert all(isinstance(x, DTensor) for x in student.parameters())
+        torch.testing.assert_close(student(ids).logits, expected)
 
 
 @pytest.mark.gpu
