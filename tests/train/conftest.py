@@ -1,5 +1,7 @@
 """A small text and small options, so that a whole training run takes a second or two."""
 
+from pathlib import Path
+
 import pytest
 
 from hf_linear_attn.training.options import TrainingOptions
@@ -16,6 +18,18 @@ SENTENCES = (
 def cache_in_temporary_folder(tmp_path_factory, monkeypatch):
     """Tokenizers and ids go to a folder of the test session, not to the user's cache."""
     monkeypatch.setenv("HF_LINEAR_ATTN_CACHE", str(tmp_path_factory.getbasetemp() / "hf-linear-attn-cache"))
+
+
+@pytest.fixture
+def draws():
+    """For tests that look at pictures."""
+
+
+@pytest.fixture(autouse=True)
+def pictures_stay_blank(request, monkeypatch):
+    """A picture takes half a second, longer than a run. The others write an empty file."""
+    if "draws" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **options: Path(file).touch())
 
 
 @pytest.fixture

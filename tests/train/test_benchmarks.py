@@ -70,7 +70,7 @@ def test_encoders_of_an_accelerator_are_of_one_size(size):
     assert max(counts) < 1.03 * min(counts)
 
 
-@pytest.mark.parametrize("suite", ["encoder-30m", "encoder-train-30m"])
+@pytest.mark.parametrize("suite", [pytest.param("encoder-30m", marks=pytest.mark.slow), "encoder-train-30m"])
 def test_encoders_of_an_accelerator_run(suite, monkeypatch, tmp_path):
     """The whole suite with two narrow layers, its own check of our layers included."""
     monkeypatch.setattr(gpu_encoder, "SMALL", gpu_encoder.Size(16, 2, 2, 2))
