@@ -54,7 +54,7 @@ class MixinSettings(modeling.ModelTesterMixin, training.TrainingTesterMixin):
     """The mixins with our settings; a class for each row inherits from it."""
 
     row: Row
-    # At the mixin's 1e-3 the loss falls as asked, but the gradient has not vanished by its 300 steps; here a quarter of them does.
+    # At the mixin's 1e-3 the loss falls as asked, but the gradient has not vanished by its 300 steps; here a quarter does.
     training_overfit_learning_rate = 6e-3
     training_overfit_steps = 80
 
