@@ -71,35 +71,44 @@ def shown(case: dict, unit: str) -> float:
     return case.get("ms_a_token", case["ms"]) if unit == "ms" else case[unit]
 
 
+def _plain(value: float, position: int) -> str:
+    """A tick as a number without a power of ten; of the minor ones 2 and 5 alone."""
+    return f"{value:,.10g}" if f"{value:e}"[0] in "125" else ""
+
+
 def picture(path: Path, target: Path) -> None:
     """Speed (with the limit of the matrix units) and peak memory against length, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
     result = json.loads(path.read_text())
-    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     limits: dict[int, float] = {}
-    for name, found in contenders(result).items():
+    for number, (name, found) in enumerate(contenders(result).items()):
+        style = {"color": f"C{number % 10}", "marker": "os^D"[number // 10], "linestyle": ("-", "--")[number // 10 % 2]}
         rows = [found[n] for n in sorted(found) if "error" not in found[n]]
         for n, row in found.items():  # of contenders that count different operations, the fewest
             limits[n] = max(limits.get(n, 0.0), row.get("limit_ktokens_per_s", 0.0))
         if rows:
             lengths = [row["length"] for row in rows]
-            speed.plot(lengths, [shown(row, result["unit"]) for row in rows], marker="o", label=name)
+            speed.plot(lengths, [shown(row, result["unit"]) for row in rows], label=name, **style)
             if all("peak_gib" in row for row in rows):
-                memory.plot(lengths, [row["peak_gib"] for row in rows], marker="o", label=name)
+                memory.plot(lengths, [row["peak_gib"] for row in rows], **style)
     if any(limits.values()) and result["unit"] == "ktokens_per_s":
         lengths = sorted(limits)
-        speed.plot(lengths, [limits[n] for n in lengths], "k--", label="matrix units at 790 TFLOP/s, fewest operations")
+        speed.plot(lengths, [limits[n] for n in lengths], "k:", label="matrix units at 790 TFLOP/s, fewest operations")
     units = {"ktokens_per_s": "thousand tokens a second", "ms": "milliseconds"}
     for axes, label in ((speed, units[result["unit"]]), (memory, "peak memory, GiB")):
         axes.set(xscale="log", yscale="log", xlabel="tokens a row", ylabel=label)
         axes.grid(True, which="both", alpha=0.3)
-    speed.legend(fontsize=8)
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter(FuncFormatter(_plain))
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(f"{result['suite']}: {result['device']}, torch {result['torch']}, {result['date']}")
-    figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
