@@ -144,7 +144,7 @@ def test_assisted_decoding_with_left_padding(row):
     Version(transformers.__version__) < Version("5.23"),
     reason="older ones draft with the cache of all layers",
 )
-@pytest.mark.parametrize("name", ["leap", "fastformer"])
+@pytest.mark.parametrize("name", ["leap", "fastformer", "danet"])
 def test_the_first_layers_as_assistant(name):
     """`assistant_early_exit`: the model drafts with its first layers, and is whole again afterwards."""
     model = next(row for row in CAUSAL if row.name == name).causal_lm(torch.float64)

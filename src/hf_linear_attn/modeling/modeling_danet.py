@@ -179,10 +179,11 @@ class DanetModel(DanetPreTrainedModel):
             sequence.segment_ids,
             past_key_values,
         )
-        if not output_attentions and can_stream(self.layers, hidden_states):
-            hidden_states = stream_blocks(self.layers, self.norm, hidden_states, context, past_key_values)
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer while `assistant_early_exit` drafts
+        if not output_attentions and can_stream(layers, hidden_states):
+            hidden_states = stream_blocks(layers, self.norm, hidden_states, context, past_key_values)
         else:
-            for layer in self.layers:
+            for layer in layers:
                 hidden_states = layer(
                     hidden_states, past_key_values=past_key_values, output_attentions=output_attentions, context=context
                 )
@@ -227,7 +228,7 @@ class DanetModel(DanetPreTrainedModel):
             )
         if past_key_values is None:
             past_key_values = RecurrentCache(config=self.config)
-        kinds = [kind == LAYER_TYPE for kind in self.config.layer_types]
+        kinds = [kind == LAYER_TYPE for kind in self.config.layer_types[: self.config.num_hidden_layers]]
         if all(kinds):
             check_cache(past_key_values, self.config)
         layers = getattr(past_key_values, "layers", None)
