@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from common.batches import left_padded, tokens
-from common.families import causal_rows, first_rows
+from common.families import CAUSAL, FIRST, causal_rows, first_rows
 from common.generation import (
     NEW,
     PROMPT,
@@ -61,10 +61,25 @@ def test_prefill_in_chunks(row, size):
     assert_same_text(generate(model, ids, mask, prefill_chunk_size=size), generate(model, ids, mask))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=["greedy", "beam", "chunks"])
-@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded"])
-@causal_rows
-def test_cache_implementations(row, kind, options):
+CACHE_USES = {"greedy": {}, "beam": {"num_beams": 3}, "chunks": {"prefill_chunk_size": 4}}
+
+
+def seldom(row, kind, use) -> bool:
+    """Whether it is a slow test: all nine run every time for a row of each family, one for the others."""
+    return row not in FIRST and (kind, use) != ("static", "beam")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "use"),
+    [
+        pytest.param(row, kind, use, id=f"{row.name}-{kind}-{use}", marks=[pytest.mark.slow] * seldom(row, kind, use))
+        for row in CAUSAL
+        for kind in ("dynamic", "static", "offloaded")
+        for use in CACHE_USES
+    ],
+)
+def test_cache_implementations(row, kind, use):
+    options = CACHE_USES[use]
     model = row.causal_lm(torch.float64)
     ids, mask = left_padded(texts())
     assert_same_text(

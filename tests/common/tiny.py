@@ -12,6 +12,12 @@ one_row_a_family = pytest.mark.parametrize("row", FAMILY_ROWS, ids=[row.family f
 # Every head of every family: most by the family's first row, the others by the first row that has them.
 EVERY_HEAD = list({(row.family, head): (row, head) for row in reversed(ROWS) for head in row.heads()}.values())[::-1]
 every_head = pytest.mark.parametrize(("row", "head"), EVERY_HEAD, ids=[f"{r.family}-{h}" for r, h in EVERY_HEAD])
+# For what takes a second each: two heads of every family in every run, the others among the slow tests.
+OFTEN = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+two_heads_often = pytest.mark.parametrize(
+    ("row", "head"),
+    [pytest.param(r, h, id=f"{r.family}-{h}", marks=[pytest.mark.slow] * (h not in OFTEN)) for r, h in EVERY_HEAD],
+)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

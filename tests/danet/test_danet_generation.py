@@ -98,7 +98,11 @@ def assert_same(a, b):
         torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("mode", MODES)
+# The other modes run on three decoders in every run (test_matrix_generate).
+OFTEN = ("greedy", "beam")
+
+
+@pytest.mark.parametrize("mode", [pytest.param(x, marks=[pytest.mark.slow] * (x not in OFTEN)) for x in MODES])
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation_with_the_cache_equals_without(name, mode):
     model = decoder(name)

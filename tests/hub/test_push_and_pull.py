@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from common.tiny import FAMILY_ROWS, every_head, first_output, one_row_a_family, some_ids
+from common.tiny import FAMILY_ROWS, first_output, one_row_a_family, some_ids, two_heads_often
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments
@@ -19,7 +19,7 @@ def auto(head):
     return getattr(transformers, head)
 
 
-@every_head
+@two_heads_often
 def test_every_head_comes_back_with_its_tokenizer(hub, tokenizer, row, head):
     """Equal outputs, equal ids, the same classes; and no code is downloaded where this package is imported."""
     model = row.build(head)

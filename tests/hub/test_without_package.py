@@ -5,19 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.tiny import EVERY_HEAD, first_output, some_ids
+from common.tiny import first_output, some_ids, two_heads_often
 from hub.conftest import point_to
 from hub.fake_hub import FakeHub
 from hub.fresh_process import run_without_package
 
 from hf_linear_attn.registration import FAMILIES
-
-# Each takes a second: two of every family in every run, all among the slow tests.
-OFTEN = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
-heads = pytest.mark.parametrize(
-    ("row", "head"),
-    [pytest.param(r, h, id=f"{r.family}-{h}", marks=[pytest.mark.slow] * (h not in OFTEN)) for r, h in EVERY_HEAD],
-)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +38,7 @@ def answers(request, tmp_path_factory):
     return json.loads(found.read_text())
 
 
-@heads
+@two_heads_often
 def test_loads_computes_and_saves_again(answers, row, head):
     """The same outputs and tokens as here, a complete map in what the fresh process saves, and the same again from that."""
     found = answers[f"{row.family}-{head}"]
