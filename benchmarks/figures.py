@@ -38,15 +38,30 @@ def times(suite: str, ours: str, theirs: str, length: int) -> float:
     return h200(suite, ours, length) / h200(suite, theirs, length)
 
 
-def all_times(suite: str, ours: str, theirs: str, *lengths: int) -> str:
-    """The same at several lengths, as in "1.27, 1.67 and 57.3"."""
-    *first, last = (f"{times(suite, ours, theirs, length):.3g}" for length in lengths)
+def listed(values, digits: int = 3) -> str:
+    """As in "1.27, 1.67 and 57.3"."""
+    *first, last = (f"{value:.{digits}g}" for value in values)
     return f"{', '.join(first)} and {last}"
+
+
+def all_times(suite: str, ours: str, theirs: str, *lengths: int) -> str:
+    """The same at several lengths."""
+    return listed(times(suite, ours, theirs, length) for length in lengths)
 
 
 def memory(suite: str, ours: str, theirs: str, length: int) -> float:
     """The share that one contender's peak memory is of another one's."""
     return h200(suite, ours, length, "peak_gib") / h200(suite, theirs, length, "peak_gib")
+
+
+def all_memory(suite: str, ours: str, theirs: str, *lengths: int) -> str:
+    """The same at several lengths."""
+    return listed((memory(suite, ours, theirs, length) for length in lengths), digits=2)
+
+
+def of_limit(suite: str, name: str, length: int, counted: str | None = None) -> float:
+    """The share of the matrix units' limit that a contender reaches, by the operations that it or the one `counted` does."""
+    return h200(suite, name, length) / h200(suite, counted or name, length, "limit_ktokens_per_s")
 
 
 def runs(corpus: str, model: str) -> list[dict]:
