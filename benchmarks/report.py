@@ -72,7 +72,7 @@ def shown(case: dict, unit: str) -> float:
 
 
 def _plain(value: float, position: int) -> str:
-    """A tick as a number without a power of ten; of the minor ones 2 and 5 alone."""
+    """A tick as a number without a power of ten, where that begins with 1, 2 or 5."""
     return f"{value:,.10g}" if f"{value:e}"[0] in "125" else ""
 
 

@@ -120,9 +120,8 @@ def config_from_published(config: dict[str, Any]) -> DanetConfig:
     kind = str(published["pos_emb_type"]).lower().split(".")[-1]
     if kind == "relpe":
         relative = published["relpe_type"]
-        relative = (
-            relative.lower() if isinstance(relative, str) else relative
-        )  # the published code ignores the case, too
+        if isinstance(relative, str):
+            relative = relative.lower()  # the published code ignores the case, too
         if relative not in _RELATIVE:
             raise ValueError(f"`relpe_type` is {relative!r}, expected one of {list(_RELATIVE)}")
         kind = _RELATIVE[relative]

@@ -56,3 +56,13 @@ def on_its_device(launch):
             return launch(*arguments, **options)
 
     return wrapper
+
+
+@functools.cache
+def _launches_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early_options(device: torch.device, wanted: bool = True) -> dict:
+    """Flag and launch option of a kernel that may start before the one in front of it has ended, where the device can do that."""
+    return {"EARLY": True, "launch_pdl": True} if wanted and _launches_early(device) else {"EARLY": False}

@@ -50,10 +50,9 @@ def check_head_size(config, even: bool = False) -> None:
     """Refuse sizes that are not positive, and heads that do not divide the width (or leave an odd head size to rotary)."""
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     for name in (*sizes, "intermediate_size"):
-        if name == "intermediate_size" and config.intermediate_size is None:
-            continue  # not derived yet
-        if getattr(config, name) < 1:
-            raise ValueError(f"`{name}` is {getattr(config, name)}, expected at least 1")
+        value = getattr(config, name)
+        if value is not None and value < 1:  # a width may not be derived yet
+            raise ValueError(f"`{name}` is {value}, expected at least 1")
     width, heads = config.hidden_size, config.num_attention_heads
     if width % heads:
         fitting = [h for h in range(1, width + 1) if width % h == 0 and abs(h - heads) <= heads][:8]
@@ -67,11 +66,16 @@ def check_head_size(config, even: bool = False) -> None:
         )
 
 
-def check_numbers(config, *positive: str) -> None:
-    """Refuse numbers outside their range (NaN is), those named `positive` too, and an activation that does not exist."""
-    for name in ("hidden_dropout_prob", "attention_dropout"):
+def check_probabilities(config, *names: str) -> None:
+    """Refuse what is no probability; NaN is none."""
+    for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"`{name}` is {getattr(config, name)}, expected a probability, 0 to 1")
+
+
+def check_numbers(config, *positive: str) -> None:
+    """Refuse numbers outside their range (NaN is), those named `positive` too, and an activation that does not exist."""
+    check_probabilities(config, "hidden_dropout_prob", "attention_dropout")
     for name in ("layer_norm_eps", *positive):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"`{name}` is {getattr(config, name)}, expected a positive number")

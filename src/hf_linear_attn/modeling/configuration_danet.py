@@ -3,7 +3,14 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_common import DerivedLayerTypes, apply_aliases, check_choice, check_format, check_head_size
+from .configuration_common import (
+    DerivedLayerTypes,
+    apply_aliases,
+    check_choice,
+    check_format,
+    check_head_size,
+    check_probabilities,
+)
 from .danet_norms import ACTIVATIONS, NORM_NAMES
 from .danet_presets import PRESETS
 from .dense_attention import MODES, PATTERNS, check_dense_arguments
@@ -195,12 +202,10 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
                 check_choice(name, getattr(self, name), NORM_NAMES)
         for name in ("pooler_act", "lm_head_act"):
             check_choice(name, getattr(self, name), tuple(ACTIVATIONS))
-        for name in ("scale_length", "chunk_size", "intermediate_size", "type_vocab_size"):
+        for name in ("scale_length", "chunk_size", "type_vocab_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least 1")
-        for name in ("hidden_dropout_prob", "attention_dropout", "embedding_dropout", "classifier_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a probability from 0 to 1")
+        check_probabilities(self, "hidden_dropout_prob", "attention_dropout", "embedding_dropout", "classifier_dropout")
         for name in ("maxnorm_eps", "scaled_norm_eps", "initializer_range", "query_initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more")

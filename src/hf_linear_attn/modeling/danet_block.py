@@ -20,7 +20,7 @@ from .dense_attention_orders import folded_attention
 from .dense_attention_state import DenseAttentionState, final_state
 from .dense_attention_step import dense_attention_step
 from .dense_self_attention import can_fuse_self_attention, self_attention
-from .layer_output import LayerOutput, refuse_maps_after
+from .layer_output import LayerOutput, check_state, refuse_maps_after
 from .plain_linear import has_hooks, is_plain
 from .relative_positions import apply_position_factors
 from .relu_feed_forward import relu_feed_forward
@@ -47,6 +47,13 @@ def _multiplies_in_float16(tensor: torch.Tensor) -> bool:
     kind = tensor.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
     return dtype == torch.float16
+
+
+def _context_of(layer, hidden_states, attention_mask, position_ids, segment_ids, state) -> DanetContext:
+    """What a model prepares for all its layers, for one that is called alone."""
+    seen = None if state is None else state.count
+    mask = padding_mask(attention_mask, *hidden_states.shape[:2])
+    return build_context(layer.config, hidden_states, mask, position_ids, segment_ids, seen, {layer.pattern})
 
 
 class DenseAttention(nn.Module):
@@ -104,11 +111,7 @@ class DenseAttention(nn.Module):
         if output_attentions:
             refuse_maps_after(state)
         if context is None:
-            seen = None if state is None else state.count
-            attention_mask = padding_mask(attention_mask, *hidden_states.shape[:2])
-            context = build_context(
-                self.config, hidden_states, attention_mask, position_ids, segment_ids, seen, {self.pattern}
-            )
+            context = _context_of(self, hidden_states, attention_mask, position_ids, segment_ids, state)
             if context.keep is not None:
                 hidden_states = hidden_states * context.keep.to(hidden_states.dtype)
         self._check_state(state, hidden_states)
@@ -189,11 +192,7 @@ class DenseAttention(nn.Module):
         expected = (batch, self.num_heads, head_dim, head_dim)
         if self.pattern == "sw":
             expected = (batch, 2, self.window, self.num_heads, head_dim)
-        if tuple(state[0].shape) != expected:
-            raise ValueError(
-                f"the state of layer {self.layer_idx} has shape {tuple(state[0].shape)}, expected {expected}: it comes from "
-                "another model or another batch size"
-            )
+        check_state(state, self.layer_idx, 2, expected)
 
     def _project(self, hidden_states, factors):
         """Queries, keys and values with their positions. Scheme "qkv" turns the input, before the projection."""
@@ -319,11 +318,7 @@ class DanetBlock(GradientCheckpointingLayer):
             if past_key_values is not None and state is None:
                 held = past_key_values.layers[self.layer_idx].get_state()
                 state = None if held is None else DenseAttentionState(*held)
-            seen = None if state is None else state.count
-            attention_mask = padding_mask(attention_mask, *hidden_states.shape[:2])
-            context = build_context(
-                self.config, hidden_states, attention_mask, position_ids, segment_ids, seen, {self.pattern}
-            )
+            context = _context_of(self, hidden_states, attention_mask, position_ids, segment_ids, state)
         normed = self.pre_norm(hidden_states, context.input_scales[self.pattern])
         added, state = self.mix(normed, context, past_key_values, state, return_state, output_attentions)
         hidden_states = self.post_norm(added, context.keep, residual=hidden_states)

@@ -18,8 +18,7 @@ try:  # inside `try`, since loading a checkpoint's own code demands every other 
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
-from .backend import on_its_device
-from .step_linear_triton import early_options
+from .backend import early_options, on_its_device
 
 
 @triton.jit
@@ -236,7 +235,7 @@ class _BetweenBlocks(torch.autograd.Function):
         _between_blocks_kernel[grid](
             y, stream, *(y if x is None else x for x in (factor, keep, scale)), normed, out, eps, next_eps, width,
             LAZY_IN=factor is not None, LAZY_OUT=lazy, MASKED=keep is not None, SCALED=scale is not None,
-            **(early_options(y.device) if decodes else {"EARLY": False}), **options,
+            **early_options(y.device, decodes), **options,
         )  # fmt: skip
         ctx.save_for_backward(y, normed if lazy else out, out if lazy else None, keep, scale)
         ctx.arguments = eps, next_eps

@@ -13,8 +13,7 @@ try:  # inside `try`, since loading a checkpoint's own code demands every other 
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
-from .backend import on_its_device
-from .step_linear_triton import early_options
+from .backend import early_options, on_its_device
 
 NUMBERS = 4096  # of a memory that a program holds
 

@@ -20,8 +20,8 @@ try:  # inside `try`, since loading a checkpoint's own code demands every other 
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
-from .backend import on_its_device
-from .step_linear_triton import counters_of, early_options, project
+from .backend import early_options, on_its_device
+from .step_linear_triton import counters_of, project
 from .windowed_mean import EPS
 
 

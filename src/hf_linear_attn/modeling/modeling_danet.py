@@ -209,8 +209,9 @@ class DanetModel(DanetPreTrainedModel):
         if self.embed_token_types is not None:
             if token_type_ids is None:
                 token_type_ids = torch.zeros_like(positions)
-            batch, length, _ = hidden_states.shape
-            check_token_types(token_type_ids, batch, length, self.config.type_vocab_size)
+            else:
+                batch, length, _ = hidden_states.shape
+                check_token_types(token_type_ids, batch, length, self.config.type_vocab_size)
             hidden_states = hidden_states + self.embed_token_types(token_type_ids)
         if self.embedding_norm is not None:
             hidden_states = self.embedding_norm(hidden_states)

@@ -378,7 +378,7 @@ class RecurrentGenerationMixin:
             logger.warning_once("`prefill_chunk_size` splits token ids; `inputs_embeds` are read in one call")
             generation_config.prefill_chunk_size = None  # this configuration is generate()'s own copy
         wanted = generation_config.cache_implementation in (None, "dynamic")
-        if wanted and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        if wanted and generation_config.use_cache and given is None:
             cache = RecurrentCache(config=self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()

@@ -13,8 +13,6 @@ From Hopper on, a program asks for its weights while the kernel before is still 
 therefore must not be one that writes them. Nothing else is read, and nothing is written, before that kernel has ended.
 """
 
-import functools
-
 import torch
 
 try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
@@ -24,7 +22,7 @@ try:  # inside `try`, since loading a checkpoint's own code demands every other 
 except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
-from .backend import on_its_device
+from .backend import early_options, on_its_device
 
 LOOP_TILE = {"BN": 16, "BK": 128, "STAGES": 4, "num_warps": 4}
 FLOAT32_TILE = {"BN": 16, "BK": 32, "STAGES": 2, "num_warps": 4}
@@ -130,18 +128,6 @@ def _loop_kernel(
             x = x.to(dtype)
         total = tl.dot(x, weight, total, input_precision="ieee")
     _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RELU, RESIDUAL)
-
-
-@functools.cache
-def launches_early(device: torch.device) -> bool:
-    """Whether kernels on this device may start before the one in front of them has ended."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def early_options(device: torch.device) -> dict:
-    """Flag and launch option of a kernel that may start early."""
-    early = launches_early(device)
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 def counters_of(linear, device: torch.device) -> torch.Tensor:
