@@ -79,15 +79,16 @@ class Trainer:
     def decode(self) -> tuple[float, int]:
         """Tokens per second of greedy decoding that ends at `length` tokens, and the bytes of the state there."""
         from hf_linear_attn import RecurrentCache
+        from hf_linear_attn.modeling.compat import cache_keyword
 
         self.model.eval()
         cache = RecurrentCache(config=self.model.config)
         context = max(1, self.setting.recipe.length - DECODED)
-        ids = self.model(self.ids[:1, :context], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        ids = self.model(self.ids[:1, :context], use_cache=True, **cache_keyword(cache)).logits[:, -1:].argmax(-1)
         self._wait()
         started = time.perf_counter()
         for _ in range(min(DECODED, self.setting.recipe.length - context)):
-            ids = self.model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            ids = self.model(ids, use_cache=True, **cache_keyword(cache)).logits[:, -1:].argmax(-1)
         self._wait()
         return DECODED / (time.perf_counter() - started), cache.state_size()
 

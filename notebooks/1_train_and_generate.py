@@ -125,8 +125,9 @@ print(tokenizer.decode(output.sequences[0]))
 # %% [markdown]
 # ## The size of the state
 #
-# What the model keeps of the past is in `past_key_values`. LEAP's holds a few sums and windows for each layer, whether 10 or
-# 1,000 tokens have been read. GPT-2 keeps a key and a value of every token in every layer.
+# What the model keeps of the past is in `cache`, which older releases of Transformers call `past_key_values`. LEAP's holds a few
+# sums and windows for each layer, whether 10 or 1,000 tokens have been read. GPT-2 keeps a key and a value of every token in
+# every layer.
 
 # %%
 gpt2 = AutoModelForCausalLM.from_config(
@@ -137,9 +138,9 @@ lengths, sizes = [10, 100, 250, 500, 1000], {"LEAP": [], "GPT-2": []}
 with torch.no_grad():
     for length in lengths:
         state = RecurrentCache(config=model.config)
-        model(reading[:, :length], past_key_values=state, use_cache=True)
+        model(reading[:, :length], cache=state, use_cache=True)
         sizes["LEAP"].append(state.state_size() / 1024)
-        cache = gpt2(reading[:, :length], use_cache=True).past_key_values
+        _, cache = gpt2(reading[:, :length], use_cache=True, return_dict=False)
         sizes["GPT-2"].append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 1024)
 figure, axis = plt.subplots(figsize=(6, 3))
 for name, kilobytes in sizes.items():
@@ -162,10 +163,10 @@ with tempfile.TemporaryDirectory() as place:
     first, second = reading[:, :600], reading[:, 600:700]
     state = RecurrentCache(config=model.config)
     with torch.no_grad():
-        model(first, past_key_values=state, use_cache=True)
+        model(first, cache=state, use_cache=True)
         state.save(path)
         print(f"saved after {first.shape[1]} tokens: {os.path.getsize(path) / 1024:.1f} KiB on disk")
-        resumed = model(second, past_key_values=RecurrentCache.load(path, model.config), use_cache=True).logits
+        resumed = model(second, cache=RecurrentCache.load(path, model.config), use_cache=True).logits
         whole = model(reading[:, :700]).logits[:, 600:]
 print(f"largest difference from reading all 700 tokens at once: {(resumed - whole).abs().max():.1e}")
 assert (resumed - whole).abs().max() < 1e-3

@@ -34,6 +34,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, set_seed
 
 from hf_linear_attn import DanetConfig, FastformerConfig, LeapConfig, RecurrentCache
+from hf_linear_attn.modeling.compat import cache_keyword
 
 transformers.logging.set_verbosity_error()
 set_seed(0)
@@ -129,13 +130,13 @@ for context in contexts:
                 if name == "GPT-2"
                 else RecurrentCache(config=model.config)
             )
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(ids, use_cache=True, logits_to_keep=1, **cache_keyword(cache))
             caches[name] = cache
             held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) if name == "GPT-2" else cache.state_size()
             kept[name].append(held / 1024)
     token = torch.tensor([[7]])
     rounds = [
-        {name: seconds(model, token, past_key_values=caches[name], use_cache=True) for name, model in models.items()}
+        {name: seconds(model, token, use_cache=True, **cache_keyword(caches[name])) for name, model in models.items()}
         for _ in range(steps)
     ]
     for name in models:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from common.batches import tokens
+from common.caches import CACHE_NAME
 from common.families import CAUSAL, ROWS, VOCAB, Row
 from transformers import DynamicCache, GPT2Config, StaticCache
 
@@ -46,12 +47,12 @@ def body(**arguments):
 
 def after(cache, **arguments):
     """A call of the language model that goes on from a cache made by `cache(row)`."""
-    return lambda row: row.causal_lm()(tokens(2, 1), past_key_values=cache(row), **arguments)
+    return lambda row: row.causal_lm()(tokens(2, 1), cache=cache(row), **arguments)
 
 
 def seen(row: Row, batch: int = 2, **changes):
     """The cache of this row's model, or a changed one, after five tokens."""
-    return row.causal_lm(**changes)(tokens(batch, 5), use_cache=True).past_key_values
+    return row.causal_lm(**changes)(tokens(batch, 5), use_cache=True).cache
 
 
 def layer(hidden_states, **arguments):
@@ -237,9 +238,7 @@ MASKS_AND_POSITIONS = [
     Case("document-too-long", body(input_ids=tokens(1, 257)), ("position 256", "0 to 255", "shorten"), names=BOUNDED),
     Case(
         "conversation-too-long",
-        lambda row: row.causal_lm(max_position_embeddings=5)(
-            tokens(2, 1), past_key_values=seen(row, max_position_embeddings=5)
-        ),
+        lambda row: row.causal_lm(max_position_embeddings=5)(tokens(2, 1), cache=seen(row, max_position_embeddings=5)),
         ("position 5", "0 to 4"),
         names=BOUNDED,
     ),
@@ -343,23 +342,23 @@ CACHES = [
     Case(
         "cache-without-configuration",
         after(lambda row: DynamicCache()),
-        ("past_key_values", "0 layers", "config=model.config"),
+        (CACHE_NAME, "0 layers", "config=model.config"),
     ),
     Case(
         "cache-of-gpt2",
         after(lambda row: DynamicCache(config=GPT2Config(n_layer=3))),
-        ("past_key_values", "DynamicLayer", "3 recurrent"),
+        (CACHE_NAME, "DynamicLayer", "3 recurrent"),
     ),
     Case(
         "cache-static-of-gpt2",
         after(lambda row: StaticCache(config=GPT2Config(n_layer=3), max_cache_len=9)),
-        ("past_key_values", "StaticLayer"),
+        (CACHE_NAME, "StaticLayer"),
     ),
-    Case("cache-a-tuple", after(lambda row: ((torch.zeros(1),) * 2,) * 3), ("past_key_values", "tuple")),
+    Case("cache-a-tuple", after(lambda row: ((torch.zeros(1),) * 2,) * 3), (CACHE_NAME, "tuple")),
     Case(
         "cache-with-other-layers",
         after(lambda row: RecurrentCache(config=row.config(**row.layers(2)))),
-        ("past_key_values", "2 layers", "3 recurrent"),
+        (CACHE_NAME, "2 layers", "3 recurrent"),
     ),
     Case("cache-of-another-width", after(lambda row: seen(row, hidden_size=32)), ("another model",)),
     Case("cache-of-other-heads", after(lambda row: seen(row, num_attention_heads=4)), ("another model",)),
@@ -381,9 +380,7 @@ CACHES = [
         after(lambda row: seen(row, batch=3)),
         ("3 rows", "batch has 2", "batch_select_indices"),
     ),
-    Case(
-        "cache-for-an-encoder", body(past_key_values=DynamicCache()), ("past_key_values", "encoder"), names=(ENCODER,)
-    ),
+    Case("cache-for-an-encoder", body(cache=DynamicCache()), (CACHE_NAME, "encoder"), names=(ENCODER,)),
     Case("use-cache-of-an-encoder", body(use_cache=True), ("use_cache", "encoder"), names=(ENCODER,)),
     Case("attentions-with-a-state", after(seen, output_attentions=True), ("output_attentions", "use_cache=False")),
 ]

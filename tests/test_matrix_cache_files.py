@@ -27,7 +27,7 @@ def resumed(tmp_path_factory):
         here = folder / row.name
         model.save_pretrained(here)
         begun = generate(model, tokens(2, PROMPT), new=BEFORE)
-        begun.past_key_values.save(here / "cache.safetensors")
+        begun.cache.save(here / "cache.safetensors")
         torch.save(begun.sequences, here / "begun.pt")
     source = str(Path(__file__).parents[1] / "src")
     subprocess.run(
@@ -49,12 +49,12 @@ def test_resumes_in_another_process(row, resumed):
 def test_saved_state_is_the_same_to_the_bit(row, tmp_path):
     model = row.causal_lm()
     with torch.no_grad():
-        cache = model(tokens(2, 9), use_cache=True).past_key_values
+        cache = model(tokens(2, 9), use_cache=True).cache
         cache.save(tmp_path / "c.safetensors")
         loaded = RecurrentCache.load(tmp_path / "c.safetensors", model.config)
         assert loaded.get_seq_length() == cache.get_seq_length() == 9
         step = tokens(2, 3, seed=1)
-        first, second = (model(step, past_key_values=c).logits for c in (cache, loaded))
+        first, second = (model(step, cache=c).logits for c in (cache, loaded))
     assert torch.equal(first, second)
 
 
@@ -67,10 +67,10 @@ def test_refuses_files_and_models_that_do_not_fit(row, tmp_path):
     with pytest.raises(ValueError, match=r"other\.safetensors is not a saved cache"):
         RecurrentCache.load(tmp_path / "other.safetensors", model.config)
     with torch.no_grad():
-        model(tokens(2, 4), use_cache=True).past_key_values.save(tmp_path / "c.safetensors")
+        model(tokens(2, 4), use_cache=True).cache.save(tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match=r"3 layers.*describes 2"):
         RecurrentCache.load(tmp_path / "c.safetensors", row.config(**row.layers(2)))
     wider = row.causal_lm(hidden_size=32)
     cache = RecurrentCache.load(tmp_path / "c.safetensors", wider.config)
     with pytest.raises(ValueError, match="another model"):
-        wider(tokens(2, 1), past_key_values=cache)
+        wider(tokens(2, 1), cache=cache)

@@ -94,11 +94,11 @@ def test_decoding_with_a_static_cache_is_one_graph(row, padded):
     static, plain = StaticCache(config=model.config, max_cache_len=64), RecurrentCache(config=model.config)
     with torch.no_grad():
         for cache in (static, plain):
-            model(ids, attention_mask=mask, past_key_values=cache)
+            model(ids, attention_mask=mask, cache=cache)
         for step in range(6):
             token = tokens(2, 1, seed=step)
-            found = compiled(token, past_key_values=static, use_cache=True).logits
-            wanted = model(token, past_key_values=plain, use_cache=True).logits
+            found = compiled(token, cache=static, use_cache=True).logits
+            wanted = model(token, cache=plain, use_cache=True).logits
             torch.testing.assert_close(found, wanted, **CLOSE)
     assert counter.frame_count == 1
 
@@ -109,9 +109,9 @@ def test_decoding_with_a_dynamic_cache_is_two_graphs(row):
     model = row.causal_lm(**row.layers(1))
     compiled, counter = traced(model.forward)
     with torch.no_grad():
-        cache = model(tokens(2, 9), use_cache=True).past_key_values
+        cache = model(tokens(2, 9), use_cache=True).cache
         for step in range(6):
-            compiled(tokens(2, 1, seed=step), past_key_values=cache, use_cache=True)
+            compiled(tokens(2, 1, seed=step), cache=cache, use_cache=True)
     assert counter.frame_count <= 2
 
 

@@ -22,8 +22,8 @@ def test_calls_with_a_state_are_one_call(row, calls):
     cache, found = None, []
     with torch.no_grad():
         for part in ids.split(calls, 1):
-            output = model(part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(part, cache=cache, use_cache=True)
+            cache = output.cache
             found.append(output.logits)
         torch.testing.assert_close(torch.cat(found, 1), model(ids, use_cache=False).logits, **TOLERANCE)
 
@@ -34,10 +34,10 @@ def test_control_a_stale_state_is_seen(row):
     model = row.causal_lm(torch.float64)
     ids = tokens(2, 30)
     with torch.no_grad():
-        cache = model(ids[:, :10], use_cache=True).past_key_values
+        cache = model(ids[:, :10], use_cache=True).cache
         stale = cache.fork()
-        model(ids[:, 10:20], past_key_values=cache)
-        fresh, wrong = (model(ids[:, 20:], past_key_values=c).logits for c in (cache, stale))
+        model(ids[:, 10:20], cache=cache)
+        fresh, wrong = (model(ids[:, 20:], cache=c).logits for c in (cache, stale))
     assert (fresh - wrong).abs().max() > 1e-3
 
 
@@ -49,7 +49,7 @@ def test_states_are_at_least_float32(row, dtype):
         output = model(tokens(2, 9), use_cache=True)
     assert output.logits.dtype == dtype
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    states = [state for layer in output.past_key_values.layers for state in layer.get_state()]
+    states = [state for layer in output.cache.layers for state in layer.get_state()]
     found = {state.dtype for state in states if state.is_floating_point()}
     assert wanted in found
     assert found <= ({wanted, dtype} if row.keeps_inputs else {wanted})
@@ -106,9 +106,9 @@ def test_shapes_alone(row):
 @causal_rows
 def test_no_cache_unless_wanted(row):
     model = row.causal_lm()
-    assert model(tokens(1, 4)).past_key_values is not None  # config.use_cache
-    assert model(tokens(1, 4), use_cache=False).past_key_values is None
-    assert row.causal_lm(use_cache=False)(tokens(1, 4)).past_key_values is None
+    assert model(tokens(1, 4)).cache is not None  # config.use_cache
+    assert model(tokens(1, 4), use_cache=False).cache is None
+    assert row.causal_lm(use_cache=False)(tokens(1, 4)).cache is None
 
 
 @rows_with_heads

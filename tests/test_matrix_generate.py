@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from common.batches import left_padded, tokens
+from common.caches import CACHE_NAME
 from common.families import CAUSAL, FIRST, causal_rows, first_rows
 from common.generation import (
     NEW,
@@ -93,9 +94,9 @@ def test_a_cache_of_the_users_own(row, kind):
     model = row.causal_lm(torch.float64)
     cache = kind(config=model.config, **({"max_cache_len": 64} if kind is StaticCache else {}))
     ids = tokens(3, PROMPT)
-    output = generate(model, ids, past_key_values=cache)
+    output = generate(model, ids, cache=cache)
     assert_same_text(output, generate(model, ids))
-    assert output.past_key_values is cache
+    assert output.cache is cache
 
 
 @first_rows
@@ -110,11 +111,11 @@ def test_going_on_from_a_cache(row):
     ids = tokens(3, PROMPT)
     whole = generate(model, ids)
     begun = generate(model, ids, new=5)
-    assert isinstance(begun.past_key_values, RecurrentCache)
-    assert begun.past_key_values.get_seq_length() == PROMPT + 5 - 1
-    fork, copied = begun.past_key_values.fork(), copy.deepcopy(begun.past_key_values)
-    for cache in (begun.past_key_values, fork, copied):
-        ended = generate(model, begun.sequences, new=NEW - 5, past_key_values=cache)
+    assert isinstance(begun.cache, RecurrentCache)
+    assert begun.cache.get_seq_length() == PROMPT + 5 - 1
+    fork, copied = begun.cache.fork(), copy.deepcopy(begun.cache)
+    for cache in (begun.cache, fork, copied):
+        ended = generate(model, begun.sequences, new=NEW - 5, cache=cache)
         assert torch.equal(ended.sequences, whole.sequences)
 
 
@@ -122,10 +123,10 @@ def test_going_on_from_a_cache(row):
 def test_forks_are_independent(row):
     model = row.causal_lm(torch.float64)
     with torch.no_grad():
-        cache = model(tokens(2, 9), use_cache=True).past_key_values
+        cache = model(tokens(2, 9), use_cache=True).cache
         fork = cache.fork()
-        model(tokens(2, 5, seed=1), past_key_values=fork)
-        logits = model(tokens(2, 1, seed=2), past_key_values=cache).logits
+        model(tokens(2, 5, seed=1), cache=fork)
+        logits = model(tokens(2, 1, seed=2), cache=cache).logits
         expected = model(torch.cat([tokens(2, 9), tokens(2, 1, seed=2)], 1), use_cache=False).logits[:, -1:]
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
 
@@ -138,7 +139,7 @@ def test_a_cache_from_inference_mode_serves_outside_of_it(row, kind, change):
     ids = tokens(2, 9)
     with torch.inference_mode():
         cache = kind(config=model.config, **({} if kind is RecurrentCache else {"max_cache_len": 32}))
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         if change == "rows":
             cache.reorder_cache(torch.tensor([1, 0]))
             ids = ids.flip(0)
@@ -146,10 +147,10 @@ def test_a_cache_from_inference_mode_serves_outside_of_it(row, kind, change):
     if change == "reset":
         cache.reset()
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, cache=cache)
     step = tokens(2, 1, seed=2)
     with torch.no_grad():
-        logits = model(step, past_key_values=cache).logits
+        logits = model(step, cache=cache).logits
         expected = model(torch.cat([ids, step], 1), use_cache=False).logits[:, -1:]
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
 
@@ -160,7 +161,7 @@ def test_a_copy_of_a_recording_cache_has_no_copy_of_the_model(row):
     cache = RecurrentCache(config=model.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(tokens(1, 5), past_key_values=cache)
+        model(tokens(1, 5), cache=cache)
         copied = cache.fork()
         for ours, theirs in zip(cache.layers, copied.layers):
             assert [advance for advance, _ in getattr(ours, "_replay", [])] == [
@@ -169,7 +170,7 @@ def test_a_copy_of_a_recording_cache_has_no_copy_of_the_model(row):
         for one in (cache, copied):
             one.crop(-2)
         step = tokens(1, 1, seed=2)
-        assert torch.equal(*(model(step, past_key_values=one).logits for one in (cache, copied)))
+        assert torch.equal(*(model(step, cache=one).logits for one in (cache, copied)))
 
 
 @causal_rows
@@ -195,10 +196,10 @@ def test_reset(row):
     model = row.causal_lm(torch.float64)
     for cache in (RecurrentCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
         with torch.no_grad():
-            model(tokens(2, 9, seed=1), past_key_values=cache)
+            model(tokens(2, 9, seed=1), cache=cache)
             cache.reset()
             assert cache.get_seq_length() == 0
-            logits = model(tokens(2, 7), past_key_values=cache).logits
+            logits = model(tokens(2, 7), cache=cache).logits
             torch.testing.assert_close(logits, model(tokens(2, 7), use_cache=False).logits, atol=1e-9, rtol=0)
 
 
@@ -213,7 +214,7 @@ def test_state_does_not_grow(row):
     sizes = []
     with torch.no_grad():
         for length in (10, 10_000):
-            sizes.append(model.model(tokens(1, length), use_cache=True).past_key_values.state_size())
+            sizes.append(model.model(tokens(1, length), use_cache=True).cache.state_size())
     assert sizes[0] == sizes[1] > 0
 
 
@@ -225,5 +226,5 @@ def test_only_static_caches_are_compiled_unasked(row):
     options.compile_config._compile_all_devices = True  # the CPU, too, so that the choice shows here
     static = StaticCache(config=model.config, max_cache_len=16)
     if static.is_compileable:
-        assert model._valid_auto_compile_criteria({"past_key_values": static}, options)
-    assert not model._valid_auto_compile_criteria({"past_key_values": RecurrentCache(config=model.config)}, options)
+        assert model._valid_auto_compile_criteria({CACHE_NAME: static}, options)
+    assert not model._valid_auto_compile_criteria({CACHE_NAME: RecurrentCache(config=model.config)}, options)

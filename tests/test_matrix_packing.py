@@ -87,12 +87,12 @@ def test_state_after_a_packed_row_is_that_of_its_last_document(row):
     ids = torch.cat(documents())[None]
     step = tokens(1, 3, seed=9)
     with torch.no_grad():
-        cache = model(ids, use_cache=True, **packed_by("position_ids")).past_key_values
+        cache = model(ids, use_cache=True, **packed_by("position_ids")).cache
         forked = cache.fork()
         expected = model(torch.cat([documents()[-1][None], step], 1), use_cache=False).logits[:, -3:]
         position_ids = torch.arange(3)[None] + DOCUMENTS[-1]
-        told = model(step, past_key_values=cache, position_ids=position_ids).logits
-        counted = model(step, past_key_values=forked).logits
+        told = model(step, cache=cache, position_ids=position_ids).logits
+        counted = model(step, cache=forked).logits
     torch.testing.assert_close(told, expected, **TOLERANCE)
     torch.testing.assert_close(counted, expected, **TOLERANCE)
 
@@ -105,8 +105,8 @@ def test_a_document_that_ends_in_a_later_call(row):
     position_ids = torch.cat([torch.arange(9), torch.arange(14), torch.arange(7)])[None]
     with torch.no_grad():
         expected = model(ids, position_ids=position_ids, use_cache=False).logits
-        cache = model(ids[:, :15], position_ids=position_ids[:, :15], use_cache=True).past_key_values
-        logits = model(ids[:, 15:], position_ids=position_ids[:, 15:], past_key_values=cache).logits
+        cache = model(ids[:, :15], position_ids=position_ids[:, :15], use_cache=True).cache
+        logits = model(ids[:, 15:], position_ids=position_ids[:, 15:], cache=cache).logits
     torch.testing.assert_close(logits, expected[:, 15:], **TOLERANCE)
 
 

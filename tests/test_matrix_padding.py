@@ -100,8 +100,8 @@ def test_padding_that_comes_in_a_later_call(row):
             cache, found = None, []
             for start, end in [(0, 5), (5, 7), (7, 8), (8, 12)]:
                 part = mask[:, :end] if whole else mask[:, start:end]
-                output = model(ids[:, start:end], attention_mask=part, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                output = model(ids[:, start:end], attention_mask=part, cache=cache, use_cache=True)
+                cache = output.cache
                 found.append(output.logits)
             torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], expected[mask.bool()], **TOLERANCE)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from common.batches import left_padded, tokens
+from common.caches import CACHE_NAME
 from common.families import CAUSAL, causal_rows, first_rows
 from common.generation import PROMPT, assert_same_text, generate, texts
 from packaging.version import Version
@@ -35,7 +36,7 @@ def run(model, cache, ids, lengths, mask=None):
     for part in ids.split(lengths, dim=1):
         seen = cache.get_seq_length()
         part_mask = None if mask is None else mask[:, seen : seen + part.shape[1]]
-        model(part, attention_mask=part_mask, past_key_values=cache)
+        model(part, attention_mask=part_mask, cache=cache)
 
 
 def check_rollback(model, lengths, undone, prompt: int, padded: bool, kind=RecurrentCache) -> None:
@@ -59,7 +60,7 @@ def check_rollback(model, lengths, undone, prompt: int, padded: bool, kind=Recur
             run(model, fresh, ids[:, :kept], kept, mask)
         assert int(cache.get_seq_length()) == kept
         step = tokens(3, 4, seed=1)
-        logits, expected = (model(step, past_key_values=c).logits for c in (cache, fresh))
+        logits, expected = (model(step, cache=c).logits for c in (cache, fresh))
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
     for found, wanted in zip(states(cache), states(fresh)):
         torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
@@ -90,7 +91,7 @@ def test_crop_again_and_again(row):
             run(model, cache, ids[:, kept : kept + length], length)
             cache.crop(torch.tensor(-undone))  # transformers 5.17 passes a tensor
             kept += length - undone
-        logits = model(ids[:, kept : kept + 2], past_key_values=cache).logits
+        logits = model(ids[:, kept : kept + 2], cache=cache).logits
         expected = model(ids[:, : kept + 2], use_cache=False).logits[:, -2:]
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
 
@@ -99,11 +100,11 @@ def test_crop_again_and_again(row):
 def test_crop_refuses_what_it_cannot_undo(row):
     model = row.causal_lm()
     with torch.no_grad():
-        cache = model(tokens(1, 5), use_cache=True).past_key_values
+        cache = model(tokens(1, 5), use_cache=True).cache
         with pytest.raises(RuntimeError, match="activate_past_recording"):
             cache.crop(-1)
         cache.activate_past_recording()
-        model(tokens(1, 3), past_key_values=cache)
+        model(tokens(1, 3), cache=cache)
         with pytest.raises(RuntimeError, match="cannot undo 4 tokens: 3 are recorded"):
             cache.crop(-4)
         with pytest.raises(ValueError, match="minus the number of tokens"):
@@ -161,11 +162,9 @@ def test_assistants_do_not_go_on_from_a_cache(row):
     ids = tokens(1, PROMPT)
     cache = RecurrentCache(config=model.config)
     greedy = generate(model, ids)
-    assert torch.equal(
-        generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=3).sequences, greedy.sequences
-    )
-    with pytest.raises(ValueError, match=r"`past_key_values` holds .* read it twice"):
-        generate(model, greedy.sequences, past_key_values=cache, prompt_lookup_num_tokens=3)
+    assert torch.equal(generate(model, ids, cache=cache, prompt_lookup_num_tokens=3).sequences, greedy.sequences)
+    with pytest.raises(ValueError, match=f"`{CACHE_NAME}` holds .* read it twice"):
+        generate(model, greedy.sequences, cache=cache, prompt_lookup_num_tokens=3)
 
 
 @causal_rows

@@ -202,7 +202,7 @@ def test_gradients_through_a_state(row):
     whole = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     first = model(ids[:, :11], use_cache=True)
-    second = model(ids[:, 11:], past_key_values=first.past_key_values)
+    second = model(ids[:, 11:], cache=first.cache)
     (first.logits.square().sum() + second.logits.square().sum()).backward()
     for name, parameter in model.named_parameters():
         scale = whole[name].abs().max().item()

@@ -58,7 +58,7 @@ def logits_of(model, input_ids: torch.Tensor, **more) -> torch.Tensor:
 
 def cache_argument(model) -> str:
     """What this model calls the state of its past."""
-    return "cache_params" if takes(model, "cache_params") else "past_key_values"
+    return next(name for name in ("cache", "cache_params", "past_key_values") if takes(model, name))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 from hf_linear_attn import DanetConfig, DanetForCausalLM, LeapConfig, LeapForCausalLM, RecurrentCache
 from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.compat import cache_keyword
 from hf_linear_attn.modeling.decoding_graph import DecodingGraph
 
 from ..registry import Case, Work, device, milliseconds, relative_error
@@ -85,7 +86,7 @@ def tokens(context: int, rows: int | None = None) -> torch.Tensor:
 def read(model, ids, cache) -> None:
     """Run a context into a cache, in chunks."""
     for start in range(0, ids.shape[1], CHUNK):
-        model(input_ids=ids[:, start : start + CHUNK], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, start : start + CHUNK], use_cache=True, logits_to_keep=1, **cache_keyword(cache))
 
 
 def filled_states(model, context: int) -> RecurrentCache:
@@ -125,7 +126,7 @@ def compiled_step(make, context: int) -> Work:
     @torch.no_grad()
     def step():
         torch.compiler.cudagraph_mark_step_begin()
-        run(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
+        run(input_ids=ids, use_cache=True, **cache_keyword(cache), **positions)
 
     return Work(step, BATCH, facts)
 
@@ -139,7 +140,7 @@ def graph_step(make, context: int) -> Work:
 
     @torch.no_grad()
     def step():
-        run(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=positions)
+        run(input_ids=ids, cache=cache, use_cache=True, position_ids=positions)
 
     return Work(step, BATCH, {"state_mib": round(cache.state_size() / 2**20, 2)})
 
@@ -147,22 +148,23 @@ def graph_step(make, context: int) -> Work:
 def eager_step(make, context: int) -> Work:
     """One step as it stands."""
     model = build(make, context)
-    ids = tokens(context)
+    ids, names = tokens(context), cache_keyword
     if isinstance(model, GPT2LMHeadModel):
         cache = DynamicCache(config=model.config)
     elif type(model).__module__.startswith("fla."):
-        cache = None
+        cache, names = None, lambda cache: {"past_key_values": cache}  # its own outputs, whatever the release
     else:
         cache = RecurrentCache(config=model.config)
     with torch.no_grad():
         for start in range(0, context, CHUNK):
             part = ids[:, start : start + CHUNK]
-            cache = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            output = model(input_ids=part, use_cache=True, logits_to_keep=1, **names(cache))
+            cache = getattr(output, next(iter(names(cache))))
     new = tokens(1)
 
     @torch.no_grad()
     def step():
-        model(input_ids=new, past_key_values=cache, use_cache=True)
+        model(input_ids=new, use_cache=True, **names(cache))
 
     for _ in range(20):  # a cache that grows has its memory from the allocator then
         step()
@@ -204,7 +206,7 @@ def going_on(make, context: int) -> Work:
         if call.tensors is None:
             call.tensors = [{k: v.clone() for k, v in x.saved_tensors().items()} for x in cache.layers]
         options = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
-        model.generate(ids, max_new_tokens=number, past_key_values=cache, **options)
+        model.generate(ids, max_new_tokens=number, cache=cache, **options)
 
     call.cache = call.tensors = None
     return timed(call)
@@ -226,8 +228,8 @@ def check(make) -> tuple[float, float]:
         typed, cache = model.to(dtype), None
         with use_backend(backend):
             for part in ids.split(parts, dim=1):
-                out = typed(input_ids=part, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = typed(input_ids=part, cache=cache, use_cache=True)
+                cache = out.cache
         return out.logits[:, -1]
 
     exact = run(torch.float32, "torch", 300)

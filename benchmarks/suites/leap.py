@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_linear_attn import LeapConfig, LeapForCausalLM, RecurrentCache
+from hf_linear_attn.modeling.compat import cache_keyword
 
 from ..gpt2 import gpt2 as build_gpt2
 from ..measure import Contender, Job
@@ -116,7 +117,7 @@ class Decoding(Contender):
         with torch.no_grad():
             for start in range(0, context, 1000):  # in parts, so that prefilling does not set the peak memory
                 part = self.ids[:, start : min(start + 1000, context)]
-                self.model(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.model(input_ids=part, use_cache=True, logits_to_keep=1, **cache_keyword(self.cache))
 
     def run(self) -> None:
         """Read the logits of each new token, from the end of the context."""
@@ -128,7 +129,7 @@ class Decoding(Contender):
                 cache.crop(-grown)  # in place, and free
         with torch.no_grad():
             for i in range(self.context, self.context + NEW_TOKENS):
-                self.model(input_ids=self.ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+                self.model(input_ids=self.ids[:, i : i + 1], use_cache=True, **cache_keyword(cache))
 
 
 class Recomputing(Contender):

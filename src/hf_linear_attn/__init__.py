@@ -7,6 +7,7 @@
 Notation in all docstrings: B batch, T time (tokens), H heads, D or E head size, C chunk, W window, M compressed width.
 """
 
+from . import quiet_imports  # noqa: F401  # isort: skip  (before anything of Transformers)
 from .modeling.configuration_danet import DanetConfig
 from .modeling.configuration_fastformer import FastformerConfig
 from .modeling.configuration_leap import LeapConfig

@@ -91,11 +91,25 @@ def register_all() -> None:
                 "hide: update hf-linear-attn"
             )
         transformers.AutoConfig.register(family, config_class, exist_ok=True)
+        _publish(config_class)
         for auto_name, model_class in heads.items():
             getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
             # Trainer (label smoothing), pipelines and `transformers serve` look classes up by name in these tables.
             getattr(modeling_auto, AUTO_CLASSES[auto_name]).setdefault(family, model_class.__name__)
+            _publish(model_class)
     _register_lora_targets()
+
+
+def _publish(our_class: type) -> None:
+    """Make a class an attribute of the `transformers` module, where its server looks `architectures[0]` up."""
+    name = our_class.__name__
+    ours = getattr(vars(transformers).get(name), "__module__", None) == our_class.__module__  # of an earlier import
+    if name in dir(transformers) and not ours:
+        raise ImportError(
+            f"transformers {transformers.__version__} has a class {name} of its own, which this package would "
+            "hide: update hf-linear-attn"
+        )
+    setattr(transformers, name, our_class)
 
 
 def _register_lora_targets() -> None:

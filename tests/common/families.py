@@ -291,6 +291,20 @@ ROWS = [
     ),
 ]
 CAUSAL = [row for row in ROWS if row.causal]
+# Recurrent layers beside layers of softmax attention, whose keys and values lie in Transformers' own cache layers.
+HYBRIDS = [
+    Row(
+        f"danet-{pattern}",
+        "danet",
+        {"layer_pattern": pattern, "softmax_attention_heads": 2},
+        bounded=False,
+        traced=False,
+        explains=False,
+        keeps_inputs=True,
+        immune=DANET_IMMUNE,
+    )
+    for pattern in ("softmax_g_sw", "swa@softmax_g_sw", "sw_l@softmax_g")
+]
 
 
 def _over(rows):

@@ -54,9 +54,9 @@ def check_batch_operations(model) -> None:
     step = tokens(3, 1, seed=1)
     chosen = torch.tensor([2, 0])
     with torch.no_grad():
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = model(ids, attention_mask=mask, use_cache=True).cache
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(2 * chosen)
-        logits = model(step[chosen], past_key_values=cache).logits
+        logits = model(step[chosen], cache=cache).logits
         expected = [model(torch.cat([texts()[i], step[i]])[None], use_cache=False).logits[:, -1:] for i in chosen]
     torch.testing.assert_close(logits, torch.cat(expected), atol=1e-9, rtol=0)

@@ -66,13 +66,13 @@ def check_state(model, layout, lengths: tuple[int, ...], garbage: int = 0) -> No
     rows, _, ids, mask = padded_batch(layout, lengths, garbage)
     step = tokens(len(rows), 2, seed=3)
     with torch.no_grad():
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = model(ids, attention_mask=mask, use_cache=True).cache
         together = [
             [state.clone() for state in (*layer.get_state(), layer.get_token_counts())] for layer in cache.layers
         ]
-        logits = [model(step[:, i : i + 1], past_key_values=cache).logits for i in range(2)]
+        logits = [model(step[:, i : i + 1], cache=cache).logits for i in range(2)]
         for i, row in enumerate(rows):
-            alone = model(row[None], use_cache=True).past_key_values
+            alone = model(row[None], use_cache=True).cache
             for states, layer in zip(together, alone.layers):
                 for found, wanted in zip(states, (*layer.get_state(), layer.get_token_counts())):
                     torch.testing.assert_close(found[i : i + 1], wanted, **TOLERANCE)

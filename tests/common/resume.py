@@ -14,7 +14,7 @@ def resume(folder: Path, new: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     cache = RecurrentCache.load(folder / "cache.safetensors", model.config)
     begun = torch.load(folder / "begun.pt")
-    torch.save(model.generate(begun, past_key_values=cache, max_new_tokens=new), folder / "ended.pt")
+    torch.save(model.generate(begun, cache=cache, max_new_tokens=new), folder / "ended.pt")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_any_pieces_equal_the_whole(name, cuts):
     whole = model(ids, use_cache=False).logits
     cache, outs = RecurrentCache(config=model.config), []
     for part in ids.split(cuts, dim=1):
-        outs.append(model(part, past_key_values=cache).logits)
+        outs.append(model(part, cache=cache).logits)
     torch.testing.assert_close(torch.cat(outs, dim=1), whole, **TOL)
 
 
@@ -35,10 +35,10 @@ def test_the_state_after_a_padded_prompt_is_that_of_the_unpadded(name, side):
     rows, more = [tokens(n, seed=n) for n in (11, 6, 3)], tokens(3, 4, seed=8)
     ids, mask = pad(rows, side, 13)
     cache = RecurrentCache(config=model.config)
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, cache=cache)
     for step in range(4):
         mask = torch.cat((mask, torch.ones(3, 1, dtype=torch.long)), dim=1)
-        out = model(more[:, step : step + 1], attention_mask=mask, past_key_values=cache).logits[:, 0]
+        out = model(more[:, step : step + 1], attention_mask=mask, cache=cache).logits[:, 0]
     for i, row in enumerate(rows):
         alone = model(torch.cat((row, more[i]))[None], use_cache=False).logits[0, -1]
         torch.testing.assert_close(out[i], alone, **TOL)
@@ -51,9 +51,9 @@ def test_after_packed_documents_the_last_one_goes_on(name):
     rows = [tokens(n, seed=n) for n in lengths]
     cache = RecurrentCache(config=model.config)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    model(torch.cat(rows)[None], position_ids=positions, past_key_values=cache)
+    model(torch.cat(rows)[None], position_ids=positions, cache=cache)
     more = tokens(1, 3, seed=7)
-    out = model(more, past_key_values=cache).logits
+    out = model(more, cache=cache).logits
     alone = model(torch.cat((rows[-1], more[0]))[None], use_cache=False).logits[:, -3:]
     torch.testing.assert_close(out, alone, **TOL)
 
@@ -64,7 +64,7 @@ def test_the_state_does_not_grow(name):
     sizes = []
     for length in (10, 500):
         cache = RecurrentCache(config=model.config)
-        model(tokens(1, length), past_key_values=cache)
+        model(tokens(1, length), cache=cache)
         sizes.append(cache.state_size())
     assert sizes[0] == sizes[1] > 0
 
@@ -167,8 +167,8 @@ def test_a_conversation_goes_on_from_its_cache(cache_class):
     whole = generate(model, ids, new=12)
     options = {"max_cache_len": 64} if cache_class is StaticCache else {}
     cache = cache_class(config=model.config, **options)
-    first = generate(model, ids, new=5, past_key_values=cache)
-    second = generate(model, first.sequences, new=7, past_key_values=first.past_key_values)
+    first = generate(model, ids, new=5, cache=cache)
+    second = generate(model, first.sequences, new=7, cache=first.cache)
     assert torch.equal(second.sequences, whole.sequences)
 
 
@@ -193,12 +193,12 @@ def test_undone_tokens_leave_no_trace(name, remove):
     tail, other = tokens(2, 6, seed=3), tokens(2, 3, seed=4)
     cache = RecurrentCache(config=model.config)
     cache.activate_past_recording()
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, cache=cache)
     cache.crop(0)
-    model(tail[:, :2], past_key_values=cache)
-    model(tail[:, 2:], past_key_values=cache)
+    model(tail[:, :2], cache=cache)
+    model(tail[:, 2:], cache=cache)
     cache.crop(-remove)
-    out = model(other, past_key_values=cache).logits
+    out = model(other, cache=cache).logits
     for i, row in enumerate(rows):
         text = torch.cat((row, tail[i, : 6 - remove], other[i]))[None]
         torch.testing.assert_close(out[i], model(text, use_cache=False).logits[0, -3:], **TOL)
@@ -209,13 +209,13 @@ def test_a_saved_conversation_resumes_and_forks(tmp_path):
     model = decoder("g_softmax_sw")
     ids, more = tokens(2, 7), tokens(2, 2, seed=5)
     cache = RecurrentCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     cache.save(tmp_path / "state.safetensors")
     fork = cache.fork()
-    expected = model(more, past_key_values=cache).logits
+    expected = model(more, cache=cache).logits
     loaded = RecurrentCache.load(tmp_path / "state.safetensors", model.config)
-    assert torch.equal(model(more, past_key_values=loaded).logits, expected)
-    assert torch.equal(model(more, past_key_values=fork).logits, expected)
+    assert torch.equal(model(more, cache=loaded).logits, expected)
+    assert torch.equal(model(more, cache=fork).logits, expected)
 
 
 def test_embeddings_in_place_of_tokens():
@@ -251,10 +251,10 @@ def test_decoding_compiles_once():
     model = decoder("sw_sw_g swiglu", dtype=torch.float32)
     cache = StaticCache(config=model.config, max_cache_len=32)
     ids = tokens(1, 12)
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], cache=cache)
     counter = torch._dynamo.testing.CompileCounter()
     step = torch.compile(model, fullgraph=True, backend=counter)
-    outs = [step(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 12)]
+    outs = [step(ids[:, t : t + 1], cache=cache).logits for t in range(6, 12)]
     assert counter.frame_count == 1
     torch.testing.assert_close(torch.cat(outs, dim=1), model(ids, use_cache=False).logits[:, 6:], rtol=1e-4, atol=1e-4)
 
@@ -263,11 +263,11 @@ def test_a_cache_of_another_model_or_batch_is_refused():
     model = decoder("sw_sw_g swiglu")
     other = decoder("g", num_hidden_layers=2)
     with pytest.raises(ValueError, match="does not belong"):
-        model(tokens(1, 3), past_key_values=RecurrentCache(config=other.config))
+        model(tokens(1, 3), cache=RecurrentCache(config=other.config))
     cache = RecurrentCache(config=model.config)
-    model(tokens(2, 3), past_key_values=cache)
+    model(tokens(2, 3), cache=cache)
     with pytest.raises(ValueError, match="2 rows"):
-        model(tokens(3, 1), past_key_values=cache)
+        model(tokens(3, 1), cache=cache)
 
 
 def test_the_scale_of_the_whole_text_has_no_state():

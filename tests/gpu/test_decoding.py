@@ -36,9 +36,9 @@ def decode(model, ids, backend, dtype, static):
     model = model.to(dtype)
     cache = StaticCache(config=model.config, max_cache_len=40) if static else RecurrentCache(config=model.config)
     with use_backend("torch"):
-        model(ids[:, :START], past_key_values=cache, use_cache=True)
+        model(ids[:, :START], cache=cache, use_cache=True)
     with use_backend(backend):
-        steps = [model(x, past_key_values=cache, use_cache=True).logits for x in ids[:, START:].split(1, dim=1)]
+        steps = [model(x, cache=cache, use_cache=True).logits for x in ids[:, START:].split(1, dim=1)]
     held = torch.cat([x.double().flatten() for layer in cache.layers for x in layer.saved_tensors().values()])
     return [torch.cat(steps, dim=1), held], [int(layer.get_seq_length()) for layer in cache.layers]
 
@@ -149,15 +149,15 @@ def test_steps_that_the_kernels_leave_to_pytorch(what, monkeypatch):
     elif what == "past recording":
         cache.activate_past_recording()
     with use_backend("torch"):
-        model(ids[:, :8], past_key_values=cache, use_cache=True)
+        model(ids[:, :8], cache=cache, use_cache=True)
     with torch.set_grad_enabled(what == "gradients"):
         if DEVICE == "cuda":
-            model(ids[:, 8:], past_key_values=cache, use_cache=True, **options)
+            model(ids[:, 8:], cache=cache, use_cache=True, **options)
         else:
             from hf_linear_attn.modeling import leap_step
 
             monkeypatch.setattr(leap_step, "runs_triton", lambda x, obstacle: obstacle is None)
-            model(ids[:, 8:], past_key_values=cache, use_cache=True, **options)
+            model(ids[:, 8:], cache=cache, use_cache=True, **options)
 
 
 FAMILIES = {
@@ -198,7 +198,7 @@ def test_generate_with_a_graph(family, cache, monkeypatch):
         assert len(replays) == 18
         assert with_graph.sequences.tolist() == without.sequences.tolist()
         torch.testing.assert_close(torch.stack(with_graph.logits), torch.stack(without.logits))
-        lengths = [int(x.past_key_values.get_seq_length()) for x in (with_graph, without)]
+        lengths = [int(x.cache.get_seq_length()) for x in (with_graph, without)]
         assert lengths[0] == lengths[1] == 9 + 19
 
 

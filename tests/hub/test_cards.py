@@ -93,7 +93,7 @@ def test_state_and_speed_are_measured():
     found = facts(build_card(model))
     cache = RecurrentCache(config=model.config)
     with torch.no_grad():
-        model(some_ids(), past_key_values=cache, use_cache=True)
+        model(some_ids(), cache=cache, use_cache=True)
     sizes = [int(v.replace(",", "")) for k, v in found.items() if k.startswith("state after")]
     assert sizes == [cache.state_size()] * 2
     speeds = [int(v.replace(",", "")) for k, v in found.items() if k.startswith("tokens per second")]

@@ -70,9 +70,9 @@ def test_a_new_token_reads_k_keys_a_head_however_long_the_text(monkeypatch):
     read, sizes = [], []
     with torch.no_grad():
         for length in (100, 200, 400):
-            cache = student(make_ids(1, length)).past_key_values
+            cache = student(make_ids(1, length)).cache
             pairs.clear()
-            student(make_ids(1, 1, seed=1), past_key_values=cache)
+            student(make_ids(1, 1, seed=1), cache=cache)
             read.append(sum(pairs) / 2 / 4)  # of a layer and head: two layers, four heads
             sizes.append([tuple(x.shape) for x in cache.layers[0].get_state()])
     assert all(abs(keys - 4) <= 1 for keys in read), read
@@ -88,7 +88,7 @@ def test_logits_step_by_step_equal_the_full_forward(host):
     cache, pieces, start = RecurrentCache(config=student.config), [], 0
     for size in (9, 1, 1, 6, 1, 12):
         stop = start + size
-        out = student(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+        out = student(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache)
         pieces.append(out.logits)
         start = stop
     logits = torch.cat(pieces, 1)
@@ -116,18 +116,18 @@ def test_a_broken_cache_is_noticed(broken, mode):
     cache = DynamicCache(config=student.config)
     cache.layers = [broken() for _ in cache.layers]
     expected = generate(student, ids, use_cache=False, **MODES[mode])
-    assert not torch.equal(generate(student, ids, past_key_values=cache, **MODES[mode]), expected)
+    assert not torch.equal(generate(student, ids, cache=cache, **MODES[mode]), expected)
 
 
 def test_generation_continues_from_a_cache_and_forks():
     student, ids = make_student("llama"), make_ids(1, 10)
     cache = RecurrentCache(config=student.config)
-    first = student.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache)
+    first = student.generate(ids, max_new_tokens=6, do_sample=False, cache=cache)
     fork = cache.fork()
     longer = torch.cat([first, make_ids(1, 4, seed=8)], 1)
     expected = student.generate(longer, max_new_tokens=6, do_sample=False, use_cache=False)
-    assert torch.equal(student.generate(longer, max_new_tokens=6, do_sample=False, past_key_values=cache), expected)
-    assert torch.equal(student.generate(longer, max_new_tokens=6, do_sample=False, past_key_values=fork), expected)
+    assert torch.equal(student.generate(longer, max_new_tokens=6, do_sample=False, cache=cache), expected)
+    assert torch.equal(student.generate(longer, max_new_tokens=6, do_sample=False, cache=fork), expected)
 
 
 def test_a_cache_can_be_saved_and_loaded(tmp_path):
@@ -135,13 +135,13 @@ def test_a_cache_can_be_saved_and_loaded(tmp_path):
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :3] = 0
     cache = RecurrentCache(config=student.config)
-    student(ids, attention_mask=mask, past_key_values=cache)
+    student(ids, attention_mask=mask, cache=cache)
     cache.save(tmp_path / "cache.safetensors")
     loaded = RecurrentCache.load(tmp_path / "cache.safetensors", student.config)
     assert loaded.state_size() == cache.state_size()
     new = make_ids(2, 3, seed=4)
-    expected = student(new, past_key_values=cache).logits
-    assert torch.equal(student(new, past_key_values=loaded).logits, expected)
+    expected = student(new, cache=cache).logits
+    assert torch.equal(student(new, cache=loaded).logits, expected)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -152,11 +152,11 @@ def test_tokens_can_be_undone_exactly(padded):
         mask[0, :4] = 0
     cache = RecurrentCache(config=student.config)
     cache.activate_past_recording()
-    student(ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache)
+    student(ids[:, :8], attention_mask=mask[:, :8], cache=cache)
     cache.crop(0)
-    student(ids[:, 8:14], attention_mask=mask[:, :14], past_key_values=cache)
+    student(ids[:, 8:14], attention_mask=mask[:, :14], cache=cache)
     cache.crop(-4)
-    after = student(ids[:, 10:], attention_mask=mask, past_key_values=cache).logits
+    after = student(ids[:, 10:], attention_mask=mask, cache=cache).logits
     expected = student(ids, attention_mask=mask).logits[:, 10:]
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-3)
 
@@ -173,7 +173,7 @@ def test_state_beside_keys_and_values_has_a_fixed_size():
     student, sizes = make_student("llama"), []
     for length in (5, 20, 40):
         cache = RecurrentCache(config=student.config)
-        student(make_ids(1, length), past_key_values=cache)
+        student(make_ids(1, length), cache=cache)
         sizes.append(sum(s.numel() for layer in cache.layers for s in layer.get_state()))
     assert len(set(sizes)) == 1
 
@@ -181,13 +181,13 @@ def test_state_beside_keys_and_values_has_a_fixed_size():
 def test_caches_that_do_not_fit_are_refused():
     student, ids = make_student("llama"), make_ids()
     with pytest.raises(ValueError, match="does not belong to this model"):
-        student(ids, past_key_values=DynamicCache())
+        student(ids, cache=DynamicCache())
     cache = RecurrentCache(config=student.config)
-    student(ids, past_key_values=cache)
+    student(ids, cache=cache)
     with pytest.raises(ValueError, match="holds 2 rows"):
-        student(ids[:1], past_key_values=cache)
+        student(ids[:1], cache=cache)
     small = StaticCache(config=student.config, max_cache_len=10)
     with pytest.raises(ValueError, match="static cache of 10 tokens"):
-        student(ids, past_key_values=small)
+        student(ids, cache=small)
     with pytest.raises(ValueError, match="needs a causal host"):
-        make_student("bert")(ids, past_key_values=cache)
+        make_student("bert")(ids, cache=cache)

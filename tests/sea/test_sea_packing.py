@@ -57,8 +57,8 @@ def test_maps_reach_back_into_the_cache(host):
     positions = torch.cat([torch.arange(6), torch.arange(9), torch.arange(5)])[None]
     with torch.no_grad():
         whole = student(ids, position_ids=positions, output_attentions=True, use_cache=False).attentions[0]
-        cache = student(ids[:, :10], position_ids=positions[:, :10]).past_key_values
-        later = student(ids[:, 10:], position_ids=positions[:, 10:], past_key_values=cache, output_attentions=True)
+        cache = student(ids[:, :10], position_ids=positions[:, :10]).cache
+        later = student(ids[:, 10:], position_ids=positions[:, 10:], cache=cache, output_attentions=True)
     torch.testing.assert_close(later.attentions[0], whole[:, :, 10:], **CLOSE)
 
 
@@ -93,10 +93,10 @@ def test_padding_less_than_doubles_the_tokens():
 
 def test_packed_tokens_cannot_be_undone():
     student, ids = make_student("llama"), make_ids(1, sum(LENGTHS))
-    cache = student(ids[:, :2]).past_key_values
+    cache = student(ids[:, :2]).cache
     cache.activate_past_recording()
     with pytest.raises(ValueError, match="packed rows cannot be undone"):
-        student(**packed(ids), past_key_values=cache)
+        student(**packed(ids), cache=cache)
 
 
 @pytest.mark.parametrize("host", ["bert", "gpt2"])

@@ -184,6 +184,7 @@ def _write(output: Path, seed: int, threads: int) -> None:
     """LEAP writes a paragraph; the state it needed stands beside the cache that GPT-2 needs for the same tokens."""
     import torch
 
+    from ..modeling.compat import cache_of
     from .generate import figures, load, write_text
     from .quiet import quiet_libraries
 
@@ -196,6 +197,6 @@ def _write(output: Path, seed: int, threads: int) -> None:
     baseline, _ = load(str(output / "gpt2"), "cpu")
     tokens = result["prompt_tokens"] + result["new_tokens"]
     with torch.no_grad():
-        cache = baseline(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+        cache = cache_of(baseline(torch.ones(1, tokens, dtype=torch.long), use_cache=True))
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     print(f"GPT-2's cache after as many tokens: {size / 1024:.1f} KiB, and it grows with every token")

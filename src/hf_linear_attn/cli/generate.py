@@ -112,6 +112,7 @@ def write_text(
     from transformers import TextStreamer
 
     from ..hub.card_facts import position_limit
+    from ..modeling.compat import cache_keyword
     from ..modeling.recurrent_cache import RecurrentCache
 
     inputs = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
@@ -125,7 +126,7 @@ def write_text(
     torch.manual_seed(seed)
     cache = RecurrentCache(config=model.config)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, use_cache=True, **cache_keyword(cache))
     bytes_after_prompt = cache.state_size()
     cache = RecurrentCache(config=model.config)
     own = model.generation_config
@@ -139,9 +140,9 @@ def write_text(
     ids = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
-        past_key_values=cache,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,
+        **cache_keyword(cache),
         **sampling,
     )
     seconds = time.perf_counter() - start

@@ -32,7 +32,7 @@ def _empty_cache(model: PreTrainedModel, batch: int) -> RecurrentCache:
     training = model.training
     model.eval()
     with torch.no_grad():
-        model(nothing, attention_mask=nothing, past_key_values=cache, use_cache=True)
+        model(nothing, attention_mask=nothing, cache=cache, use_cache=True)
     model.train(training)
     return cache
 
@@ -67,7 +67,7 @@ class DecodeStep(nn.Module):
     def forward(self, input_ids: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
         cache = _cache_of(self.model.config, self.sizes, state)
-        logits = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(input_ids, cache=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1], *_state_of(cache)
 
 
@@ -86,5 +86,5 @@ class Prefill(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
         cache = RecurrentCache(config=self.model.config)
-        logits = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(input_ids, cache=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1], *_state_of(cache)

@@ -7,6 +7,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
+from ..modeling.compat import cache_keyword, cache_of
 from ..modeling.recurrent_cache import RecurrentCache
 
 # family -> (what it is, BibTeX of its source)
@@ -117,7 +118,7 @@ def _state_sizes(model, ids) -> list[tuple[str, str]]:
     sizes: dict[int, int] = {}
     for length in sorted({max(1, ids.shape[1] // 8), ids.shape[1]}):
         cache = RecurrentCache(config=model.config)
-        model(ids[:, :length], past_key_values=cache, use_cache=True)
+        model(ids[:, :length], use_cache=True, **cache_keyword(cache))
         sizes[length] = cache.state_size()
     return [(f"state after {length} tokens, bytes a text", f"{size:,}") for length, size in sizes.items()]
 
@@ -125,7 +126,7 @@ def _state_sizes(model, ids) -> list[tuple[str, str]]:
 def _write(model, ids, count) -> None:
     output = model(ids[:, :1], use_cache=True)
     for _ in range(count - 1):
-        output = model(ids[:, :1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(ids[:, :1], use_cache=True, **cache_keyword(cache_of(output)))
 
 
 def _median(function) -> float:

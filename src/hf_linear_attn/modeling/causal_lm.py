@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .compat import ForCausalLMLoss, can_return_tuple, keep_logits
+from .compat import (
+    CACHE_NAME,
+    EitherCacheName,
+    ForCausalLMLoss,
+    cache_keyword,
+    cache_of,
+    can_return_tuple,
+    either_cache_name,
+    keep_logits,
+)
 from .cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
 from .plain_linear import is_plain
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
@@ -20,18 +28,14 @@ from .vocabulary_logits import vocabulary_logits
 
 
 @dataclass
-class RecurrentModelOutput(ModelOutput):
+class RecurrentModelOutput(EitherCacheName, BaseModelOutputWithPast):
     """Output of a body: `BaseModelOutputWithPast` with, for families that have them, `focus_weights` (a tuple of (B, H, T))."""
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     focus_weights: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
-class RecurrentCausalLMOutput(CausalLMOutputWithPast):
+class RecurrentCausalLMOutput(EitherCacheName, CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with `focus_weights`, a tuple of (B, H, T), one a layer, on request."""
 
     focus_weights: tuple[torch.FloatTensor, ...] | None = None
@@ -68,7 +72,7 @@ def without_cache_in_training(forward):
 
     @functools.wraps(forward)
     def wrapper(self, *args, **kwargs):
-        unasked = len(args) <= 3 and kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None
+        unasked = len(args) <= 3 and kwargs.get("use_cache") is None and kwargs.get("cache") is None
         if unasked and self.training and torch.is_grad_enabled():
             kwargs["use_cache"] = False
         return forward(self, *args, **kwargs)
@@ -76,9 +80,9 @@ def without_cache_in_training(forward):
     return wrapper
 
 
-def check_cache(past_key_values, config) -> None:
+def check_cache(cache, config) -> None:
     """Refuse a cache whose layers are not those of this model."""
-    layers = getattr(past_key_values, "layers", None)
+    layers = getattr(cache, "layers", None)
     if layers is None or len(layers) != config.num_hidden_layers or not all(hasattr(x, "update_state") for x in layers):
         kinds = (
             "no list of layers"
@@ -86,7 +90,7 @@ def check_cache(past_key_values, config) -> None:
             else f"{len(layers)} layers of {sorted({type(x).__name__ for x in layers})}"
         )
         raise ValueError(
-            f"`past_key_values` ({type(past_key_values).__name__} with {kinds}) does not belong to this model, which has "
+            f"`{CACHE_NAME}` ({type(cache).__name__} with {kinds}) does not belong to this model, which has "
             f"{config.num_hidden_layers} recurrent layers: build it with `RecurrentCache(config=model.config)`, "
             "`DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`. "
             "Keys and values per token, which prefix tuning writes, have no place in a state of fixed size: use prompt tuning "
@@ -94,31 +98,32 @@ def check_cache(past_key_values, config) -> None:
         )
 
 
-def begin(model, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, max_positions, kwargs):
+def begin(model, inputs_embeds, attention_mask, position_ids, cache, use_cache, max_positions, kwargs):
     """Check a body's inputs and make its cache: returns `(SequenceInputs, cache or None)`."""
     if kwargs.get("is_causal") is False:
         raise ValueError(
             "`is_causal=False` cannot be honoured: this model sums from the left, each token sees only earlier ones"
         )
-    if use_cache and past_key_values is None:
-        past_key_values = RecurrentCache(config=model.config)
+    if use_cache and cache is None:
+        cache = RecurrentCache(config=model.config)
     past_length, past_counts = 0, None
-    if past_key_values is not None:
-        check_cache(past_key_values, model.config)
-        past_length = past_key_values.get_seq_length()
-        past_counts = past_key_values.layers[0].get_token_counts()
+    if cache is not None:
+        check_cache(cache, model.config)
+        past_length = cache.get_seq_length()
+        past_counts = cache.layers[0].get_token_counts()
         if past_counts is not None and past_counts.shape[0] != inputs_embeds.shape[0]:
             raise ValueError(
-                f"`past_key_values` holds the state of {past_counts.shape[0]} rows, but the batch has {inputs_embeds.shape[0]}: "
+                f"`{CACHE_NAME}` holds the state of {past_counts.shape[0]} rows, but the batch has {inputs_embeds.shape[0]}: "
                 "use `cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
             )
     sequence = prepare_sequence(
         inputs_embeds, attention_mask, position_ids, past_length, past_counts, max_positions, **kwargs
     )
-    return sequence, past_key_values
+    return sequence, cache
 
 
-def mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+@either_cache_name
+def mask_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
     """What generate() hands on as `attention_mask`: this call's columns, or None, so that its shape does not grow."""
     if attention_mask is None:
         return None
@@ -154,13 +159,14 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
     training: bool
     get_output_embeddings: Any
 
+    @either_cache_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -170,7 +176,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         """Predict each next token.
 
         Args:
-            input_ids (`(B, T)`), attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as for the body.
+            input_ids (`(B, T)`), attention_mask, position_ids, cache, inputs_embeds, use_cache: as for the body.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): usually `input_ids`; shifted inside; -100 is ignored,
                 and so are padding and the step from one packed document to the next.
             logits_to_keep (`int` or `torch.Tensor`): compute only the last n logits (0: all), or those at an index.
@@ -178,7 +184,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
                 the label at a place belongs to the logits there (sequence parallel training cuts a text after shifting).
 
         Returns:
-            [`RecurrentCausalLMOutput`]: `logits` (B, T, vocab_size), `loss` with labels, `past_key_values` with `use_cache`.
+            [`RecurrentCausalLMOutput`]: `logits` (B, T, vocab_size), `loss` with labels, `cache` with `use_cache`.
             While training with `config.fused_linear_cross_entropy` and labels, `logits` is None: they are never all there.
         """
         # Not in the signature: Trainer takes every argument there with "label" in its name for one that each batch must have,
@@ -188,7 +194,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -210,7 +216,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         return RecurrentCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **cache_keyword(cache_of(output)),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             focus_weights=output.get("focus_weights"),

@@ -1,9 +1,20 @@
-"""Every name of Transformers and PyTorch outside their documented surface that this package touches, in one place.
+"""The border to Transformers and PyTorch: what differs between releases, and every undocumented name that this package touches.
 
-Checked on transformers 5.17 and 5.23, PyTorch 2.11 and 2.13. When a release moves one of them, this is the only file to change.
+Checked on transformers 5.17 to 5.24, PyTorch 2.11 and 2.13. When a release moves something, this is the only file to change.
+
+Transformers 5.24 calls `cache` what earlier releases call `past_key_values`: an argument of forward, a field of outputs, a
+keyword of mask functions. Here it is `cache` throughout. A caller may use either name on every release (`either_cache_name`),
+outputs answer to both, and what Transformers itself is called with carries the release's own name (`cache_keyword`).
 """
 
+import functools
+import inspect
+import logging
+import re
+from dataclasses import dataclass
+
 import torch
+import transformers
 from torch._subclasses.fake_tensor import is_fake
 from transformers import initialization as init
 from transformers.activations import GELUActivation
@@ -15,9 +26,117 @@ from transformers.masking_utils import and_masks, create_causal_mask, create_sli
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+OLDEST, NEWEST = (
+    (5, 17),
+    (5, 24),
+)  # the supported minor releases of Transformers; the range in pyproject.toml says the same
+RELEASE = tuple(map(int, re.match(r"(\d+)\.(\d+)", transformers.__version__).groups()))
+
+
+def check_release(release: tuple[int, int]) -> None:
+    """Refuse a Transformers older than the oldest supported release; say so once where it is newer than the newest tested."""
+    found, newest = f"transformers {release[0]}.{release[1]}", f"{NEWEST[0]}.{NEWEST[1]}"
+    wanted = f"pip install 'transformers>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'"
+    if release < OLDEST:
+        raise ImportError(f"hf-linear-attn does not run on {found}: {wanted}")
+    if release > NEWEST:
+        logging.getLogger(__name__).warning(
+            f"hf-linear-attn is tested with transformers up to {newest}, this is {found}; if anything is wrong: {wanted}"
+        )
+
+
+check_release(RELEASE)
+
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = "cache" if RELEASE >= (5, 24) else "past_key_values"  # what this release of Transformers says
+FORMER_CACHE_NAME = CACHE_NAMES[1 - CACHE_NAMES.index(CACHE_NAME)]  # what other releases say
+
+
+def cache_keyword(cache) -> dict:
+    """The keyword argument under which Transformers' functions and outputs of this release take a cache."""
+    return {CACHE_NAME: cache}
+
+
+def cache_of(output):
+    """The cache in an output of a model, None if it holds none."""
+    return output.get(CACHE_NAME)
+
+
+def rename_cache(keywords: dict, name: str) -> dict:
+    """`keywords` with a cache, under whichever of its two names it came, called `name`.
+
+    Raises:
+        ValueError: both names are given, and not the same cache under both.
+    """
+    other = CACHE_NAMES[1 - CACHE_NAMES.index(name)]
+    if other not in keywords:
+        return keywords
+    renamed = {key: value for key, value in keywords.items() if key != other}
+    cache, again = keywords[other], renamed.get(name)
+    if cache is not None and again is not None and cache is not again:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them")
+    renamed[name] = again if cache is None else cache
+    return renamed
+
+
+def either_cache_name(function):
+    """Decorate a function with an argument `cache`: callers may also say `past_key_values`.
+
+    Its signature shows the release's own name, which Transformers' tools look for.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if "past_key_values" in kwargs:
+            kwargs = rename_cache(kwargs, "cache")
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    named = [p.replace(name=CACHE_NAME) if p.name == "cache" else p for p in signature.parameters.values()]
+    wrapper.__signature__ = signature.replace(parameters=named)
+    return wrapper
+
+
+class EitherCacheName:
+    """Placed before an output class of Transformers that has a cache: it answers to both names, as those of 5.24 do."""
+
+    if CACHE_NAME == "past_key_values":
+
+        @property
+        def cache(self):
+            """The cache, by the name that Transformers 5.24 gives it."""
+            return self.past_key_values
+
+        def __contains__(self, key):
+            return super().__contains__(CACHE_NAME if key == "cache" else key)
+
+        def __getitem__(self, key):
+            return super().__getitem__(CACHE_NAME if key == "cache" else key)
+
+        def get(self, key, default=None):
+            """The value of a field, or `default`."""
+            return super().get(CACHE_NAME if key == "cache" else key, default)
+
+
+@functools.cache
+def answering_to_both_names(output_class: type[ModelOutput]) -> type[ModelOutput]:
+    """The subclass of a Transformers output class that has `EitherCacheName`; the class itself where it answers already."""
+    if CACHE_NAME == "cache" or issubclass(output_class, EitherCacheName):
+        return output_class
+    names = {"__module__": __name__, "__doc__": output_class.__doc__}
+    return dataclass(type(output_class.__name__, (EitherCacheName, output_class), names))
+
+
+def answer_to_both_names(output):
+    """An output of Transformers, if it holds a cache, as one whose cache is found under either name; else as it is."""
+    if not isinstance(output, ModelOutput) or cache_of(output) is None:
+        return output
+    return answering_to_both_names(type(output))(**output)
+
 
 # Private attributes of Transformers' classes that ours set, override or read, and what for.
 PRIVATE_HOOKS = {
@@ -75,9 +194,12 @@ def is_transformed(tensor: torch.Tensor) -> bool:
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "CACHE_NAME",
+    "CACHE_NAMES",
     "PRIVATE_HOOKS",
     "STATIC_LAYER_TYPE_MAPPING",
     "CacheLayerMixin",
+    "EitherCacheName",
     "ForCausalLMLoss",
     "GELUActivation",
     "GenerationMode",
@@ -85,15 +207,21 @@ __all__ = [
     "LinearAttentionLayer",
     "OutputRecorder",
     "and_masks",
+    "answer_to_both_names",
+    "answering_to_both_names",
+    "cache_keyword",
+    "cache_of",
     "can_read_values",
     "can_return_tuple",
     "capture_outputs",
     "create_causal_mask",
     "create_sliding_window_causal_mask",
     "custom_object_save",
+    "either_cache_name",
     "init",
     "is_transformed",
     "keep_logits",
     "merge_with_config_defaults",
     "modeling_auto",
+    "rename_cache",
 ]

@@ -90,7 +90,7 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
     """
 
     model_type = "danet"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 30528
     hidden_size: int = 1024

@@ -48,7 +48,7 @@ class FastformerConfig(DerivedLayerTypes, PreTrainedConfig):
     """
 
     model_type = "fastformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",

@@ -54,7 +54,7 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
     """
 
     model_type = "leap"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",

@@ -55,7 +55,7 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
     """
 
     model_type = "sea"
-    keys_to_ignore_at_inference = ["past_key_values", *SEA_FIELDS]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", *SEA_FIELDS]
     sub_configs = {"host_config": AutoConfig}
 
     host_config: dict | PreTrainedConfig | None = None

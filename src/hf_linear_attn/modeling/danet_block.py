@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 
-from .compat import GradientCheckpointingLayer
+from .compat import GradientCheckpointingLayer, either_cache_name
 from .configuration_danet import DanetConfig
 from .danet_context import DanetContext, build_context, works_in_slots
 from .danet_norms import build_norm
@@ -79,13 +79,14 @@ class DenseAttention(nn.Module):
         self.query_proj = linear(config.hidden_size, config.hidden_size, std=config.query_initializer_range)
         self.dropout = nn.Dropout(config.attention_dropout)
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         state: DenseAttentionState | None = None,
         return_state: bool = False,
         output_attentions: bool = False,
@@ -99,12 +100,12 @@ class DenseAttention(nn.Module):
             position_ids (`torch.Tensor` of shape `(B, T)` or `(1, T)`, *optional*): counted if not given.
             segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): documents, non-decreasing; 0 goes on from the
                 state.
-            past_key_values (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
+            cache (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
             state, return_state: what an earlier call returned, and whether to return it (causal layers only).
             output_attentions (`bool`): also return the raw scores A_ij (q_i . k_j), which are not normalised; O(T^2).
             context: what a model has prepared for all its layers, instead of mask, positions and segments.
         """
-        layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer_cache = None if cache is None else cache.layers[self.layer_idx]
         if layer_cache is not None:
             held = layer_cache.get_state()
             state = None if held is None else DenseAttentionState(*held)
@@ -301,13 +302,14 @@ class DanetBlock(GradientCheckpointingLayer):
         self.mlp = DanetMLP(config)
         self.post_norm = build_norm(config.post_norm, config.hidden_size, *eps)
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         state: DenseAttentionState | None = None,
         return_state: bool = False,
         output_attentions: bool = False,
@@ -315,25 +317,25 @@ class DanetBlock(GradientCheckpointingLayer):
     ):
         """See the class."""
         if context is None:
-            if past_key_values is not None and state is None:
-                held = past_key_values.layers[self.layer_idx].get_state()
+            if cache is not None and state is None:
+                held = cache.layers[self.layer_idx].get_state()
                 state = None if held is None else DenseAttentionState(*held)
             context = _context_of(self, hidden_states, attention_mask, position_ids, segment_ids, state)
         normed = self.pre_norm(hidden_states, context.input_scales[self.pattern])
-        added, state = self.mix(normed, context, past_key_values, state, return_state, output_attentions)
+        added, state = self.mix(normed, context, cache, state, return_state, output_attentions)
         hidden_states = self.post_norm(added, context.keep, residual=hidden_states)
         return (hidden_states, state) if return_state else hidden_states
 
-    def mix(self, normed, context, past_key_values=None, state=None, return_state=False, output_attentions=False):
+    def mix(self, normed, context, cache=None, state=None, return_state=False, output_attentions=False):
         """FFN(DenseAttention(x)) of the normalised, scaled input x (B, T, d), before the norm, and the state or None."""
-        stateless = state is None and past_key_values is None and not return_state
+        stateless = state is None and cache is None and not return_state
         if stateless and not output_attentions and not has_hooks(self.attention):
             folded = self.attention.fold(normed, context)
             if folded is not None:
                 return self.mlp(*folded), None
         mixed = self.attention(
             normed,
-            past_key_values=past_key_values,
+            cache=cache,
             state=state,
             return_state=return_state,
             output_attentions=output_attentions,

@@ -15,6 +15,7 @@ from .compat import (
     can_read_values,
     create_causal_mask,
     create_sliding_window_causal_mask,
+    either_cache_name,
 )
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .danet_block import DanetMLP
@@ -58,11 +59,12 @@ class DanetSoftmaxAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=bias)
         self.o_proj = nn.Linear(width, width, bias=bias)
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         context: DanetContext,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
     ) -> LayerOutput:
         """(B, T, d) -> (B, T, d); `attentions` where the attention implementation computes them ("eager")."""
@@ -72,8 +74,8 @@ class DanetSoftmaxAttention(nn.Module):
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
         query = apply_position_factors(query, context.softmax_positions).transpose(1, 2)
         key = apply_position_factors(key, context.softmax_positions).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attend(
             self,
@@ -98,15 +100,16 @@ class DanetSoftmaxBlock(GradientCheckpointingLayer):
         self.mlp_norm = build_norm("standard_ln", config.hidden_size, scaled_norm_eps=config.scaled_norm_eps)
         self.mlp = DanetMLP(config)
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         context: DanetContext,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
     ) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)."""
-        mixed = self.attention(self.attention_norm(hidden_states), context, past_key_values, output_attentions)
+        mixed = self.attention(self.attention_norm(hidden_states), context, cache, output_attentions)
         hidden_states = hidden_states + mixed.hidden_states
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -118,7 +121,7 @@ def prepare_softmax_layers(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
     segment_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
 ) -> None:
     """Add to `context` the masks and positions of the softmax layers.
     `attention_mask` covers the tokens of the cache, too.
@@ -131,12 +134,12 @@ def prepare_softmax_layers(
     if not codes:
         return
     windowed = codes - {"softmax"}
-    if segment_ids is not None and past_key_values is not None:
+    if segment_ids is not None and cache is not None:
         raise ValueError(
             "packed documents and a cache cannot go together in a model with softmax layers, whose keys and values keep no "
             "document numbers: pass `use_cache=False`, or one document a row"
         )
-    counts_columns = "swa@softmax" in codes or (windowed and past_key_values is not None)
+    counts_columns = "swa@softmax" in codes or (windowed and cache is not None)
     if counts_columns and attention_mask is not None and can_read_values(attention_mask):
         real = attention_mask.bool()
         if bool((real[:, 1:] & ~real[:, :-1] & (real.cumsum(-1)[:, :-1] > 0)).any()):
@@ -152,36 +155,34 @@ def prepare_softmax_layers(
             "use 'sdpa', 'flex_attention' or 'eager'"
         )
     for code in codes:
-        context.softmax_masks[code] = _mask(
-            code, context, config, hidden_states, attention_mask, segment_ids, past_key_values
-        )
+        context.softmax_masks[code] = _mask(code, context, config, hidden_states, attention_mask, segment_ids, cache)
     head_dim = config.hidden_size // config.softmax_attention_heads
     context.softmax_positions = position_factors(
         "rotary", position_ids, head_dim, config.rope_theta, hidden_states.dtype
     )
 
 
-def _mask(code, context, config, hidden_states, attention_mask, segment_ids, past_key_values):
+def _mask(code, context, config, hidden_states, attention_mask, segment_ids, cache):
     """What Transformers' attention functions take as the mask of a layer with pattern `code`."""
     conditions = []
     if segment_ids is not None:
         conditions.append(lambda batch, head, query, key: segment_ids[batch, query] == segment_ids[batch, key])
     if code in ("l@softmax", "sl@softmax"):
-        conditions.append(_same_window(code, context, config, hidden_states, attention_mask, past_key_values))
+        conditions.append(_same_window(code, context, config, hidden_states, attention_mask, cache))
     # With a cache a local window lies within the last w columns, which is what its layer keeps.
-    sliding = code == "swa@softmax" or (code != "softmax" and past_key_values is not None)
+    sliding = code == "swa@softmax" or (code != "softmax" and cache is not None)
     create = create_sliding_window_causal_mask if sliding else create_causal_mask
     first = config.layer_codes.index(code)  # the layer of the cache whose length counts
     extra = {"and_mask_function": and_masks(*conditions)} if conditions else {}
-    return create(config, hidden_states, attention_mask, past_key_values, layer_idx=first, **extra)
+    return create(config, hidden_states, attention_mask, cache, layer_idx=first, **extra)
 
 
-def _same_window(code, context, config, hidden_states, attention_mask, past_key_values):
+def _same_window(code, context, config, hidden_states, attention_mask, cache):
     """The mask function of `l` and `sl` windows, which count real tokens."""
     window = config.window_size
     shift = window_shift(code.removesuffix("@softmax"), window)
     batch = hidden_states.shape[0]
-    if past_key_values is None:
+    if cache is None:
         windows = ((context.layout.ranks + shift) // window).expand(batch, -1)
         return lambda row, head, query, key: windows[row, query] == windows[row, key]
     # Padding stands on the left alone here. Columns of a static cache that are still empty have ranks, too.

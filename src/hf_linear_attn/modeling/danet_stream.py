@@ -38,7 +38,7 @@ def can_stream(layers, hidden_states: torch.Tensor) -> bool:
     return runs_triton(hidden_states, kernel_obstacle(hidden_states, None))
 
 
-def stream_blocks(layers, norm, hidden_states: torch.Tensor, context, past_key_values=None) -> torch.Tensor:
+def stream_blocks(layers, norm, hidden_states: torch.Tensor, context, cache=None) -> torch.Tensor:
     """Norm(h_L) (B, T, d) after all blocks, equal to calling them and the `norm` (or None) one by one."""
     from .danet_norms_triton import between_blocks, leave_stream, row_numbers
 
@@ -48,11 +48,11 @@ def stream_blocks(layers, norm, hidden_states: torch.Tensor, context, past_key_v
     context.counters = []
     normed, stream, factor = first.pre_norm(hidden_states, scales[first.pattern]), hidden_states, None
     for block, following in pairwise(layers):
-        added, _ = block.mix(normed, context, past_key_values)
+        added, _ = block.mix(normed, context, cache)
         eps = block.post_norm.eps, following.pre_norm.eps
         normed, stream, factor = between_blocks(added, stream, factor, keep, scales[following.pattern], *eps, lazy)
     last = layers[-1]
-    added, _ = last.mix(normed, context, past_key_values)
+    added, _ = last.mix(normed, context, cache)
     if context.counters:
         torch._foreach_add_(context.counters, 1)
     if norm is not None and _plain_max_norm(norm):

@@ -10,9 +10,11 @@ import warnings
 import torch
 from transformers import Cache
 
+from .compat import CACHE_NAME, rename_cache
+
 # What a step may be called with, besides names whose value is None or False; generate() sends no others unasked.
 TENSORS = ("input_ids", "position_ids")
-OPTIONS = ("past_key_values", "use_cache", "return_dict", "logits_to_keep")
+OPTIONS = ("use_cache", "return_dict", "logits_to_keep")
 
 
 class DecodingGraph:
@@ -33,6 +35,7 @@ class DecodingGraph:
 
     def __call__(self, **inputs):
         """As the model, keyword arguments only."""
+        inputs = rename_cache(inputs, CACHE_NAME)
         kind = None if self._refused else self._kind(inputs)
         if kind is None:
             return self.model(**inputs)
@@ -47,12 +50,12 @@ class DecodingGraph:
             if not self._record(inputs):
                 return self.model(**inputs)
             self._recorded = kind
-        elif not self._has_position(inputs["past_key_values"]):
+        elif not self._has_position(inputs[CACHE_NAME]):
             return self.model(**inputs)
         else:
             for name, tensor in self._inputs.items():
                 tensor.copy_(inputs[name])
-            for layer in inputs["past_key_values"].layers:
+            for layer in inputs[CACHE_NAME].layers:
                 if not isinstance(layer.cumulative_length, torch.Tensor):
                     layer.cumulative_length += 1
         self._length += 1
@@ -61,12 +64,12 @@ class DecodingGraph:
 
     def _kind(self, inputs):
         """What a recording depends on (shapes, addresses, options); None for a call that cannot be recorded."""
-        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        ids, cache = inputs.get("input_ids"), inputs.get(CACHE_NAME)
         if not isinstance(ids, torch.Tensor) or not ids.is_cuda or ids.dim() != 2 or ids.shape[1] != 1:
             return None
         if torch.is_grad_enabled() or self.model.training or not isinstance(cache, Cache):
             return None
-        known = (*TENSORS, *OPTIONS)
+        known = (CACHE_NAME, *TENSORS, *OPTIONS)
         if any(value is not None and value is not False for name, value in inputs.items() if name not in known):
             return None
         if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
@@ -78,7 +81,7 @@ class DecodingGraph:
                 return None
             addresses += [x.data_ptr() for x in tensors]
         shapes = [(name, tuple(inputs[name].shape)) for name in TENSORS if inputs.get(name) is not None]
-        options = [inputs.get(name) for name in OPTIONS if name != "past_key_values"]
+        options = [inputs.get(name) for name in OPTIONS]
         return id(cache), tuple(addresses), tuple(shapes), tuple(options)
 
     def _has_position(self, cache) -> bool:
@@ -90,7 +93,7 @@ class DecodingGraph:
 
     def _record(self, inputs) -> bool:
         """Record the model on copies of the inputs; False (and a warning) where that is impossible."""
-        cache = inputs["past_key_values"]
+        cache = inputs[CACHE_NAME]
         self._length = int(cache.get_seq_length())
         if not self._has_position(cache):
             return False

@@ -17,14 +17,14 @@ from .plain_linear import has_hooks
 
 
 def leap_block_rest(
-    block, hidden_states, projected, attention_mask, past_key_values, return_state, kwargs
+    block, hidden_states, projected, attention_mask, cache, return_state, kwargs
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The hidden states h after the mechanism, and `down_proj(gelu(up_proj(mlp_norm(h))))` before its dropout.
 
     None where the layers must run one by one. `block` is a `LeapBlock`, `projected` (B, T, 4 d) what its projections gave; the
     other arguments are those of its `forward`.
     """
-    if not torch.is_grad_enabled() or past_key_values is not None or return_state or hidden_states.shape[1] == 1:
+    if not torch.is_grad_enabled() or cache is not None or return_state or hidden_states.shape[1] == 1:
         return None
     if any(kwargs.get(name) not in (None, False) for name in ("output_attentions", "output_focus_weights")) or (
         kwargs.get("state") is not None

@@ -13,12 +13,12 @@ LARGEST_STEP_WIDTH = 8192
 LARGEST_STEP_WINDOW = 257
 
 
-def leap_block_step(block, hidden_states, attention_mask, past_key_values, return_state, kwargs) -> torch.Tensor | None:
+def leap_block_step(block, hidden_states, attention_mask, cache, return_state, kwargs) -> torch.Tensor | None:
     """The output (B, 1, d) of a block for one more token, the cache taken along; None where the plain spelling must run.
 
     `block` is a `LeapBlock`; the other arguments are those of its `forward`.
     """
-    if hidden_states.shape[1] != 1 or past_key_values is None or attention_mask is not None or return_state:
+    if hidden_states.shape[1] != 1 or cache is None or attention_mask is not None or return_state:
         return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -26,7 +26,7 @@ def leap_block_step(block, hidden_states, attention_mask, past_key_values, retur
         kwargs.get(name) is not None for name in ("state", "segment_ids")
     ):
         return None
-    layer = past_key_values.layers[block.attention.layer_idx]
+    layer = cache.layers[block.attention.layer_idx]
     if not runs_triton(hidden_states, _obstacle(block, hidden_states, layer, kwargs)):
         return None
     from .leap_step_triton import step_kernels

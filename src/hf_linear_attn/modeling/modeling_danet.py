@@ -23,7 +23,18 @@ from .causal_lm import (
     mask_for_generate,
     without_cache_in_training,
 )
-from .compat import OutputRecorder, can_return_tuple, capture_outputs, init, merge_with_config_defaults
+from .compat import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    OutputRecorder,
+    cache_keyword,
+    cache_of,
+    can_return_tuple,
+    capture_outputs,
+    either_cache_name,
+    init,
+    merge_with_config_defaults,
+)
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .danet_block import DanetBlock, DenseAttention
 from .danet_context import build_context
@@ -37,6 +48,7 @@ from .relative_positions import sinusoidal_embeddings
 from .sequence_inputs import check_token_types, prepare_sequence
 from .task_heads import (
     QuestionAnsweringMixin,
+    TextClassifierOutput,
     TokenClassificationMixin,
     check_classes,
     check_labels,
@@ -44,13 +56,14 @@ from .task_heads import (
 )
 
 
-def danet_mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+@either_cache_name
+def danet_mask_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
     """What generate() hands on as `attention_mask`: this call's columns, but all of them where softmax layers need
     them.
     """
     if any(kind != LAYER_TYPE for kind in config.layer_types):
         return attention_mask
-    return mask_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+    return mask_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
 
 
 class DanetPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
@@ -60,7 +73,7 @@ class DanetPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DanetBlock", "DanetSoftmaxBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -123,6 +136,7 @@ class DanetModel(DanetPreTrainedModel):
         self.is_causal = config.is_causal
         self.post_init()
 
+    @either_cache_name
     @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
@@ -132,7 +146,7 @@ class DanetModel(DanetPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -145,7 +159,7 @@ class DanetModel(DanetPreTrainedModel):
             position_ids (`(B, T)`, *optional*): restarting positions mark packed documents.
             token_type_ids (`(B, T)`, *optional*): text A (0) or B (1), with `use_token_type`; all of text A if not
                 given.
-            past_key_values (`Cache`, *optional*): the state to go on from; updated in place. Decoders only.
+            cache (`Cache`, *optional*): the state to go on from; updated in place. Decoders only.
             use_cache (`bool`, *optional*): whether to make and return a state.
             **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions` (raw
                 scores, which are not normalised).
@@ -161,7 +175,7 @@ class DanetModel(DanetPreTrainedModel):
             )
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        past_key_values, past_length, seen = self._open_cache(past_key_values, use_cache, inputs_embeds.shape[0])
+        cache, past_length, seen = self._open_cache(cache, use_cache, inputs_embeds.shape[0])
         if self.embed_token_types is None:
             kwargs["token_type_ids"] = token_type_ids  # refused unless they are all 0
         bound = None if self.embed_positions is None else self.config.max_position_embeddings
@@ -177,19 +191,19 @@ class DanetModel(DanetPreTrainedModel):
             attention_mask,
             sequence.position_ids,
             sequence.segment_ids,
-            past_key_values,
+            cache,
         )
         layers = self.layers[: self.config.num_hidden_layers]  # fewer while `assistant_early_exit` drafts
         if not output_attentions and can_stream(layers, hidden_states):
-            hidden_states = stream_blocks(layers, self.norm, hidden_states, context, past_key_values)
+            hidden_states = stream_blocks(layers, self.norm, hidden_states, context, cache)
         else:
             for layer in layers:
                 hidden_states = layer(
-                    hidden_states, past_key_values=past_key_values, output_attentions=output_attentions, context=context
+                    hidden_states, output_attentions=output_attentions, context=context, **cache_keyword(cache)
                 )
             if self.norm is not None:
                 hidden_states = self.norm(hidden_states)
-        return RecurrentModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return RecurrentModelOutput(last_hidden_state=hidden_states, **cache_keyword(cache))
 
     def _embed(self, hidden_states, sequence, token_type_ids) -> torch.Tensor:
         """Token, position and type embeddings, normalised: (B, T, d)."""
@@ -217,35 +231,35 @@ class DanetModel(DanetPreTrainedModel):
             hidden_states = self.embedding_norm(hidden_states)
         return self.dropout(hidden_states)
 
-    def _open_cache(self, past_key_values, use_cache, batch):
+    def _open_cache(self, cache, use_cache, batch):
         """The cache (or None), the columns it has seen, and per row the tokens of its current document (or None)."""
-        if past_key_values is None and not use_cache:
+        if cache is None and not use_cache:
             return None, 0, None
         if not self.is_causal or self.config.scale_mode != "fixed":
             raise ValueError(
-                "a cache (`use_cache`, `past_key_values`) needs a decoder with a fixed scale, but this model has `is_causal`="
+                f"a cache (`use_cache`, `{CACHE_NAME}`) needs a decoder with a fixed scale, but this model has `is_causal`="
                 f"{self.is_causal} and `scale_mode`={self.config.scale_mode!r}: pass `use_cache=False`, or build it "
                 "with `is_causal=True` and `scale_mode='fixed'`"
             )
-        if past_key_values is None:
-            past_key_values = RecurrentCache(config=self.config)
+        if cache is None:
+            cache = RecurrentCache(config=self.config)
         kinds = [kind == LAYER_TYPE for kind in self.config.layer_types[: self.config.num_hidden_layers]]
         if all(kinds):
-            check_cache(past_key_values, self.config)
-        layers = getattr(past_key_values, "layers", None)
+            check_cache(cache, self.config)
+        layers = getattr(cache, "layers", None)
         if layers is None or [hasattr(layer, "update_state") for layer in layers] != kinds:
             raise ValueError(
-                f"`past_key_values` ({type(past_key_values).__name__}) does not belong to this model, whose layers are "
+                f"`{CACHE_NAME}` ({type(cache).__name__}) does not belong to this model, whose layers are "
                 f"{self.config.layer_types}: build it with `RecurrentCache(config=model.config)`, `DynamicCache(config="
                 "model.config)` or `StaticCache(config=model.config, max_cache_len=...)`"
             )
         state = layers[kinds.index(True)].get_state()
         if state is not None and state[1].shape[0] != batch:
             raise ValueError(
-                f"`past_key_values` holds the state of {state[1].shape[0]} rows, but the batch has {batch}: use "
+                f"`{CACHE_NAME}` holds the state of {state[1].shape[0]} rows, but the batch has {batch}: use "
                 "`cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
             )
-        return past_key_values, past_key_values.get_seq_length(), None if state is None else state[1]
+        return cache, cache.get_seq_length(), None if state is None else state[1]
 
 
 @dataclass
@@ -380,10 +394,10 @@ class DanetForSequenceClassification(DanetPreTrainedModel):
         if labels is not None:
             check_text_labels(labels, logits, self.config)
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
+        return TextClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **cache_keyword(cache_of(output)),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

@@ -25,7 +25,17 @@ from .causal_lm import (
     mask_for_generate,
     without_cache_in_training,
 )
-from .compat import GradientCheckpointingLayer, OutputRecorder, capture_outputs, init, merge_with_config_defaults
+from .compat import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    GradientCheckpointingLayer,
+    OutputRecorder,
+    cache_keyword,
+    capture_outputs,
+    either_cache_name,
+    init,
+    merge_with_config_defaults,
+)
 from .configuration_fastformer import FastformerConfig
 from .layer_output import LayerOutput, check_state, refuse_maps_after
 from .portable_checkpoint import PortableCheckpointMixin
@@ -63,12 +73,13 @@ class FastformerAttention(nn.Module):
         self.key_vector = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
         self.dropout = nn.Dropout(config.attention_dropout)
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         state: tuple[torch.Tensor, ...] | None = None,
         return_state: bool = False,
         output_attentions: bool = False,
@@ -80,7 +91,7 @@ class FastformerAttention(nn.Module):
             hidden_states (`torch.Tensor` of shape `(B, T, d)`).
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 keeps; padding may stand anywhere.
             segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): non-decreasing document numbers, to restart at each.
-            past_key_values (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
+            cache (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
             state, return_state: the tensors an earlier call returned, and whether to return them.
             output_attentions (`bool`): also build the (B, H, T, T) rows with which keys are pooled; O(T^2).
             output_focus_weights (`bool`): also return the weights (B, H, T) with which keys are pooled.
@@ -89,7 +100,7 @@ class FastformerAttention(nn.Module):
             [`LayerOutput`].
         """
         attention_mask = check_layer_inputs(hidden_states, self.num_heads * self.head_dim, attention_mask, segment_ids)
-        layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer_cache = None if cache is None else cache.layers[self.layer_idx]
         if layer_cache is not None:
             state = layer_cache.get_state()
         self._check_state(state, hidden_states)
@@ -227,11 +238,12 @@ class FastformerBlock(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = FastformerMLP(config)
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         return_state: bool = False,
         **kwargs,
     ):
@@ -239,7 +251,7 @@ class FastformerBlock(GradientCheckpointingLayer):
         mixed = self.attention(
             self.attention_norm(hidden_states),
             attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             return_state=return_state,
             **kwargs,
         )
@@ -255,7 +267,7 @@ class FastformerPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FastformerBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": FastformerBlock,
@@ -297,6 +309,7 @@ class FastformerModel(FastformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @either_cache_name
     @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
@@ -305,7 +318,7 @@ class FastformerModel(FastformerPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_focus_weights: bool = False,
@@ -317,14 +330,12 @@ class FastformerModel(FastformerPreTrainedModel):
         bound = None if self.embed_positions is None else self.config.max_position_embeddings
         layer_arguments = {}
         if self.is_causal:
-            sequence, past_key_values = begin(
-                self, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, bound, kwargs
-            )
-            layer_arguments = {"past_key_values": past_key_values, "segment_ids": sequence.segment_ids}
+            sequence, cache = begin(self, inputs_embeds, attention_mask, position_ids, cache, use_cache, bound, kwargs)
+            layer_arguments = {**cache_keyword(cache), "segment_ids": sequence.segment_ids}
         else:
-            if use_cache or past_key_values is not None:
+            if use_cache or cache is not None:
                 raise ValueError(
-                    "`use_cache` and `past_key_values` mean nothing to an encoder (`is_causal=False`): each token sees the "
+                    f"`use_cache` and `{CACHE_NAME}` mean nothing to an encoder (`is_causal=False`): each token sees the "
                     "whole text"
                 )
             sequence = self._begin_encoder(inputs_embeds, attention_mask, position_ids, bound, kwargs)
@@ -337,7 +348,7 @@ class FastformerModel(FastformerPreTrainedModel):
                 output_focus_weights=output_focus_weights,
                 **layer_arguments,
             )
-        return RecurrentModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return RecurrentModelOutput(last_hidden_state=self.norm(hidden_states), **cache_keyword(cache))
 
     def _begin_encoder(self, inputs_embeds, attention_mask, position_ids, bound, kwargs):
         if kwargs.get("is_causal"):

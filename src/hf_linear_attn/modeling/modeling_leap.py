@@ -27,10 +27,13 @@ from .causal_lm import (
     without_cache_in_training,
 )
 from .compat import (
+    CACHE_NAMES,
     GELUActivation,
     GradientCheckpointingLayer,
     OutputRecorder,
+    cache_keyword,
     capture_outputs,
+    either_cache_name,
     init,
     merge_with_config_defaults,
 )
@@ -71,13 +74,14 @@ class LeapAttention(nn.Module):
         self.qfkv_proj = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.attention_dropout)
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         state: tuple[torch.Tensor, ...] | None = None,
         return_state: bool = False,
         output_attentions: bool = False,
@@ -91,7 +95,7 @@ class LeapAttention(nn.Module):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 keeps; padding may stand anywhere.
             position_ids (`torch.Tensor` of shape `(B, T)` or `(1, T)`, *optional*): for rotary positions; counted if not given.
             segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): non-decreasing document numbers, to restart at each.
-            past_key_values (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
+            cache (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
             state, return_state: the tensors an earlier call returned, and whether to return them (see `windowed_mean`).
             output_attentions (`bool`): also build the (B, H, T, T) rows behind the means; O(T^2).
             output_focus_weights (`bool`): also return the focus weights (B, H, T).
@@ -101,7 +105,7 @@ class LeapAttention(nn.Module):
             [`LayerOutput`].
         """
         attention_mask = check_layer_inputs(hidden_states, self.num_heads * self.head_dim, attention_mask, segment_ids)
-        layer_cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer_cache = None if cache is None else cache.layers[self.layer_idx]
         if layer_cache is not None:
             state = layer_cache.get_state()
         self._check_state(state, hidden_states)
@@ -208,18 +212,19 @@ class LeapBlock(GradientCheckpointingLayer):
         self.mlp = LeapMLP(config)
         self.recomputes_mlp = layer_idx < config.num_recomputed_mlps
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         return_state: bool = False,
         **kwargs,
     ):
         """See the class."""
         width = self.attention.num_heads * self.attention.head_dim
         attention_mask = check_layer_inputs(hidden_states, width, attention_mask, kwargs.get("segment_ids"))
-        step = leap_block_step(self, hidden_states, attention_mask, past_key_values, return_state, kwargs)
+        step = leap_block_step(self, hidden_states, attention_mask, cache, return_state, kwargs)
         if step is not None:
             return step
         normed, hidden_states, projected = normed_linear(
@@ -227,16 +232,14 @@ class LeapBlock(GradientCheckpointingLayer):
         )
         rest = None
         if projected is not None and type(self.mlp) is LeapMLP:
-            rest = leap_block_rest(
-                self, hidden_states, projected, attention_mask, past_key_values, return_state, kwargs
-            )
+            rest = leap_block_rest(self, hidden_states, projected, attention_mask, cache, return_state, kwargs)
         if rest is not None:
             hidden_states, added = rest
             return hidden_states + self.mlp.dropout(added)
         mixed = self.attention(
             normed,
             attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             return_state=return_state,
             projected=projected,
             **kwargs,
@@ -262,7 +265,7 @@ class LeapPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LeapBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": LeapBlock,
@@ -294,6 +297,7 @@ class LeapModel(LeapPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @either_cache_name
     @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
@@ -302,7 +306,7 @@ class LeapModel(LeapPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_focus_weights: bool = False,
@@ -314,7 +318,7 @@ class LeapModel(LeapPreTrainedModel):
             input_ids (`(B, T)`) or inputs_embeds (`(B, T, d)`): the tokens.
             attention_mask (`(B, T)`, or with a cache `(B, past + T)`, *optional*): 1 keeps, 0 is padding, on any side.
             position_ids (`(B, T)`, *optional*): restarting positions mark packed documents.
-            past_key_values (`Cache`, *optional*): the state to go on from; updated in place.
+            cache (`Cache`, *optional*): the state to go on from; updated in place.
             use_cache (`bool`, *optional*): whether to make and return a state.
             output_focus_weights (`bool`): also return the focus weights, (B, H, T) a layer.
             **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions`.
@@ -325,21 +329,19 @@ class LeapModel(LeapPreTrainedModel):
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
         bound = None if self.embed_positions is None else self.config.max_position_embeddings
-        sequence, past_key_values = begin(
-            self, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, bound, kwargs
-        )
+        sequence, cache = begin(self, inputs_embeds, attention_mask, position_ids, cache, use_cache, bound, kwargs)
         hidden_states = self.dropout(add_positions(inputs_embeds, self.embed_positions, sequence))
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while `assistant_early_exit` drafts
             hidden_states = layer(
                 hidden_states,
                 attention_mask=sequence.mask,
-                past_key_values=past_key_values,
                 position_ids=sequence.position_ids,
                 segment_ids=sequence.segment_ids,
                 output_attentions=output_attentions,
                 output_focus_weights=output_focus_weights,
+                **cache_keyword(cache),
             )
-        return RecurrentModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return RecurrentModelOutput(last_hidden_state=self.norm(hidden_states), **cache_keyword(cache))
 
 
 class LeapForCausalLM(RecurrentForCausalLM, LeapPreTrainedModel, GenerationMixin):

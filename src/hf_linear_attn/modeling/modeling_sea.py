@@ -15,10 +15,15 @@ from transformers import (
     Cache,
     GenerationMixin,
 )
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
 
 from .causal_lm import RecurrentForCausalLM, next_token_labels
-from .compat import can_return_tuple
+from .compat import can_return_tuple, either_cache_name
 from .configuration_sea import SeaConfig
 from .recurrent_cache import RecurrentGenerationMixin
 from .sea_host_attention import Distillation
@@ -35,6 +40,7 @@ class SeaModel(SeaPreTrainedModel):
         self._build(config, AutoModel, find_host(config.host_config).base_name, **kwargs)
         self.post_init()
 
+    @either_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -42,13 +48,13 @@ class SeaModel(SeaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_sea: bool = False,
         distillation: Distillation | None = None,
         **kwargs,
-    ) -> ModelOutput:
+    ) -> BaseModelOutputWithPast:
         """Run the model.
 
         Args:
@@ -56,7 +62,7 @@ class SeaModel(SeaPreTrainedModel):
             attention_mask (`(B, T)`, or with a cache `(B, past + T)`, *optional*): 1 keeps, 0 is padding, on any side.
             token_type_ids (`(B, T)`, *optional*): for hosts that have them (BERT, GPT-2).
             position_ids (`(B, T)`, *optional*): positions for the host; ranks among the real tokens if not given.
-            past_key_values (`Cache`, *optional*): causal hosts: what to go on from; updated in place.
+            cache (`Cache`, *optional*): causal hosts: what to go on from; updated in place.
             use_cache (`bool`, *optional*): causal hosts: whether to make and return a cache.
             output_sea (`bool`): also return `estimated_attentions`, a tuple of (B, H, T, M), and `kept_cells`, bool of
                 the same shape, one a SEA layer; with `output_attentions` also `kept_keys`, bool (B, H, T, S).
@@ -73,7 +79,7 @@ class SeaModel(SeaPreTrainedModel):
             inputs_embeds,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             use_cache,
             output_sea,
             distillation,
@@ -97,8 +103,8 @@ class _SeaWithLabels(SeaPreTrainedModel):
         output_sea: bool = False,
         distillation: Distillation | None = None,
         **kwargs,
-    ) -> ModelOutput:
-        """Predict; arguments as for `SeaModel`, labels as the host's model for this task takes them."""
+    ) -> SequenceClassifierOutput:
+        """Predict; arguments as for `SeaModel`, labels and output class as those of the host's model for this task."""
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         classes = self.config.vocab_size if isinstance(self, SeaForMaskedLM) else self.config.num_labels
         check_task_labels(self.labels_of, labels, tokens, classes)
@@ -167,7 +173,7 @@ class SeaForQuestionAnswering(SeaPreTrainedModel):
         output_sea: bool = False,
         distillation: Distillation | None = None,
         **kwargs,
-    ) -> ModelOutput:
+    ) -> QuestionAnsweringModelOutput:
         """Score where an answer starts and ends; arguments as for `SeaModel`."""
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give `start_positions` and `end_positions` together: an answer has a start and an end")
@@ -198,6 +204,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
         self._build(config, AutoModelForCausalLM)
         self.post_init()
 
+    @either_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -205,7 +212,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -214,7 +221,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
         distillation: Distillation | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
-    ) -> ModelOutput:
+    ) -> CausalLMOutputWithPast:
         """Predict each next token; arguments as for `SeaModel`.
 
         labels (`(B, T)`, *optional*) are shifted inside; -100 is ignored, and so is padding, wherever it stands. The keyword
@@ -228,7 +235,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
             inputs_embeds,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             use_cache,
             output_sea,
             distillation,

@@ -8,6 +8,7 @@ and the inputs since the last `crop`, and undoes tokens by running the mechanism
 
 import contextlib
 import copy
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +16,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.utils import logging
 
-from .compat import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, GenerationMode, LinearAttentionLayer
+from .compat import (
+    CACHE_NAME,
+    STATIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    GenerationMode,
+    LinearAttentionLayer,
+    answer_to_both_names,
+    rename_cache,
+)
 from .decoding_graph import DecodingGraph
+from .sequence_inputs import GENERATION_KEYWORDS
 
 logger = logging.get_logger(__name__)
 
@@ -366,12 +376,27 @@ class RecurrentGenerationMixin:
 
     device: Any
 
+    def generate(self, *args, **kwargs):
+        """Transformers' `generate()`; a cache to go on from may be called `cache` or `past_key_values`."""
+        return answer_to_both_names(super().generate(*args, **rename_cache(kwargs, CACHE_NAME)))
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() reads its signature
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """Transformers' own, less what generate() hands on for itself alone."""
+        kwargs = rename_cache(kwargs, CACHE_NAME)
+        kwargs = {name: value for name, value in kwargs.items() if name not in GENERATION_KEYWORDS}
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        # PEFT puts its own method in this one's place, calls this one, and (0.21) looks for the older name in what it returns:
+        # it would put its virtual tokens before every step.
+        wrapped = "prepare_inputs_for_generation" in vars(self)
+        return rename_cache(inputs, "past_key_values") if wrapped else inputs
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if generation_mode == GenerationMode.ASSISTED_GENERATION and given is not None and given.get_seq_length():
             raise ValueError(
-                f"`past_key_values` holds {int(given.get_seq_length())} tokens already, but assisted decoding and prompt lookup "
-                "of Transformers begin with the whole prompt and would read it twice: leave `past_key_values` or the "
+                f"`{CACHE_NAME}` holds {int(given.get_seq_length())} tokens already, but assisted decoding and prompt lookup "
+                f"of Transformers begin with the whole prompt and would read it twice: leave `{CACHE_NAME}` or the "
                 "assistant out"
             )
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
@@ -382,14 +407,14 @@ class RecurrentGenerationMixin:
             cache = RecurrentCache(config=self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE_NAME] = cache
             # Transformers refuses a cache together with the name of one.
             generation_config.cache_implementation = None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
         """Whether generate() takes its steps through `get_compiled_call`: with its own cache for a CUDA graph only."""
-        own = isinstance(model_kwargs.get("past_key_values"), RecurrentCache)
+        own = isinstance(model_kwargs.get(CACHE_NAME), RecurrentCache)
         if own and (generation_config.compile_config is not None or not self._is_on_one_gpu()):
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)

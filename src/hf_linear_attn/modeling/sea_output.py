@@ -9,6 +9,8 @@ from functools import cache
 
 from transformers.utils import ModelOutput
 
+from .compat import answer_to_both_names, answering_to_both_names
+
 SEA_FIELDS = ("estimated_attentions", "kept_cells", "kept_keys", "attention_losses", "fidelity")
 
 
@@ -16,9 +18,14 @@ SEA_FIELDS = ("estimated_attentions", "kept_cells", "kept_keys", "attention_loss
 def sea_output_class(host_class: type[ModelOutput]) -> type[ModelOutput]:
     """The subclass of a host's output class with SEA's fields, each None unless it was asked for."""
     fields = [(name, tuple | None, field(default=None)) for name in SEA_FIELDS]
-    return make_dataclass(f"Sea{host_class.__name__}", fields, bases=(host_class,), namespace={"__module__": __name__})
+    return make_dataclass(
+        f"Sea{host_class.__name__}",
+        fields,
+        bases=(answering_to_both_names(host_class),),
+        namespace={"__module__": __name__},
+    )
 
 
 def extend_output(output: ModelOutput, **found: tuple) -> ModelOutput:
     """`output` with these of SEA's fields."""
-    return sea_output_class(type(output))(**output, **found) if found else output
+    return sea_output_class(type(output))(**output, **found) if found else answer_to_both_names(output)

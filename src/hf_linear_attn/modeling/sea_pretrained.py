@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .causal_lm import check_cache, mask_for_generate
-from .compat import can_read_values, init
+from .compat import CACHE_NAME, CACHE_NAMES, cache_keyword, can_read_values, either_cache_name, init
 from .configuration_sea import SeaConfig
 from .portable_checkpoint import PortableCheckpointMixin
 from .random_features import orthogonal_gaussian_features
@@ -35,7 +35,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     labels_of = "tokens"  # or "texts": what an answer of the model is about
     _is_stateful = False
     _can_compile_fullgraph = False
-    _skip_keys_device_placement = ["past_key_values", "sea_call"]
+    _skip_keys_device_placement = [*CACHE_NAMES, "sea_call"]
     create_masks_for_generate = staticmethod(mask_for_generate)
 
     def _build(self, config: SeaConfig, auto_class, attribute: str | None = None, **kwargs) -> None:
@@ -105,13 +105,14 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             _initialize_core(core, self.config)
         super().initialize_weights()
 
+    @either_cache_name
     def _run_host(
         self,
         input_ids=None,
         inputs_embeds=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         use_cache=None,
         output_sea=False,
         distillation=None,
@@ -122,7 +123,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         kwargs.pop("is_causal", None)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         causal = self.config.is_causal
-        cache = self._cache(past_key_values, causal, use_cache, tokens.shape[0], distillation is not None)
+        cache = self._cache(cache, causal, use_cache, tokens.shape[0], distillation is not None)
         past = 0 if cache is None else cache.get_seq_length()
         call, sequence = self._prepare(tokens, attention_mask, position_ids, cache, past, kwargs)
         if call.documents is not None and self.labels_of == "texts":
@@ -135,14 +136,14 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             check_targets(distillation, self.config.num_hidden_layers, tokens.shape[1])
         call.distillation = distillation
         if causal:
-            kwargs |= {"use_cache": cache is not None, "past_key_values": cache}
+            kwargs |= {"use_cache": cache is not None, **cache_keyword(cache)}
         kwargs |= {"return_dict": True, "position_ids": sequence.position_ids}
         if past == 0:  # what hosts do with the mask besides attention: warn
             kwargs["attention_mask"] = attention_mask
         with pooling_real_tokens(self.host_model, call.mask):
             output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
-        if causal and cache is None and "past_key_values" in output:
-            output["past_key_values"] = None
+        if causal and cache is None and CACHE_NAME in output:
+            output[CACHE_NAME] = None
         results = [] if call.results is None else [result for _, result in sorted(call.results.found.items())]
         found = {}
         if output_sea:
@@ -192,23 +193,23 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         )
         return call, sequence
 
-    def _cache(self, past_key_values, causal: bool, use_cache: bool | None, batch: int, distilling: bool):
+    def _cache(self, cache, causal: bool, use_cache: bool | None, batch: int, distilling: bool):
         """The cache to go on from, a new one, or None."""
         checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
-        if past_key_values is None:
+        if cache is None:
             wanted = self.config.use_cache if use_cache is None else use_cache
             return (
                 RecurrentCache(config=self.config) if causal and wanted and not (checkpointing or distilling) else None
             )
         if checkpointing:
-            raise ValueError("`past_key_values` cannot be updated under checkpointing, which runs layers twice")
+            raise ValueError(f"`{CACHE_NAME}` cannot be updated under checkpointing, which runs layers twice")
         if not self.config.is_causal:
-            raise ValueError("`past_key_values` needs a causal host; a bidirectional SEA model reads whole texts")
-        check_cache(past_key_values, self.config)
-        layers = past_key_values.layers
+            raise ValueError(f"`{CACHE_NAME}` needs a causal host; a bidirectional SEA model reads whole texts")
+        check_cache(cache, self.config)
+        layers = cache.layers
         if len(layers) != self.config.num_hidden_layers or not all(isinstance(x, SeaCacheLayer) for x in layers):
             raise ValueError(
-                f"`past_key_values` ({type(past_key_values).__name__} with {len(layers)} layers) does not belong to this model: "
+                f"`{CACHE_NAME}` ({type(cache).__name__} with {len(layers)} layers) does not belong to this model: "
                 "build it with `DynamicCache(config=model.config)` or `RecurrentCache(config=model.config)`"
             )
         keys = layers[0].keys
@@ -216,15 +217,15 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         heads = getattr(host, "num_key_value_heads", None) or host.num_attention_heads
         if keys is not None and (keys.shape[1], keys.shape[3]) != (heads, head_size(host)):
             raise ValueError(
-                f"`past_key_values` holds {keys.shape[1]} key heads of size {keys.shape[3]}, this model has {heads} of "
+                f"`{CACHE_NAME}` holds {keys.shape[1]} key heads of size {keys.shape[3]}, this model has {heads} of "
                 f"{head_size(host)}: it comes from another model"
             )
         if keys is not None and layers[0].slots and keys.shape[0] != batch:
             raise ValueError(
-                f"`past_key_values` holds {keys.shape[0]} rows, but the batch has {batch}: use "
+                f"`{CACHE_NAME}` holds {keys.shape[0]} rows, but the batch has {batch}: use "
                 "`cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
             )
-        return past_key_values
+        return cache
 
     def _check_length(self, positions: torch.Tensor) -> None:
         if not find_host(self.config.host_config).learned_positions or not can_read_values(positions):

@@ -15,8 +15,10 @@ import torch
 
 from .compat import can_read_values
 
+# What generate() hands from one of its steps to the next and, in some of its modes, on to forward.
+GENERATION_KEYWORDS = frozenset(["assistant_model", "assistant_tokenizer", "streamer", "synced_gpus", "tokenizer"])
 # Keywords that Transformers' trainers, collators and generate() may send along and that need no action here.
-HARMLESS_KEYWORDS = frozenset(
+HARMLESS_KEYWORDS = GENERATION_KEYWORDS | frozenset(
     [
         "cu_seq_lens_k",
         "is_causal",

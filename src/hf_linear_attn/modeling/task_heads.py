@@ -14,8 +14,10 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .compat import can_read_values, can_return_tuple
+from .compat import answering_to_both_names, cache_keyword, cache_of, can_read_values, can_return_tuple
 from .sequence_inputs import padding_mask
+
+TextClassifierOutput = answering_to_both_names(SequenceClassifierOutputWithPast)
 
 
 def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -125,10 +127,10 @@ class SequenceClassificationMixin:
         if labels is not None:
             check_text_labels(labels, logits, self.config)
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
+        return TextClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.get("past_key_values"),
+            **cache_keyword(cache_of(output)),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..hub.card_facts import position_limit
+from ..modeling.compat import cache_keyword, cache_of
 from ..modeling.recurrent_cache import RecurrentCache
 
 
@@ -108,14 +109,14 @@ def _write(model, length: int, batch: int, new_tokens: int) -> Callable[[], Any]
     ids = _ids(model, batch, length)
     with torch.no_grad():
         model.eval()
-        past = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        past = cache_of(model(ids, use_cache=True, logits_to_keep=1))
 
     @torch.no_grad()
     def run():
         model.eval()
         cache, token = copy.deepcopy(past), ids[:, -1:]
         for _ in range(new_tokens):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, use_cache=True, **cache_keyword(cache)).logits[:, -1:].argmax(-1)
 
     return run
 
@@ -127,7 +128,7 @@ _JOBS = {"read": _read, "train": _train, "write": _write}
 def state_bytes(model, length: int) -> int:
     """Bytes that the model keeps of one text of `length` tokens: our states, or another model's keys and values."""
     model.eval()
-    cache = model(_ids(model, 1, length), use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(model(_ids(model, 1, length), use_cache=True, logits_to_keep=1))
     if isinstance(cache, RecurrentCache):
         return cache.state_size()
     return sum(
