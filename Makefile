@@ -4,13 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
+# Older releases of Transformers, each with what it needs in a folder of its own, before the packages of $(VENV).
+RELEASES := 5.17 5.23
+# What a release can break, on one row of the matrix a family and on the hybrids.
+BORDER := tests/test_matrix_forward.py tests/test_matrix_padding.py tests/test_matrix_packing.py tests/test_matrix_generate.py \
+	tests/test_matrix_rollback.py tests/test_matrix_cache_files.py tests/test_matrix_training.py tests/test_matrix_releases.py \
+	tests/hub/test_without_package.py tests/hub/test_push_and_pull.py
+FURTHER_ROWS := global or rotary or windows or large-rescale or swiglu or learned or cosine
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo models docs notebooks test lint format suite unit test-oldest test-slow clean
+.PHONY: help install demo models docs notebooks test lint format suite unit test-versions test-oldest test-slow clean
 
 help: ## show what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +66,18 @@ unit: $(STAMP) suite ## the tests alone
 test: $(STAMP) ## lint and every test that is not marked slow, side by side
 	$(MAKE) --jobs=2 lint unit
 
+test-versions: $(STAMP) $(RELEASES:%=.releases/%/.installed) ## the border to Transformers on the oldest, the last but one and the newest release
+	@for release in $(RELEASES) newest; do \
+		echo "== border, transformers $$release"; \
+		OMP_NUM_THREADS=1 PYTHONPATH=.releases/$$release $(BIN)/pytest -n 2 --dist load -m "not slow" -k "not ($(FURTHER_ROWS))" $(BORDER) || exit 1; \
+	done
+
+.releases/%/.installed: tests/releases/%.txt $(STAMP)
+	@echo "== set-up: transformers $* in .releases/$*"
+	rm -rf .releases/$*
+	$(BIN)/python -m pip install --quiet --no-deps --target .releases/$* -r $<
+	@touch $@
+
 test-oldest: $(OLDEST)/.installed ## the tests on the oldest versions that pyproject.toml allows
 	$(OLDEST)/bin/python tests/transformers_suite/fetch.py
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
@@ -73,4 +92,4 @@ test-slow: $(STAMP) ## heavy and GPU tests
 	$(BIN)/pytest -m slow
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) $(OLDEST) .cache/transformers-* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .releases .cache/transformers-* .pytest_cache .mypy_cache .ruff_cache

@@ -132,10 +132,11 @@ def answering_to_both_names(output_class: type[ModelOutput]) -> type[ModelOutput
 
 
 def answer_to_both_names(output):
-    """An output of Transformers, if it holds a cache, as one whose cache is found under either name; else as it is."""
-    if not isinstance(output, ModelOutput) or cache_of(output) is None:
+    """An output of Transformers that has a place for a cache as one that answers to either name; anything else as it is."""
+    if not isinstance(output, ModelOutput) or not hasattr(output, CACHE_NAME):
         return output
-    return answering_to_both_names(type(output))(**output)
+    answering = answering_to_both_names(type(output))
+    return output if answering is type(output) else answering(**output)
 
 
 # Private attributes of Transformers' classes that ours set, override or read, and what for.
