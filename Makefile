@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo models docs notebooks test lint format suite unit test-versions test-oldest test-slow clean
+.PHONY: help install demo models docs notebooks test lint format suite unit test-versions test-oldest test-next test-slow clean
 
 help: ## show what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -88,8 +88,18 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet -e ".[dev]" -c constraints-oldest.txt
 	@touch $@
 
+test-next: .venv-next/.installed ## import, forward, generate(), compile and the interpreted kernels on a PyTorch newer than the pinned one (3 GB)
+	OMP_NUM_THREADS=1 .venv-next/bin/pytest -m "not slow" -k "not ($(FURTHER_ROWS))" tests/test_matrix_forward.py tests/test_matrix_generate.py \
+		tests/test_matrix_compile.py tests/gpu/test_interpreted.py
+
+.venv-next/.installed: pyproject.toml constraints-next.txt
+	@echo "== set-up: PyTorch of constraints-next.txt in .venv-next"
+	$(PYTHON) -m venv .venv-next
+	.venv-next/bin/python -m pip install --quiet -e ".[train]" -r constraints-next.txt
+	@touch $@
+
 test-slow: $(STAMP) ## heavy and GPU tests
 	$(BIN)/pytest -m slow
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) $(OLDEST) .releases .cache/transformers-* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .venv-next .releases .cache/transformers-* .pytest_cache .mypy_cache .ruff_cache

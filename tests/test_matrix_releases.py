@@ -14,17 +14,18 @@ import torch
 import transformers
 from common.batches import left_padded, tokens
 from common.caches import CACHE_NAME, CACHE_NAMES
-from common.families import CAUSAL, HYBRIDS, VOCAB, all_rows, causal_rows, first_rows
+from common.families import CAUSAL, HYBRIDS, TRACED_CAUSAL, VOCAB, all_rows, causal_rows, first_rows
 from common.generation import PROMPT, generate, texts
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StaticCache
+from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from hf_linear_attn import RecurrentCache
-from hf_linear_attn.modeling import compat
+from hf_linear_attn.modeling.releases import NEWEST, OLDEST, RELEASE, check_release
 from hf_linear_attn.modeling.sequence_inputs import GENERATION_KEYWORDS
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,20 @@ def test_output_classes_are_those_of_transformers(row):
         assert isinstance(row.causal_lm()(tokens(1, 4)), CausalLMOutputWithPast)
 
 
+@either_name
+@pytest.mark.parametrize("row", TRACED_CAUSAL, ids=[row.name for row in TRACED_CAUSAL])
+@torch.no_grad()
+def test_a_program_is_exported_with_either_name(row, name):
+    model = row.causal_lm()
+    register_cache_pytrees_for_model(model)
+    cache = RecurrentCache(config=model.config)
+    model(tokens(1, 5), cache=cache)
+    step, going_on = tokens(1, 1, seed=1), cache.fork()
+    program = torch.export.export(model, (step,), {name: cache, "use_cache": True}, strict=False)
+    found = program.module()(step, **{name: going_on.fork(), "use_cache": True}).logits
+    torch.testing.assert_close(found, model(step, cache=going_on).logits)
+
+
 @first_rows
 def test_the_second_place_of_a_tuple_is_the_cache(row):
     output = row.causal_lm()(tokens(1, 4), return_dict=False, use_cache=True)
@@ -126,7 +141,7 @@ def test_greedy_generation_is_the_argmax_of_uncached_forwards(row):
     assert torch.equal(found, ids)
 
 
-@pytest.mark.skipif(compat.RELEASE < (5, 24), reason="older releases refuse assisted decoding with a static cache")
+@pytest.mark.skipif(RELEASE < (5, 24), reason="older releases refuse assisted decoding with a static cache")
 @causal_rows
 def test_assisted_decoding_with_a_static_cache(row):
     model = row.causal_lm(torch.float64)
@@ -225,20 +240,19 @@ def test_a_generating_function_of_the_users_own(row, tokenizer):
 
 
 def test_one_statement_of_what_is_supported():
-    """compat, pyproject.toml and constraints.txt agree; the range ends below the first untested minor release."""
+    """modeling/releases.py, pyproject.toml and constraints.txt agree; the range ends below the first untested minor release."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     stated = SpecifierSet(
         next(x for x in project["dependencies"] if x.startswith("transformers")).removeprefix("transformers")
     )
-    oldest, newest = compat.OLDEST, compat.NEWEST
-    for release in (oldest, newest):
+    for release in (OLDEST, NEWEST):
         assert stated.contains(f"{release[0]}.{release[1]}.0")
-    assert stated.contains(f"{newest[0]}.{newest[1]}.99")
-    assert not stated.contains(f"{newest[0]}.{newest[1] + 1}.0")
-    assert not stated.contains(f"{oldest[0]}.{oldest[1] - 1}.99")
+    assert stated.contains(f"{NEWEST[0]}.{NEWEST[1]}.99")
+    assert not stated.contains(f"{NEWEST[0]}.{NEWEST[1] + 1}.0")
+    assert not stated.contains(f"{OLDEST[0]}.{OLDEST[1] - 1}.99")
     pinned = {name: re.search(r"^transformers==(.+)$", (ROOT / name).read_text(), re.M)[1] for name in PINS}
-    assert Version(pinned["constraints.txt"]).release[:2] == newest
-    assert Version(pinned["constraints-oldest.txt"]).release[:2] == oldest
+    assert Version(pinned["constraints.txt"]).release[:2] == NEWEST
+    assert Version(pinned["constraints-oldest.txt"]).release[:2] == OLDEST
 
 
 PINS = ("constraints.txt", "constraints-oldest.txt")
@@ -248,15 +262,26 @@ def test_an_older_release_is_refused():
     with pytest.raises(
         ImportError, match=r"does not run on transformers 5\.16: pip install 'transformers>=5\.17,<5\.25'"
     ):
-        compat.check_release((5, 16))
+        check_release((5, 16))
+
+
+def test_an_older_release_is_refused_before_anything_else():
+    """What an older release lacks must not be what the user reads: here a Transformers that has nothing but a version."""
+    lacking = "import sys, types; sys.modules['transformers'] = t = types.ModuleType('transformers'); t.__version__ = '4.57.1'"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{lacking}; import hf_linear_attn"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1
+    wanted = "pip install 'transformers>=5.17,<5.25'"
+    assert done.stderr.splitlines()[-1] == f"ImportError: hf-linear-attn does not run on transformers 4.57: {wanted}"
 
 
 def test_a_newer_release_is_said_in_one_line(caplog):
     with caplog.at_level(logging.WARNING):
-        compat.check_release(compat.NEWEST)
+        check_release(NEWEST)
         assert not caplog.records
-        compat.check_release((compat.NEWEST[0], compat.NEWEST[1] + 1))
-        compat.check_release((6, 0))
+        check_release((NEWEST[0], NEWEST[1] + 1))
+        check_release((6, 0))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert all("\n" not in message and "pip install 'transformers>=" in message for message in messages)
@@ -273,11 +298,26 @@ def test_the_newest_release_is_a_tested_one():
     pinned = re.search(r"^transformers==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
     assert Version(newest) <= Version(pinned), (
         f"transformers {newest} is out, the newest tested release is {pinned}: raise `transformers=={pinned}` in "
-        "constraints.txt, run the tests, then raise the range in pyproject.toml and NEWEST in modeling/compat.py"
+        "constraints.txt, run the tests, then raise the range in pyproject.toml and NEWEST in modeling/releases.py"
     )
 
 
 # ---- what users of Transformers' other tools meet
+
+
+QUIET = {
+    "import": ["-c", "import hf_linear_attn; from transformers import LlamaForCausalLM, AutoModelForCausalLM"],
+    "command": ["-m", "hf_linear_attn", "generate", "My fellow citizens", "--max-new-tokens", "2"],
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_nothing_is_printed_that_is_not_ours(name):
+    """Torchao and PyTorch say things about each other when Transformers' models are imported: not through us."""
+    done = subprocess.run([sys.executable, *QUIET[name]], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert name == "command" or done.stdout == ""
 
 
 def test_classes_are_found_on_the_transformers_module():
@@ -289,7 +329,7 @@ def test_classes_are_found_on_the_transformers_module():
             assert getattr(transformers, ours.__name__) is ours
 
 
-@pytest.mark.skipif(compat.RELEASE < (5, 24), reason="only newer releases ask for a PEFT that is not out yet")
+@pytest.mark.skipif(RELEASE < (5, 24), reason="only newer releases ask for a PEFT that is not out yet")
 @first_rows
 def test_get_peft_model_works_where_add_adapter_refuses(row):
     peft = pytest.importorskip("peft", reason="needs peft: pip install hf-linear-attn[peft]")

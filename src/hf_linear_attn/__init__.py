@@ -7,7 +7,8 @@
 Notation in all docstrings: B batch, T time (tokens), H heads, D or E head size, C chunk, W window, M compressed width.
 """
 
-from . import quiet_imports  # noqa: F401  # isort: skip  (before anything of Transformers)
+from .modeling import releases  # noqa: F401  # isort: skip  (before anything that a release may lack)
+from . import quiet_imports  # noqa: F401  # isort: skip  (before any other import of Transformers)
 from .modeling.configuration_danet import DanetConfig
 from .modeling.configuration_fastformer import FastformerConfig
 from .modeling.configuration_leap import LeapConfig

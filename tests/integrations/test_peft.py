@@ -8,7 +8,7 @@ from common.tiny import one_row_a_family, some_ids
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_linear_attn.modeling import compat
+from hf_linear_attn.modeling.releases import RELEASE
 from hf_linear_attn.registration import LORA_TARGETS
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install hf-linear-attn[peft]")
@@ -125,7 +125,7 @@ def test_several_adapters(row, tmp_path):
 
 
 @pytest.mark.skipif(
-    Version(peft.__version__) < Version("0.22" if compat.RELEASE >= (5, 24) else "0.19.1"),
+    Version(peft.__version__) < Version("0.22" if RELEASE >= (5, 24) else "0.19.1"),
     reason="Transformers itself asks for a newer PEFT here (test_get_peft_model_works_where_add_adapter_refuses)",
 )
 @first_rows

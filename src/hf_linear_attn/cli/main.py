@@ -50,8 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    command = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
     try:
+        command = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
         return command.run(words[1:])
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -9,12 +9,9 @@ outputs answer to both, and what Transformers itself is called with carries the 
 
 import functools
 import inspect
-import logging
-import re
 from dataclasses import dataclass
 
 import torch
-import transformers
 from torch._subclasses.fake_tensor import is_fake
 from transformers import initialization as init
 from transformers.activations import GELUActivation
@@ -30,26 +27,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-OLDEST, NEWEST = (
-    (5, 17),
-    (5, 24),
-)  # the supported minor releases of Transformers; the range in pyproject.toml says the same
-RELEASE = tuple(map(int, re.match(r"(\d+)\.(\d+)", transformers.__version__).groups()))
-
-
-def check_release(release: tuple[int, int]) -> None:
-    """Refuse a Transformers older than the oldest supported release; say so once where it is newer than the newest tested."""
-    found, newest = f"transformers {release[0]}.{release[1]}", f"{NEWEST[0]}.{NEWEST[1]}"
-    wanted = f"pip install 'transformers>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'"
-    if release < OLDEST:
-        raise ImportError(f"hf-linear-attn does not run on {found}: {wanted}")
-    if release > NEWEST:
-        logging.getLogger(__name__).warning(
-            f"hf-linear-attn is tested with transformers up to {newest}, this is {found}; if anything is wrong: {wanted}"
-        )
-
-
-check_release(RELEASE)
+from .releases import RELEASE
 
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = "cache" if RELEASE >= (5, 24) else "past_key_values"  # what this release of Transformers says
