@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from common.batches import tokens
-from common.families import VOCAB, causal_rows, first_rows, rows_with_heads
+from common.families import VOCAB, all_rows, causal_rows, first_rows, rows_with_heads
 from common.padding import TOLERANCE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.auto import modeling_auto
@@ -118,3 +118,12 @@ def test_auto_classes_and_name_tables(row, head):
     assert type(model) is heads[head]
     assert getattr(modeling_auto, AUTO_CLASSES[head])[row.family] == heads[head].__name__
     assert transformers.AutoConfig.for_model(row.family).__class__ is config_class
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@all_rows
+def test_built_in_half_precision(row, dtype):
+    """`from_config(dtype=...)` makes that the default while the model is built and its weights are drawn."""
+    model = transformers.AutoModel.from_config(row.config(), dtype=dtype).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(tokens(2, 9)).last_hidden_state.isfinite().all()

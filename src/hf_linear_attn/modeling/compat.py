@@ -31,7 +31,6 @@ from .releases import RELEASE
 
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = "cache" if RELEASE >= (5, 24) else "past_key_values"  # what this release of Transformers says
-FORMER_CACHE_NAME = CACHE_NAMES[1 - CACHE_NAMES.index(CACHE_NAME)]  # what other releases say
 
 
 def cache_keyword(cache) -> dict:
@@ -88,6 +87,10 @@ class EitherCacheName:
         def cache(self):
             """The cache, by the name that Transformers 5.24 gives it."""
             return self.past_key_values
+
+        @cache.setter
+        def cache(self, value):
+            self.past_key_values = value
 
         def __contains__(self, key):
             return super().__contains__(CACHE_NAME if key == "cache" else key)

@@ -34,12 +34,14 @@ def orthogonal_gaussian_features(
     The draw runs on the CPU in float32: the same seed gives the same features on every device.
     Source: specification, section 1.2.
     """
+    # Named, since a model built in half precision has made that the default, which QR does not know.
+    exact = {"generator": generator, "dtype": torch.float32}
     blocks = []
     for start in range(0, num_features, head_dim):
-        gaussian = torch.randn(head_dim, head_dim, generator=generator)
+        gaussian = torch.randn(head_dim, head_dim, **exact)
         orthonormal, _ = torch.linalg.qr(gaussian)
         blocks.append(orthonormal.T[: min(head_dim, num_features - start)])
-    lengths = torch.randn(num_features, head_dim, generator=generator).norm(dim=-1, keepdim=True)
+    lengths = torch.randn(num_features, head_dim, **exact).norm(dim=-1, keepdim=True)
     return (torch.cat(blocks) * lengths).to(device=device, dtype=dtype)
 
 
