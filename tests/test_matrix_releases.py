@@ -1,7 +1,9 @@
 """The border to Transformers: the cache's two names, what generate() hands on, and which releases are supported."""
 
+import copy
 import inspect
 import logging
+import pickle
 import re
 import string
 import subprocess
@@ -103,6 +105,86 @@ def test_output_classes_are_those_of_transformers(row):
     assert isinstance(body, ModelOutput)
     if row.causal:
         assert isinstance(row.causal_lm()(tokens(1, 4)), CausalLMOutputWithPast)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Functions of all models share their decorators' code, of which the compiler keeps eight versions a process."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@all_rows
+@torch.no_grad()
+def test_outputs_are_pickled_and_copied(row):
+    """Of bodies, heads and generate(): classes made for the release at hand come back, with both names."""
+    ids, found = tokens(1, 4), [row.build(head)(tokens(1, 4)) for head in row.heads() if "MultipleChoice" not in head]
+    if row.causal:
+        found += [row.causal_lm()(ids, use_cache=True), generate(row.causal_lm(), ids, new=2)]
+    if row.family == "sea":
+        found.append(row.build("AutoModel")(ids, output_sea=True))
+    for output in found:
+        for again in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
+            assert type(again) is type(output)
+            assert list(again.keys()) == list(output.keys())
+            assert torch.equal(again[0], output[0])
+
+
+@causal_rows
+def test_a_cache_is_set_under_either_name(row):
+    for name in CACHE_NAMES:
+        output = row.causal_lm()(tokens(1, 4), use_cache=True)
+        other = RecurrentCache(config=row.config())
+        output[name] = other
+        assert output.cache is output.past_key_values is output["cache"] is output["past_key_values"] is other
+        assert len(set(output.keys()) & set(CACHE_NAMES)) == 1
+
+
+@either_name
+@causal_rows
+def test_a_cache_is_refused_under_checkpointing(row, name):
+    """Layers run twice there, and would lose the context (Transformers takes their cache away) or read tokens twice."""
+    model = row.causal_lm()
+    cache = model(tokens(1, 4), use_cache=True).cache
+    model.train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    with pytest.raises(ValueError, match="under checkpointing"):
+        model(tokens(1, 3), **{name: cache})
+    if row.family != "sea":
+        layer, hidden_states = model.model.layers[0], torch.randn(1, 3, model.config.hidden_size)
+        with pytest.raises(ValueError, match="under checkpointing"):
+            layer(hidden_states, **{name: cache})
+    assert cache.get_seq_length() == 4
+    assert model(tokens(1, 3), labels=tokens(1, 3)).loss.isfinite()
+
+
+@pytest.mark.parametrize("row", TRACED_CAUSAL + HYBRIDS, ids=[row.name for row in TRACED_CAUSAL + HYBRIDS])
+@either_name
+@torch.no_grad()
+def test_a_compiled_model_fills_a_cache(row, name, fresh_compiler):
+    """A prompt, then a step, each as one graph; generate() through the compiled forward writes the same text."""
+    model = row.causal_lm()
+    ids = tokens(2, 6)
+    whole = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    begun = compiled(ids[:, :5], use_cache=True)
+    torch.testing.assert_close(begun.logits, whole[:, :5])
+    torch.testing.assert_close(compiled(ids[:, 5:], **{name: begun.cache}).logits, whole[:, 5:])
+    text = generate(model, ids, new=4).sequences
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(generate(model, ids, new=4).sequences, text)
+
+
+@pytest.mark.parametrize("row", HYBRIDS, ids=[row.name for row in HYBRIDS])
+@torch.no_grad()
+def test_a_compiled_hybrid_refuses_packed_rows_with_a_cache(row, fresh_compiler):
+    """Whether positions restart shows only when the program runs: then."""
+    compiled = torch.compile(row.causal_lm(), backend="eager", fullgraph=True)
+    plain = torch.arange(6)[None]
+    compiled(tokens(1, 6), position_ids=plain, use_cache=True)
+    with pytest.raises(RuntimeError, match="packed documents and a cache"):
+        compiled(tokens(1, 6), position_ids=plain % 3, use_cache=True)
 
 
 @either_name

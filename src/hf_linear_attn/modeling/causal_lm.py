@@ -18,6 +18,7 @@ from .compat import (
     can_return_tuple,
     either_cache_name,
     keep_logits,
+    refuse_cache_under_checkpointing,
 )
 from .cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
 from .plain_linear import is_plain
@@ -109,6 +110,7 @@ def begin(model, inputs_embeds, attention_mask, position_ids, cache, use_cache, 
     past_length, past_counts = 0, None
     if cache is not None:
         check_cache(cache, model.config)
+        refuse_cache_under_checkpointing(model, cache)
         past_length = cache.get_seq_length()
         past_counts = cache.layers[0].get_token_counts()
         if past_counts is not None and past_counts.shape[0] != inputs_embeds.shape[0]:

@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import and_masks, create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer as TransformersLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput, can_return_tuple
@@ -98,6 +98,9 @@ class EitherCacheName:
         def __getitem__(self, key):
             return super().__getitem__(CACHE_NAME if key == "cache" else key)
 
+        def __setitem__(self, key, value):
+            super().__setitem__(CACHE_NAME if key == "cache" else key, value)
+
         def get(self, key, default=None):
             """The value of a field, or `default`."""
             return super().get(CACHE_NAME if key == "cache" else key, default)
@@ -109,7 +112,18 @@ def answering_to_both_names(output_class: type[ModelOutput]) -> type[ModelOutput
     if CACHE_NAME == "cache" or issubclass(output_class, EitherCacheName):
         return output_class
     names = {"__module__": __name__, "__doc__": output_class.__doc__}
-    return dataclass(type(output_class.__name__, (EitherCacheName, output_class), names))
+    made = dataclass(type(output_class.__name__, (EitherCacheName, output_class), names))
+    return rebuilt_by(made, answering_to_both_names, output_class)
+
+
+def rebuilt_by(made: type[ModelOutput], make, base: type[ModelOutput]) -> type[ModelOutput]:
+    """`made`, an output class that stands in no module, so that its outputs can be pickled: as `make(base)` and their fields."""
+    made.__reduce__ = lambda output: (_rebuild, (make, base, dict(output)))
+    return made
+
+
+def _rebuild(make, base, found: dict) -> ModelOutput:
+    return make(base)(**found)
 
 
 def answer_to_both_names(output):
@@ -118,6 +132,31 @@ def answer_to_both_names(output):
         return output
     answering = answering_to_both_names(type(output))
     return output if answering is type(output) else answering(**output)
+
+
+def refuse_cache_under_checkpointing(module, cache) -> None:
+    """Checkpointing runs layers twice, and Transformers takes their cache away: the context would be lost without a word."""
+    runs_twice = getattr(module, "gradient_checkpointing", False) and module.training
+    if cache is not None and runs_twice and (torch.is_grad_enabled() or RELEASE < (5, 24)):
+        raise ValueError(
+            f"`{CACHE_NAME}` cannot be updated under checkpointing, which runs layers twice: leave it out, or switch "
+            "checkpointing off (`model.eval()` does)"
+        )
+
+
+class GradientCheckpointingLayer(TransformersLayer):
+    """Transformers' layer that can be checkpointed; a cache may be given by either name, and is refused under checkpointing."""
+
+    def __call__(self, *args, **kwargs):
+        """As a module's."""
+        kwargs = rename_cache(kwargs, CACHE_NAME)
+        refuse_cache_under_checkpointing(self, kwargs.get(CACHE_NAME))
+        return super().__call__(*args, **kwargs)
+
+
+def check_when_run(condition: torch.Tensor, message: str) -> None:
+    """Refuse, in a program that is being traced, values that show only when it runs (RuntimeError)."""
+    torch._assert_async(condition, message)
 
 
 # Private attributes of Transformers' classes that ours set, override or read, and what for.
@@ -196,6 +235,7 @@ __all__ = [
     "can_read_values",
     "can_return_tuple",
     "capture_outputs",
+    "check_when_run",
     "create_causal_mask",
     "create_sliding_window_causal_mask",
     "custom_object_save",
@@ -205,5 +245,7 @@ __all__ = [
     "keep_logits",
     "merge_with_config_defaults",
     "modeling_auto",
+    "rebuilt_by",
+    "refuse_cache_under_checkpointing",
     "rename_cache",
 ]

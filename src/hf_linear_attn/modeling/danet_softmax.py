@@ -13,6 +13,7 @@ from .compat import (
     GradientCheckpointingLayer,
     and_masks,
     can_read_values,
+    check_when_run,
     create_causal_mask,
     create_sliding_window_causal_mask,
     either_cache_name,
@@ -135,10 +136,16 @@ def prepare_softmax_layers(
         return
     windowed = codes - {"softmax"}
     if segment_ids is not None and cache is not None:
-        raise ValueError(
+        reason = (
             "packed documents and a cache cannot go together in a model with softmax layers, whose keys and values keep no "
             "document numbers: pass `use_cache=False`, or one document a row"
         )
+        if can_read_values(segment_ids):
+            raise ValueError(reason)
+        check_when_run(
+            (segment_ids == segment_ids[:, :1]).all(), reason
+        )  # plain positions show no restart while traced
+        segment_ids = None
     counts_columns = "swa@softmax" in codes or (windowed and cache is not None)
     if counts_columns and attention_mask is not None and can_read_values(attention_mask):
         real = attention_mask.bool()

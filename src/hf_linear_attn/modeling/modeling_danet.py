@@ -34,6 +34,7 @@ from .compat import (
     either_cache_name,
     init,
     merge_with_config_defaults,
+    refuse_cache_under_checkpointing,
 )
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .danet_block import DanetBlock, DenseAttention
@@ -243,6 +244,7 @@ class DanetModel(DanetPreTrainedModel):
             )
         if cache is None:
             cache = RecurrentCache(config=self.config)
+        refuse_cache_under_checkpointing(self, cache)
         kinds = [kind == LAYER_TYPE for kind in self.config.layer_types[: self.config.num_hidden_layers]]
         if all(kinds):
             check_cache(cache, self.config)

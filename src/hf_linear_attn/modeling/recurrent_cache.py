@@ -39,7 +39,9 @@ FORMAT = "hf_linear_attn.cache.v1"
 
 def making_buffers():
     """Context for tensors that later calls write to: one made in inference mode could not be written outside of it."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
 
 
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):

@@ -38,6 +38,7 @@ def check_call(model, input_ids, inputs_embeds, kwargs: dict) -> None:
             f"`is_causal={kwargs['is_causal']}` cannot be honoured by a {model.config.host_config.model_type} host: {what}"
         )
     known = set(inspect.signature(model.host_model.forward).parameters) | HARMLESS_KEYWORDS | PACKING_KEYWORDS
+    known.add("token_type_ids")  # zeros say nothing; others are refused with what the host lacks
     known -= {"encoder_hidden_states", "encoder_attention_mask"}  # of cross-attention, which no host has here
     unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
     if unknown:

@@ -9,7 +9,7 @@ from functools import cache
 
 from transformers.utils import ModelOutput
 
-from .compat import answer_to_both_names, answering_to_both_names
+from .compat import answer_to_both_names, answering_to_both_names, rebuilt_by
 
 SEA_FIELDS = ("estimated_attentions", "kept_cells", "kept_keys", "attention_losses", "fidelity")
 
@@ -18,12 +18,9 @@ SEA_FIELDS = ("estimated_attentions", "kept_cells", "kept_keys", "attention_loss
 def sea_output_class(host_class: type[ModelOutput]) -> type[ModelOutput]:
     """The subclass of a host's output class with SEA's fields, each None unless it was asked for."""
     fields = [(name, tuple | None, field(default=None)) for name in SEA_FIELDS]
-    return make_dataclass(
-        f"Sea{host_class.__name__}",
-        fields,
-        bases=(answering_to_both_names(host_class),),
-        namespace={"__module__": __name__},
-    )
+    name, bases = f"Sea{host_class.__name__}", (answering_to_both_names(host_class),)
+    made = make_dataclass(name, fields, bases=bases, namespace={"__module__": __name__})
+    return rebuilt_by(made, sea_output_class, host_class)
 
 
 def extend_output(output: ModelOutput, **found: tuple) -> ModelOutput:
