@@ -77,11 +77,10 @@ def test_layers_take_either_name(row, name):
     if row.family == "sea":
         pytest.skip("its layers are the host's, which Transformers calls")
     x = torch.randn(2, 7, model.config.hidden_size, dtype=torch.float64)
+    places = {"position_ids": torch.arange(7)[None]} if row.family == "leap" else {}
     for layer in (model.model.layers[0], model.model.layers[0].attention):
         cache = RecurrentCache(config=model.config)
-        layer(x, position_ids=torch.arange(7)[None], **{name: cache}) if "leap" in row.name else layer(
-            x, **{name: cache}
-        )
+        layer(x, **places, **{name: cache})
         assert cache.layers[0].get_seq_length() == 7
         assert CACHE_NAME in inspect.signature(layer.forward).parameters
 
@@ -408,6 +407,14 @@ def test_classes_are_found_on_the_transformers_module():
     for config_class, heads in FAMILIES.values():
         for ours in (config_class, *heads.values()):
             assert getattr(transformers, ours.__name__) is ours
+
+
+def test_a_class_of_transformers_own_is_not_hidden(monkeypatch):
+    from hf_linear_attn.registration import register_all
+
+    monkeypatch.setattr(transformers, "__all__", [*transformers.__all__, "LeapModel"])
+    with pytest.raises(ImportError, match="a class LeapModel of its own"):
+        register_all()
 
 
 @pytest.mark.skipif(RELEASE < (5, 24), reason="only newer releases ask for a PEFT that is not out yet")

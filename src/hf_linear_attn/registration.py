@@ -103,8 +103,7 @@ def register_all() -> None:
 def _publish(our_class: type) -> None:
     """Make a class an attribute of the `transformers` module, where its server looks `architectures[0]` up."""
     name = our_class.__name__
-    ours = getattr(vars(transformers).get(name), "__module__", None) == our_class.__module__  # of an earlier import
-    if name in dir(transformers) and not ours:
+    if name in transformers.__all__:
         raise ImportError(
             f"transformers {transformers.__version__} has a class {name} of its own, which this package would "
             "hide: update hf-linear-attn"

@@ -1,6 +1,7 @@
 """The border to Transformers and PyTorch: what differs between releases, and every undocumented name that this package touches.
 
-Checked on transformers 5.17 to 5.24, PyTorch 2.11 and 2.13. When a release moves something, this is the only file to change.
+Checked on transformers 5.17 to 5.24, PyTorch 2.11 and 2.13. When a release moves something, this is the only file to change, and
+`releases` says that it is supported.
 
 Transformers 5.24 calls `cache` what earlier releases call `past_key_values`: an argument of forward, a field of outputs, a
 keyword of mask functions. Here it is `cache` throughout. A caller may use either name on every release (`either_cache_name`),
@@ -112,7 +113,7 @@ def answering_to_both_names(output_class: type[ModelOutput]) -> type[ModelOutput
     if CACHE_NAME == "cache" or issubclass(output_class, EitherCacheName):
         return output_class
     names = {"__module__": __name__, "__doc__": output_class.__doc__}
-    made = dataclass(type(output_class.__name__, (EitherCacheName, output_class), names))
+    made: type[ModelOutput] = dataclass(type(output_class.__name__, (EitherCacheName, output_class), names))
     return rebuilt_by(made, answering_to_both_names, output_class)
 
 
