@@ -114,7 +114,7 @@ def test_a_document_that_ends_in_a_later_call(row):
 def test_control_documents_are_ignored(row, monkeypatch):
     """Documents that leak into each other are seen."""
     model = row.causal_lm(torch.float64)
-    monkeypatch.setattr(sequence_inputs, "_documents_from_positions", lambda position_ids, mask: None)
+    monkeypatch.setattr(sequence_inputs, "_restarts", lambda position_ids, mask: torch.zeros_like(position_ids) > 0)
     with pytest.raises(AssertionError):
         check_packing(model, packed_by("position_ids"))
 

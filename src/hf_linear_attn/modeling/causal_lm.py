@@ -15,6 +15,7 @@ from .compat import (
     ForCausalLMLoss,
     cache_keyword,
     cache_of,
+    can_read_values,
     can_return_tuple,
     either_cache_name,
     keep_logits,
@@ -23,7 +24,14 @@ from .compat import (
 from .cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
 from .plain_linear import is_plain
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
-from .sequence_inputs import SequenceInputs, check_token_ids, padding_mask, prepare_sequence
+from .sequence_inputs import (
+    DOCUMENT_KEYWORDS,
+    SequenceInputs,
+    check_token_ids,
+    padding_mask,
+    passes_on,
+    prepare_sequence,
+)
 from .task_heads import check_classes, check_labels
 from .vocabulary_logits import vocabulary_logits
 
@@ -107,21 +115,49 @@ def begin(model, inputs_embeds, attention_mask, position_ids, cache, use_cache, 
         )
     if use_cache and cache is None:
         cache = RecurrentCache(config=model.config)
-    past_length, past_counts = 0, None
+    layer = None
     if cache is not None:
         check_cache(cache, model.config)
         refuse_cache_under_checkpointing(model, cache)
-        past_length = cache.get_seq_length()
-        past_counts = cache.layers[0].get_token_counts()
-        if past_counts is not None and past_counts.shape[0] != inputs_embeds.shape[0]:
-            raise ValueError(
-                f"`{CACHE_NAME}` holds the state of {past_counts.shape[0]} rows, but the batch has {inputs_embeds.shape[0]}: "
-                "use `cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
-            )
-    sequence = prepare_sequence(
-        inputs_embeds, attention_mask, position_ids, past_length, past_counts, max_positions, **kwargs
+        layer = cache.layers[0]
+    sequence = read_call(
+        inputs_embeds,
+        attention_mask,
+        position_ids,
+        layer,
+        0 if layer is None else cache.get_seq_length(),
+        max_positions,
+        **kwargs,
     )
     return sequence, cache
+
+
+def read_call(
+    inputs_embeds, attention_mask, position_ids, layer, past_length, max_positions, **kwargs
+) -> SequenceInputs:
+    """`prepare_sequence` after what `layer` of a cache (or None) has seen, which takes note of the call."""
+    if layer is None:
+        return prepare_sequence(inputs_embeds, attention_mask, position_ids, max_positions=max_positions, **kwargs)
+    counts, past = layer.get_token_counts(), layer.past
+    if counts is not None and counts.shape[0] != inputs_embeds.shape[0]:
+        raise ValueError(
+            f"`{CACHE_NAME}` holds the state of {counts.shape[0]} rows, but the batch has {inputs_embeds.shape[0]}: "
+            "use `cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
+        )
+    sequence = prepare_sequence(
+        inputs_embeds, attention_mask, position_ids, past_length, counts, max_positions, past, **kwargs
+    )
+    past.take_in(
+        past_length,
+        counts,
+        inputs_embeds,
+        sequence.mask,
+        sequence.segment_ids,
+        position_ids,
+        kwargs.get("seq_idx"),
+        layer.record_past,
+    )
+    return sequence
 
 
 @either_cache_name
@@ -163,6 +199,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
 
     @either_cache_name
     @can_return_tuple
+    @passes_on("token_type_ids", *DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -192,6 +229,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         # Not in the signature: Trainer takes every argument there with "label" in its name for one that each batch must have,
         # and would evaluate without a loss.
         shift_labels = kwargs.pop("shift_labels", None)
+        refuse_two_labels(labels, shift_labels)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -271,6 +309,22 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             shift_labels.flatten().to(hidden_states.device),
             count,
         )
+
+
+def refuse_two_labels(labels, shift_labels) -> None:
+    """Refuse labels in both forms that do not say the same: one of them would be ignored.
+
+    DeepSpeed's sequence parallel training gives the shifted ones under both names.
+    """
+    if labels is None or shift_labels is None or shift_labels is labels or not can_read_values(shift_labels):
+        return
+    if shift_labels.shape == labels.shape:
+        if torch.equal(shift_labels, labels) or torch.equal(shift_labels, _one_place_on(labels)):
+            return
+    raise ValueError(
+        "`labels` and `shift_labels` contradict each other: `shift_labels` are `labels` moved one place to the left; give one "
+        "of them"
+    )
 
 
 def _check_given(labels, shift_labels, places, classes) -> None:

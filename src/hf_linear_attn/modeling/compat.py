@@ -174,6 +174,7 @@ PRIVATE_HOOKS = {
     "_layer_type": "enters a cache layer into the table for dynamic caches",
     "_no_split_modules": "blocks that device_map, FSDP and DeepSpeed keep whole",
     "_prepare_cache_for_generation": "generate() makes caches that can be saved and forked",
+    "_prepare_position_ids_for_generation": "generate() leaves it to the model to count its tokens",
     "_prepare_inputs": "Trainer puts a batch on the device",
     "_sanitize_parameters": "arguments of a pipeline, sorted by its three steps",
     "_skip_keys_device_placement": "caches stay where their layers are",

@@ -49,6 +49,13 @@ def _multiplies_in_float16(tensor: torch.Tensor) -> bool:
     return dtype == torch.float16
 
 
+def _documents_of_tokens(layout) -> torch.Tensor | None:
+    """The document (B, T) of each token, from a layout that has those of slots."""
+    if layout.segment_ids is None or layout.slots is None:
+        return layout.segment_ids
+    return layout.segment_ids.gather(1, layout.slots)
+
+
 def _context_of(layer, hidden_states, attention_mask, position_ids, segment_ids, state) -> DanetContext:
     """What a model prepares for all its layers, for one that is called alone."""
     seen = None if state is None else state.count
@@ -151,9 +158,8 @@ class DenseAttention(nn.Module):
         if in_slots:
             mixed = take_tokens(mixed, layout.slots)
         if layer_cache is not None:
-            layer_cache.update_state(
-                new_state, mixed.shape[1], layout.mask, replay=self._replay(layer_cache, key, value, layout, in_slots)
-            )
+            replay = self._replay(layer_cache, key, value, layout, in_slots)
+            layer_cache.update_state(new_state, mixed.shape[1], layout.mask, replay, _documents_of_tokens(layout))
         scores = self._scores(query, key, layout, in_slots) if output_attentions else None
         return LayerOutput(mixed, scores, state=new_state if return_state else None)
 
@@ -214,10 +220,8 @@ class DenseAttention(nn.Module):
     def _scores(self, query, key, layout, in_slots):
         if in_slots:
             query, key = take_tokens(query, layout.slots), take_tokens(key, layout.slots)
-        same = None
-        if layout.segment_ids is not None:
-            ids = layout.segment_ids if layout.slots is None else layout.segment_ids.gather(1, layout.slots)
-            same = ids[:, :, None] == ids[:, None, :]
+        ids = _documents_of_tokens(layout)
+        same = None if ids is None else ids[:, :, None] == ids[:, None, :]
         mask = pattern_mask(self.pattern, layout.ranks, layout.ranks, self.is_causal, self.window, same)
         return dense_attention_scores(query, key, mask)
 
@@ -227,12 +231,9 @@ class DenseAttention(nn.Module):
         """
         if not layer_cache.record_past:
             return None
-        segment_ids = layout.segment_ids
         if in_slots:
             key, value = take_tokens(key, layout.slots), take_tokens(value, layout.slots)
-        if segment_ids is not None and layout.slots is not None:
-            segment_ids = segment_ids.gather(1, layout.slots)
-        return self._advance, (key, value, layout.mask, segment_ids)
+        return self._advance, (key, value, layout.mask, _documents_of_tokens(layout))
 
     def _advance(self, state, key, value, mask, segment_ids):
         """The state after some more tokens alone."""

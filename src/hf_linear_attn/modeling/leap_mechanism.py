@@ -91,7 +91,7 @@ def _window_state(projected, rotated, window, counts, documents, last_document, 
     if documents is not None:
         here = here & (take_rows(documents, place) == last_document)
         if initial_state is not None:
-            still_open = (documents[:, :1] == last_document)[..., None]
+            still_open = (last_document == 0)[..., None]
             initial_state = initial_state[0], initial_state[1] * still_open
     projected = take_rows(projected, place)
     rotated = None if rotated is None else tuple(take_rows(x, place) for x in rotated)

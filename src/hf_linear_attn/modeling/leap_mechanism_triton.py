@@ -139,7 +139,7 @@ def leap_carry(
         *call.inputs, total, norm, *call.pointers(seed), call.dropout, call.scale,
         call.T, call.H, call.N, *call.strides, **call.load_flags,
     )  # fmt: skip
-    last, first = (None, None) if call.segments is None else call.ends()
+    last = None if call.segments is None else call.ends()[0]
     running, running_norm = _running(total, norm, last)
     carry, carry_norm = _before(running, running_norm)
     final, final_norm = running[:, -1], running_norm[:, -1]
@@ -147,7 +147,7 @@ def leap_carry(
         padded = torch.nn.functional.pad(state_sum.float(), [0, call.EP - call.E]).transpose(1, 2)
         still = torch.ones(call.B, call.N + 1, device=padded.device)
         if last is not None:
-            still = torch.cat([torch.ones_like(still[:, :1]), (last == first[:, :1]).float()], dim=1)
+            still = torch.cat([torch.ones_like(still[:, :1]), (last == 0).float()], dim=1)
         carry = carry + still[:, :-1, None, None, None] * padded[:, None]
         carry_norm = carry_norm + still[:, :-1, None] * state_norm.float()[:, None]
         final, final_norm = (
@@ -155,7 +155,8 @@ def leap_carry(
             final_norm + still[:, -1, None] * state_norm,
         )
     final = final.transpose(1, 2)[..., : call.E].contiguous()
-    documents = [] if last is None else [torch.cat([first[:, :1], last[:, :-1]], dim=1).contiguous()]
+    # What reaches the first chunk is the state, which belongs to document 0.
+    documents = [] if last is None else [torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], dim=1).contiguous()]
     return [final, final_norm.clone(), carry, carry_norm, *documents]
 
 

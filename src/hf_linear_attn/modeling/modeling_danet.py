@@ -21,6 +21,7 @@ from .causal_lm import (
     check_cache,
     embed_inputs,
     mask_for_generate,
+    read_call,
     without_cache_in_training,
 )
 from .compat import (
@@ -46,7 +47,7 @@ from .danet_stream import can_stream, stream_blocks
 from .portable_checkpoint import PortableCheckpointMixin
 from .recurrent_cache import LAYER_TYPE, RecurrentCache
 from .relative_positions import sinusoidal_embeddings
-from .sequence_inputs import check_token_types, prepare_sequence
+from .sequence_inputs import DOCUMENT_KEYWORDS, check_token_types, passes_on
 from .task_heads import (
     QuestionAnsweringMixin,
     TextClassifierOutput,
@@ -141,6 +142,7 @@ class DanetModel(DanetPreTrainedModel):
     @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
+    @passes_on(*DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -176,11 +178,13 @@ class DanetModel(DanetPreTrainedModel):
             )
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        cache, past_length, seen = self._open_cache(cache, use_cache, inputs_embeds.shape[0])
+        cache, layer = self._open_cache(cache, use_cache)
+        seen = None if layer is None else layer.get_token_counts()
+        past_length = 0 if layer is None else cache.get_seq_length()
         if self.embed_token_types is None:
             kwargs["token_type_ids"] = token_type_ids  # refused unless they are all 0
         bound = None if self.embed_positions is None else self.config.max_position_embeddings
-        sequence = prepare_sequence(inputs_embeds, attention_mask, position_ids, past_length, seen, bound, **kwargs)
+        sequence = read_call(inputs_embeds, attention_mask, position_ids, layer, past_length, bound, **kwargs)
         hidden_states = self._embed(inputs_embeds, sequence, token_type_ids)
         context = build_context(
             self.config, hidden_states, sequence.mask, sequence.position_ids, sequence.segment_ids, seen
@@ -189,7 +193,9 @@ class DanetModel(DanetPreTrainedModel):
             context,
             self.config,
             hidden_states,
-            attention_mask,
+            attention_mask
+            if layer is None
+            else layer.past.mask_of_keys(attention_mask, past_length, inputs_embeds.shape[1]),
             sequence.position_ids,
             sequence.segment_ids,
             cache,
@@ -232,10 +238,10 @@ class DanetModel(DanetPreTrainedModel):
             hidden_states = self.embedding_norm(hidden_states)
         return self.dropout(hidden_states)
 
-    def _open_cache(self, cache, use_cache, batch):
-        """The cache (or None), the columns it has seen, and per row the tokens of its current document (or None)."""
+    def _open_cache(self, cache, use_cache):
+        """The cache and the layer of it that knows where its rows stand, or None and None."""
         if cache is None and not use_cache:
-            return None, 0, None
+            return None, None
         if not self.is_causal or self.config.scale_mode != "fixed":
             raise ValueError(
                 f"a cache (`use_cache`, `{CACHE_NAME}`) needs a decoder with a fixed scale, but this model has `is_causal`="
@@ -255,13 +261,9 @@ class DanetModel(DanetPreTrainedModel):
                 f"{self.config.layer_types}: build it with `RecurrentCache(config=model.config)`, `DynamicCache(config="
                 "model.config)` or `StaticCache(config=model.config, max_cache_len=...)`"
             )
-        state = layers[kinds.index(True)].get_state()
-        if state is not None and state[1].shape[0] != batch:
-            raise ValueError(
-                f"`{CACHE_NAME}` holds the state of {state[1].shape[0]} rows, but the batch has {batch}: use "
-                "`cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
-            )
-        return cache, cache.get_seq_length(), None if state is None else state[1]
+        layer = layers[kinds.index(True)]
+        layer.past.keeps_mask = not all(kinds)
+        return cache, layer
 
 
 @dataclass
@@ -292,6 +294,7 @@ class DanetForPreTraining(TiedHeadMixin, DanetPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @passes_on("position_ids", "token_type_ids", *DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -337,6 +340,7 @@ class DanetForMaskedLM(TiedHeadMixin, DanetPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @passes_on("position_ids", "token_type_ids", *DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -380,6 +384,7 @@ class DanetForSequenceClassification(DanetPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @passes_on("position_ids", "token_type_ids", *DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -437,6 +442,7 @@ class DanetForMultipleChoice(DanetPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @passes_on(*DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

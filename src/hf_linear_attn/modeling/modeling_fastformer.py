@@ -39,7 +39,7 @@ from .compat import (
 from .configuration_fastformer import FastformerConfig
 from .layer_output import LayerOutput, check_state, refuse_maps_after
 from .portable_checkpoint import PortableCheckpointMixin
-from .sequence_inputs import check_layer_inputs, prepare_sequence
+from .sequence_inputs import DOCUMENT_KEYWORDS, check_layer_inputs, passes_on, prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
 from .windowed_mean import EPS, attention_rows, compute_dtype, windowed_mean
 
@@ -313,6 +313,7 @@ class FastformerModel(FastformerPreTrainedModel):
     @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
+    @passes_on(*DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -48,7 +48,7 @@ from .normed_linear import normed_linear
 from .plain_linear import has_hooks
 from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
-from .sequence_inputs import check_layer_inputs, prepare_sequence
+from .sequence_inputs import DOCUMENT_KEYWORDS, check_layer_inputs, passes_on, prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
 from .windowed_mean import attention_rows, windowed_mean
 
@@ -301,6 +301,7 @@ class LeapModel(LeapPreTrainedModel):
     @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
+    @passes_on(*DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

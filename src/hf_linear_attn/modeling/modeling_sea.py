@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from .causal_lm import RecurrentForCausalLM, next_token_labels
+from .causal_lm import RecurrentForCausalLM, next_token_labels, refuse_two_labels
 from .compat import can_return_tuple, either_cache_name
 from .configuration_sea import SeaConfig
 from .recurrent_cache import RecurrentGenerationMixin
@@ -30,6 +30,7 @@ from .sea_host_attention import Distillation
 from .sea_hosts import find_host
 from .sea_inputs import check_task_labels
 from .sea_pretrained import SeaPreTrainedModel
+from .sequence_inputs import DOCUMENT_KEYWORDS, passes_on
 
 
 class SeaModel(SeaPreTrainedModel):
@@ -42,6 +43,7 @@ class SeaModel(SeaPreTrainedModel):
 
     @either_cache_name
     @can_return_tuple
+    @passes_on(*DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -92,6 +94,7 @@ class _SeaWithLabels(SeaPreTrainedModel):
     """The forward of the heads that take `labels`, in the host's form: one a token, or (`labels_of`) one a text."""
 
     @can_return_tuple
+    @passes_on(*DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -161,6 +164,7 @@ class SeaForQuestionAnswering(SeaPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @passes_on(*DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -206,6 +210,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
 
     @either_cache_name
     @can_return_tuple
+    @passes_on(*DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -228,6 +233,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
         `shift_labels` gives them already shifted instead.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # not in the signature, see RecurrentForCausalLM
+        refuse_two_labels(labels, shift_labels)
         if labels is not None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep):
             raise ValueError("`labels` need all logits: leave `logits_to_keep` out, which drops some")
         output, sequence = self._run_host(

@@ -6,7 +6,6 @@ Transformers' own layers, and in assisted decoding by exact rollback: while past
 and the inputs since the last `crop`, and undoes tokens by running the mechanism again over the inputs that stay.
 """
 
-import contextlib
 import copy
 import functools
 import json
@@ -29,19 +28,13 @@ from .compat import (
     rename_cache,
 )
 from .decoding_graph import DecodingGraph
+from .past_columns import PastColumns, count_tokens, making_buffers
 from .sequence_inputs import GENERATION_KEYWORDS
 
 logger = logging.get_logger(__name__)
 
 LAYER_TYPE = "hf_linear_attn_state"
 FORMAT = "hf_linear_attn.cache.v1"
-
-
-def making_buffers():
-    """Context for tensors that later calls write to: one made in inference mode could not be written outside of it."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        return contextlib.nullcontext()
-    return torch.inference_mode(False)
 
 
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -59,6 +52,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         if max_cache_len is not None:
             with making_buffers():
                 self.cumulative_length = torch.zeros((), dtype=torch.long)
+        self.past = PastColumns()  # that of the model's first recurrent layer is kept up to date
         self._base: tuple[torch.Tensor, ...] | None = None
         self._replay: list[tuple[Callable, tuple]] = []
 
@@ -95,7 +89,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         """
         device = state[0].device
         counts = self.get_token_counts()
-        new_counts = _count_tokens(counts, state[0], num_new_tokens, mask, segment_ids)
+        new_counts = count_tokens(counts, state[0], num_new_tokens, mask, segment_ids)
         if self.record_past:
             if replay is None:
                 raise RuntimeError("this layer was asked to record its past, but its model passes no `replay`")
@@ -129,7 +123,8 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         counted = isinstance(self.cumulative_length, torch.Tensor)
         if counted:
             self._place_length(self.device)
-        return (*self._all_states(), self.cumulative_length) if counted else self._all_states()
+        own = (self.cumulative_length,) if counted else ()
+        return (*self._all_states(), *own, *(() if self.past.shift is None else (self.past.shift,)))
 
     def _place_length(self, device) -> None:
         """Move the count of a static cache to the states' device, once: from then on CUDA graphs rely on its address."""
@@ -143,11 +138,13 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         """What a saved cache holds of this layer, by name; empty before the first token."""
         if self.get_state() is None:
             return {}
-        return {str(i): state for i, state in enumerate(self._all_states())}
+        return {str(i): state for i, state in enumerate(self._all_states())} | self.past.tensors()
 
     def load_tensors(self, tensors: dict[str, torch.Tensor], length: int) -> None:
         """Take over what `saved_tensors` gave after `length` columns."""
-        self._store(tuple(tensors[str(i)] for i in range(len(tensors))))
+        self._store(tuple(tensors[str(i)] for i in range(sum(name.isdigit() for name in tensors))))
+        for name in PastColumns.NAMES:
+            setattr(self.past, name, tensors.get(name))
         if isinstance(self.cumulative_length, torch.Tensor):
             self._place_length(self.device)
             self.cumulative_length.fill_(length)
@@ -203,7 +200,9 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
                     "`cache.activate_past_recording()` before the tokens that may have to be undone"
                 )
             self._rewind(recorded - remove)
+            self.past.rewind(remove)
         self._replay, self._base = [], None
+        self.past.forget_records()
 
     def _rewind(self, keep: int) -> None:
         base = self._base
@@ -215,7 +214,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             if take:
                 *arguments, mask, segment_ids = (None if x is None else x[:, :take] for x in inputs)
                 state = advance(state, *arguments)
-                counts = _count_tokens(counts, state[0], take, mask, segment_ids)
+                counts = count_tokens(counts, state[0], take, mask, segment_ids)
             keep, removed = keep - take, removed + length - take
         if state is None:
             self.has_previous_state = dict.fromkeys(range(self.number_of_states), False)
@@ -255,6 +254,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
                 state.detach_().zero_()
         self.has_previous_state = dict.fromkeys(range(self.number_of_states), False)
         self._replay, self._base = [], None
+        self.past.reset()
         if isinstance(self.cumulative_length, torch.Tensor):
             self.cumulative_length.zero_()
         else:
@@ -285,20 +285,11 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             for i, state in self.recurrent_states.items():
                 if state is not None:
                     self.recurrent_states[i] = function(state)
+        self.past.map_rows(function)
         self._base = None if self._base is None else tuple(function(s) for s in self._base)
         self._replay = [
             (advance, tuple(None if x is None else function(x) for x in inputs)) for advance, inputs in self._replay
         ]
-
-
-def _count_tokens(counts, like, length, mask, segment_ids) -> torch.Tensor:
-    """Real tokens (B,) of the document open after `length` more columns, from the count before them."""
-    if segment_ids is None:
-        new = torch.full((like.shape[0],), length, device=like.device) if mask is None else mask.sum(1)
-        return new if counts is None else counts + new
-    last = segment_ids == segment_ids[:, -1:]
-    new = (last if mask is None else last & mask.bool()).sum(1)
-    return new if counts is None else new + counts * last[:, 0]
 
 
 STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = RecurrentStateLayer
@@ -370,6 +361,30 @@ class RecurrentCache(DynamicCache):
                 yield from ((f"layers.{i}.keys", layer.keys), (f"layers.{i}.values", layer.values))
 
 
+def _leave_to_the_state(inputs: dict, first: bool | None) -> None:
+    """Take out of a model's inputs in generate() what the state in its cache knows better.
+
+    After the first call that is all of it: where the new tokens stand, in which document, and that they are no padding.
+    """
+    cache, mask = inputs.get(CACHE_NAME), inputs.get("attention_mask")
+    layer = next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RecurrentStateLayer)), None)
+    if layer is None or not layer.is_initialized:
+        return
+    if not first:
+        for name in ("position_ids", "seq_idx", "cu_seq_lens_q", "attention_mask"):
+            inputs.pop(name, None)
+        return
+    tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    columns, length = int(cache.get_seq_length()), tokens.shape[1]
+    past, numbers = layer.past, inputs.get("seq_idx")
+    if numbers is not None and numbers.shape[1] == columns + length:
+        inputs["seq_idx"] = numbers[:, columns:]
+    # A mask of ones over the cache is what Transformers makes where it is told none: it says nothing of earlier padding.
+    whole = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == columns + length
+    if whole and past.padding is not None and bool(mask[:, :columns].all()):
+        inputs["attention_mask"] = mask[:, columns:]
+
+
 class RecurrentGenerationMixin:
     """Placed before `GenerationMixin`: generate() then works on a `RecurrentCache`, which the caller can save.
 
@@ -388,10 +403,15 @@ class RecurrentGenerationMixin:
         kwargs = rename_cache(kwargs, CACHE_NAME)
         kwargs = {name: value for name, value in kwargs.items() if name not in GENERATION_KEYWORDS}
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        _leave_to_the_state(inputs, kwargs.get("is_first_iteration"))
         # PEFT puts its own method in this one's place, calls this one, and (0.21) looks for the older name in what it returns:
         # it would put its virtual tokens before every step.
         wrapped = "prepare_inputs_for_generation" in vars(self)
         return rename_cache(inputs, "past_key_values") if wrapped else inputs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """None: the model counts, from where its state stands. Transformers would number columns, padding included."""
+        return None
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         given = model_kwargs.get(CACHE_NAME)

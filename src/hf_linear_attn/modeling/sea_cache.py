@@ -70,7 +70,7 @@ class SeaCacheLayer(RecurrentStateLayer):
         """State, keys, values and the mask of slots."""
         if self.keys is None:
             return {}
-        own = {"keys": self.keys[:, :, : self.slots], "values": self.values[:, :, : self.slots]}
+        own = {"keys": self.keys[:, :, : self.slots], "values": self.values[:, :, : self.slots]} | self.past.tensors()
         if self.key_mask is not None:
             own["key_mask"] = self.key_mask
         return super().saved_tensors() | own
@@ -96,6 +96,9 @@ class SeaCacheLayer(RecurrentStateLayer):
         tokens_to_remove = int(tokens_to_remove)  # generate() of some releases passes a tensor
         if self.number_of_states or tokens_to_remove > 0:
             super().crop(tokens_to_remove)
+        else:
+            self.past.rewind(-tokens_to_remove)
+            self.past.forget_records()
         keep = self.slots + tokens_to_remove
         if tokens_to_remove and self.max_cache_len is None and self.keys is not None:
             self.keys, self.values = self.keys[:, :, :keep], self.values[:, :, :keep]

@@ -97,12 +97,3 @@ def pooling_real_tokens(host: nn.Module, mask: torch.Tensor | None):
     finally:
         for handle in handles:
             handle.remove()
-
-
-def join_masks(old, new, batch: int, past: int, length: int, device) -> torch.Tensor | None:
-    """(B, past + T) bool over all slots, None if nothing is padded."""
-    if old is None and new is None:
-        return None
-    old = torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old
-    new = torch.ones(batch, length, dtype=torch.bool, device=device) if new is None else new
-    return torch.cat([old, new], dim=1)

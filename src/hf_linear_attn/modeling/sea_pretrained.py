@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from .causal_lm import check_cache, mask_for_generate
 from .compat import CACHE_NAME, CACHE_NAMES, cache_keyword, can_read_values, either_cache_name, init
 from .configuration_sea import SeaConfig
+from .past_columns import join_masks
 from .portable_checkpoint import PortableCheckpointMixin
 from .random_features import orthogonal_gaussian_features
 from .real_token_order import TokenLayout
@@ -21,7 +22,7 @@ from .sea_cache import SeaCacheLayer
 from .sea_documents import PackedRows
 from .sea_host_attention import ATTENTION_NAME, LayerResults, SeaCall, register_attention
 from .sea_hosts import attention_layers, find_host, head_size
-from .sea_inputs import check_call, check_targets, join_masks, pooling_real_tokens
+from .sea_inputs import check_call, check_targets, pooling_real_tokens
 from .sea_output import extend_output
 from .sequence_inputs import SequenceInputs, prepare_sequence
 
@@ -174,7 +175,11 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         counts = None
         if past:
             counts = torch.full((batch,), past, device=device) if old_mask is None else old_mask.sum(1)
-        sequence = prepare_sequence(tokens, attention_mask, position_ids, past, counts, **documents)
+        columns = None if cache is None else cache.layers[0].past
+        sequence = prepare_sequence(tokens, attention_mask, position_ids, past, counts, past=columns, **documents)
+        if columns is not None:
+            record, seq_idx = cache.layers[0].record_past, documents["seq_idx"]
+            columns.take_in(past, counts, tokens, sequence.mask, sequence.segment_ids, position_ids, seq_idx, record)
         key_mask = join_masks(old_mask, sequence.mask, batch, past, length, device)
         if sequence.mask is not None:
             sequence.position_ids = sequence.position_ids.masked_fill(~sequence.mask, 0)

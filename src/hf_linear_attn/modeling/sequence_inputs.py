@@ -1,19 +1,26 @@
 """What the tokens of a call mean: padding, positions and documents, checked and brought to one form for every family.
 
 * `attention_mask` (B, T): 1 or True keeps. Padding may stand anywhere; a padded token takes no position.
-* positions: the rank among a document's real tokens, counting those already in the cache.
-* documents: packed rows restart at each. Told by `cu_seq_lens_q` or `seq_idx`, or by `position_ids` that do not go on by one,
-  as Transformers reads them. Three documents of lengths 2, 4 and 3 in one row:
+* positions: the rank among a document's real tokens, or what the caller says; after a cache they go on where it ended.
+* documents: packed rows restart at each. Told by `cu_seq_lens_q` or `seq_idx`, or by `position_ids` that do not go on: neither by
+  one (counting tokens) nor by the columns passed (counting padding, too). Three documents of lengths 2, 4 and 3 in one row:
 
       position_ids    0 1 0 1 2 3 0 1 2        cu_seq_lens_q   0 2 6 9
       segment_ids     0 0 1 1 1 1 2 2 2
+
+* a cache: its open document is number 0 of the call. Position 0, or another number in `seq_idx`, begins a new one; any other
+  position that does not go on is refused, and so is a mask that changes its mind about columns the cache holds.
+
+The rule in full, with examples: docs/howto/positions.md.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 
 from .compat import can_read_values
+from .past_columns import NO_NUMBER, PastColumns
 
 # What generate() hands from one of its steps to the next and, in some of its modes, on to forward.
 GENERATION_KEYWORDS = frozenset(["assistant_model", "assistant_tokenizer", "streamer", "synced_gpus", "tokenizer"])
@@ -34,9 +41,33 @@ HARMLESS_KEYWORDS = GENERATION_KEYWORDS | frozenset(
 )
 
 
+# What tells documents that share a row apart, besides `position_ids`.
+DOCUMENT_KEYWORDS = ("seq_idx", "cu_seq_lens_q")
+
+
+def passes_on(*names: str):
+    """Show arguments that a `forward` hands on in `**kwargs` in its signature, too.
+
+    Trainer drops the columns of a dataset whose names it does not find there.
+    """
+
+    def show(forward):
+        signature = inspect.signature(forward)
+        *own, rest = signature.parameters.values()
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, torch.LongTensor | None
+        shown = [inspect.Parameter(name, kind, default=None, annotation=annotation) for name in names]
+        forward.__signature__ = signature.replace(parameters=[*own, *shown, rest])
+        return forward
+
+    return show
+
+
 @dataclass
 class SequenceInputs:
-    """The checked form: `mask` (B, T) bool, None without padding; `position_ids` (B or 1, T); `segment_ids` (B, T) or None."""
+    """The checked form: `mask` (B, T) bool, None without padding; `position_ids` (B or 1, T); `segment_ids` (B, T) or None.
+
+    Document 0 goes on with what a cache holds, the others start from nothing.
+    """
 
     mask: torch.Tensor | None
     position_ids: torch.Tensor
@@ -50,6 +81,7 @@ def prepare_sequence(
     past_length: int | torch.Tensor = 0,
     past_counts: torch.Tensor | None = None,
     max_positions: int | None = None,
+    past: PastColumns | None = None,
     seq_idx: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     **unknown,
@@ -60,7 +92,8 @@ def prepare_sequence(
         inputs_embeds (`torch.Tensor` of shape `(B, T, d)`): the embedded tokens; only shape and device are used.
         attention_mask (`torch.Tensor` of shape `(B, T)` or `(B, past + T)`, *optional*): 1 keeps, 0 is padding.
         position_ids (`torch.Tensor` of shape `(B, T)` or `(1, T)`, *optional*): positions; values at padding are ignored.
-        past_length, past_counts: columns and real tokens per row `(B,)` that a cache has already seen.
+        past_length, past_counts, past: columns, real tokens of the open document per row `(B,)`, and what else is known of the
+            columns that a cache has already seen.
         max_positions (`int`, *optional*): size of a learned position table, if there is one.
         seq_idx (`torch.Tensor` of shape `(B, T)`, *optional*), cu_seq_lens_q (`torch.Tensor` of shape `(documents + 1,)`,
             *optional*): packed documents, as `DataCollatorWithFlattening` sends them.
@@ -78,17 +111,28 @@ def prepare_sequence(
             "beginning-of-text token to start from nothing)"
         )
     mask = padding_mask(attention_mask, batch, length, past_length)
-    segment_ids = None
-    if seq_idx is not None or cu_seq_lens_q is not None:
-        segment_ids = _declared_documents(seq_idx, cu_seq_lens_q, inputs_embeds)
+    past = PastColumns() if past is None else past
+    past.check_mask(attention_mask, past_length, length)
     if position_ids is not None:
         position_ids = _checked_positions(position_ids, batch, length)
-        if segment_ids is None and length > 1:
-            segment_ids = _documents_from_positions(position_ids.expand(batch, -1), mask)
+    numbers = _declared_documents(seq_idx, cu_seq_lens_q, inputs_embeds)
+    if numbers is not None:
+        starts = _changes(numbers.expand(batch, -1), mask)
+    elif position_ids is not None and length > 1:
+        starts = _restarts(position_ids.expand(batch, -1), mask)
     else:
-        position_ids = _ranks(mask, segment_ids, past_counts, length, inputs_embeds.device)
+        starts = None
+    if past_counts is not None:
+        numbers = numbers if seq_idx is not None else None
+        starts = _first_document(starts, mask, position_ids, numbers, past_counts, past)
+    segment_ids = None
+    if starts is not None and not (can_read_values(starts) and not bool(starts.any())):
+        segment_ids = starts.long().cumsum(1)
+    chosen = position_ids is not None or past.shift is not None
+    if position_ids is None:
+        position_ids = _ranks(mask, segment_ids, past.next_positions(past_counts), length, inputs_embeds.device)
     if max_positions is not None:
-        _check_range(position_ids, mask, max_positions, past_length, length)
+        _check_range(position_ids, mask, max_positions, past_length, length, chosen)
     return SequenceInputs(mask, position_ids, segment_ids)
 
 
@@ -166,12 +210,15 @@ def _checked_positions(position_ids, batch, length):
 
 
 def _declared_documents(seq_idx, cu_seq_lens_q, inputs_embeds):
+    """The number (B or 1, T) of each token's document as the caller tells it, or None."""
     batch, length = inputs_embeds.shape[:2]
     if seq_idx is not None:
         if tuple(seq_idx.shape) != (batch, length):
             raise ValueError(f"`seq_idx` has shape {tuple(seq_idx.shape)}, expected ({batch}, {length})")
-        starts = seq_idx[:, 1:] != seq_idx[:, :-1]
-    else:
+        if seq_idx.is_floating_point() or seq_idx.dtype == torch.bool:
+            raise ValueError(f"`seq_idx` has dtype {seq_idx.dtype}, expected integers, one number a document")
+    owner = None
+    if cu_seq_lens_q is not None:
         if batch != 1 or cu_seq_lens_q.dim() != 1:
             raise ValueError(
                 f"`cu_seq_lens_q` describes one packed row, got a batch of {batch} and shape {tuple(cu_seq_lens_q.shape)}: "
@@ -194,41 +241,91 @@ def _declared_documents(seq_idx, cu_seq_lens_q, inputs_embeds):
             )
         place = torch.arange(length, device=inputs_embeds.device)
         owner = torch.searchsorted(cu_seq_lens_q.to(place), place, right=True)[None]
-        starts = owner[:, 1:] != owner[:, :-1]
-    return torch.nn.functional.pad(starts.long().cumsum(1), [1, 0])
+    if seq_idx is None or owner is None:
+        return owner if seq_idx is None else seq_idx
+    differ = (seq_idx.diff(dim=1) != 0) != (owner.diff(dim=1) != 0)
+    if can_read_values(differ) and bool(differ.any()):
+        place = int(differ[0].nonzero()[0]) + 1
+        raise ValueError(
+            f"`seq_idx` and `cu_seq_lens_q` contradict each other: at column {place} one begins a document and the other does "
+            "not; give one of them"
+        )
+    return seq_idx
 
 
-def _documents_from_positions(position_ids, mask):
-    """Document numbers from positions that do not go on by one, looking at real tokens only; None if there is just one."""
-    batch, length = position_ids.shape
-    place = torch.arange(length, device=position_ids.device).expand(batch, -1)
+def _before(values, mask):
+    """Of the real token before each column: whether there is one (B, T), its value, and how many columns back it stands."""
+    batch, length = values.shape
+    place = torch.arange(length, device=values.device).expand(batch, -1)
     real = place if mask is None else torch.where(mask, place, -1)
     before = torch.nn.functional.pad(real.cummax(1).values[:, :-1], [1, 0], value=-1)
-    expected = position_ids.gather(1, before.clamp(min=0)) + 1
-    starts = (before >= 0) & (position_ids != expected)
-    if mask is not None:
-        starts = starts & mask
-    if can_read_values(starts) and not bool(starts.any()):
-        return None
-    return starts.long().cumsum(1)
+    return before >= 0, values.gather(1, before.clamp(min=0)), place - before
 
 
-def _ranks(mask, segment_ids, past_counts, length, device):
+def _changes(numbers, mask):
+    """(B, T) bool, True at real tokens whose document has another number than that of the real token before."""
+    known, value, _ = _before(numbers, mask)
+    starts = known & (numbers != value)
+    return starts if mask is None else starts & mask
+
+
+def _restarts(position_ids, mask):
+    """(B, T) bool, True at real tokens whose position does not go on from the real token before."""
+    known, value, columns = _before(position_ids, mask)
+    step = position_ids - value
+    starts = known & (step != 1)
+    return starts if mask is None else starts & (step != columns) & mask
+
+
+def _first_document(starts, mask, position_ids, numbers, past_counts, past):
+    """`starts` (B, T) with the first real token of each row in it, where it does not go on with the document that is open.
+
+    A row without tokens in its state has nothing to go on with. `numbers` (B, T) are those of `seq_idx`.
+    """
+    if position_ids is None and (numbers is None or past.document is None):
+        return starts
+    batch, device = past_counts.shape[0], past_counts.device
+    length = (position_ids if numbers is None else numbers).shape[1]
+    column = torch.zeros(batch, dtype=torch.long, device=device) if mask is None else mask.to(torch.uint8).argmax(1)
+    open_rows = (past_counts > 0) if mask is None else (past_counts > 0) & mask.any(1)
+    new = torch.zeros_like(open_rows)
+    if numbers is not None and past.document is not None:
+        number = numbers.expand(batch, -1).gather(1, column[:, None])[:, 0]
+        new = (past.document != NO_NUMBER) & (number != past.document)
+    if position_ids is not None:
+        position = position_ids.expand(batch, -1).gather(1, column[:, None])[:, 0]
+        expected = past.next_positions(past_counts)
+        passed = column if past.gap is None else column + past.gap  # padded columns since the token before
+        goes_on = (position == expected) | (position == expected + passed)
+        wrong = open_rows & ~new & ~goes_on & (position != 0)
+        if can_read_values(wrong) and bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"`position_ids` begin with {int(position[row])} in row {row}, but the document that is open in the cache goes "
+                f"on at {int(expected[row])}: give that, or 0 where a new document begins, or leave `position_ids` out"
+            )
+        new = new | ((position == 0) & ~goes_on)
+    new = (new & open_rows)[:, None] & (torch.arange(length, device=device) == column[:, None])
+    return new if starts is None else starts | new
+
+
+def _ranks(mask, segment_ids, past_positions, length, device):
     """Position of each token: its rank among the real tokens of its document; the first goes on where the cache ended."""
     # Real tokens before each column: a document that begins with padding starts to count at its first real token.
     rank = torch.arange(length, device=device)[None] if mask is None else mask.long().cumsum(1) - mask.long()
-    past = 0 if past_counts is None else past_counts.to(device)[:, None]
+    past = 0 if past_positions is None else past_positions.to(device)[:, None]
     if segment_ids is None:
         return rank + past
     rank = rank.expand(segment_ids.shape[0], -1)
     starts = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [1, 0])
     first = torch.where(starts, rank, 0).cummax(1).values
-    return rank - first + torch.where(segment_ids == segment_ids[:, :1], past, 0)
+    return rank - first + torch.where(segment_ids == 0, past, 0)
 
 
-def _check_range(position_ids, mask, max_positions, past_length, length):
+def _check_range(position_ids, mask, max_positions, past_length, length, chosen):
+    """Refuse positions that have no row in the table; looks at those on a GPU only where they may be too high."""
     lengths_known = isinstance(past_length, int) and isinstance(length, int)
-    looks = position_ids.device.type == "cpu" or not lengths_known or past_length + length > max_positions
+    looks = chosen or position_ids.device.type == "cpu" or not lengths_known or past_length + length > max_positions
     highest = _extreme(position_ids, mask) if looks and can_read_values(position_ids) else None
     if highest is not None and not (highest[0] >= 0 and highest[1] < max_positions):
         wrong = highest[0] if highest[0] < 0 else highest[1]

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import (
 )
 
 from .compat import answering_to_both_names, cache_keyword, cache_of, can_read_values, can_return_tuple
-from .sequence_inputs import padding_mask
+from .sequence_inputs import DOCUMENT_KEYWORDS, padding_mask, passes_on
 
 TextClassifierOutput = answering_to_both_names(SequenceClassifierOutputWithPast)
 
@@ -91,6 +91,7 @@ class SequenceClassificationMixin:
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
     @can_return_tuple
+    @passes_on("token_type_ids", *DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -149,6 +150,7 @@ class TokenClassificationMixin:
         self.score = nn.Linear(config.hidden_size, config.num_labels)
 
     @can_return_tuple
+    @passes_on("token_type_ids", *DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -188,6 +190,7 @@ class QuestionAnsweringMixin:
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
     @can_return_tuple
+    @passes_on("token_type_ids", *DOCUMENT_KEYWORDS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -54,7 +54,8 @@ def windowed_mean(
         mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 or True keeps. A masked token has no weight and takes no place
             in any window, wherever it stands; the mean at its own position is 0.
         segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): non-decreasing document numbers; sums restart with each.
-        initial_state (`tuple`, *optional*): what an earlier call returned for the tokens before these.
+        initial_state (`tuple`, *optional*): what an earlier call returned for the tokens before these; with `segment_ids`
+            document 0 goes on from it, every other begins anew.
         return_state (`bool`): also return the state after the last token.
         eps (`float`): added to the sum of weights.
 
@@ -71,8 +72,8 @@ def windowed_mean(
     neutral = -torch.inf if log_weights else 0.0
     rank = ends = None
     if segment_ids is not None:
-        # A state continues the document that is open at the first place of the call, and leaves the one open at the last.
-        ends = segment_ids[:, :1], segment_ids[:, -1:]
+        # A state goes on with document 0, and leaves the one open at the last place of the call.
+        ends = torch.zeros_like(segment_ids[:, :1]), segment_ids[:, -1:]
     if mask is not None:
         mask = mask.bool()
         weights = weights.masked_fill(~mask[..., None], neutral)
@@ -101,11 +102,11 @@ def windowed_mean(
 def _global_mean(values, weights, log_weights, segment_ids, initial_state, eps):
     # First phase: sums over each document of this call alone.
     (sums, norm), reference = _weighted_sums(values, weights, None, log_weights, segment_ids)
-    # Second phase: what came before belongs to the first document only.
+    # Second phase: what came before belongs to document 0 only.
     if initial_state is not None:
         past_sum, past_norm = initial_state[0][:, None], initial_state[1][:, None]
         if segment_ids is not None:
-            first = (segment_ids == segment_ids[:, :1])[..., None].to(sums.dtype)
+            first = (segment_ids == 0)[..., None].to(sums.dtype)
             past_norm = past_norm * first
             past_sum = past_sum * _over_heads(first, past_sum)
         if log_weights:
