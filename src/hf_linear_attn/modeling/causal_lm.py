@@ -318,9 +318,8 @@ def refuse_two_labels(labels, shift_labels) -> None:
     """
     if labels is None or shift_labels is None or shift_labels is labels or not can_read_values(shift_labels):
         return
-    if shift_labels.shape == labels.shape:
-        if torch.equal(shift_labels, labels) or torch.equal(shift_labels, _one_place_on(labels)):
-            return
+    if any(torch.equal(shift_labels, said) for said in (labels, _one_place_on(labels))):
+        return
     raise ValueError(
         "`labels` and `shift_labels` contradict each other: `shift_labels` are `labels` moved one place to the left; give one "
         "of them"
