@@ -58,13 +58,13 @@ class PastColumns:
     gap: padded columns since the row's last real token; None: none.
     document: number that `seq_idx` gave the open document, `NO_NUMBER` where it gave none.
     padding: `fingerprint` of the padded columns; None: nothing was padded.
-    key_mask: (B, columns) bool, True for real tokens, kept where some layers keep a key a column (`keeps_mask`); None: all are.
+    kept_mask: (B, columns) bool, True for real tokens, kept where some layers keep a key a column (`keeps_mask`); None: all are.
     """
 
-    NAMES = ("shift", "gap", "document", "padding", "key_mask")
+    NAMES = ("shift", "gap", "document", "padding", "kept_mask")
 
     def __init__(self):
-        self.shift = self.gap = self.document = self.padding = self.key_mask = None
+        self.shift = self.gap = self.document = self.padding = self.kept_mask = None
         self.keeps_mask = False
         self._recorded: list[tuple] = []  # a call a piece: what was known before it, and its arguments of `take_in`
 
@@ -97,8 +97,8 @@ class PastColumns:
 
         It need not be told again: `attention_mask` may be that of the call alone.
         """
-        if self.key_mask is not None or attention_mask is None:
-            return self.key_mask
+        if self.kept_mask is not None or attention_mask is None:
+            return self.kept_mask
         # While the code is traced, or behind calls that were, only the caller knows.
         covered = attention_mask.shape[1] != length or (isinstance(columns, int) and columns == 0)
         return attention_mask if covered else None
@@ -143,15 +143,15 @@ class PastColumns:
             self._put("gap", torch.where(place >= 0, length - 1 - place, length + old_gap))
             new = fingerprint(~mask, columns)
             self._put("padding", new if self.padding is None else self.padding + new)
-        if self.keeps_mask and (mask is not None or self.key_mask is not None):
+        if self.keeps_mask and (mask is not None or self.kept_mask is not None):
             self._keep_mask(mask, batch, columns, length, like.device)
 
     def _keep_mask(self, mask, batch, columns, length, device) -> None:
-        if self.key_mask is None and not isinstance(columns, int):
+        if self.kept_mask is None and not isinstance(columns, int):
             if not can_read_values(columns):
                 return  # a traced call over a static cache gets the whole mask from its caller
             columns = int(columns)
-        self.key_mask = join_masks(self.key_mask, mask, batch, columns, length, device)
+        self.kept_mask = join_masks(self.kept_mask, mask, batch, columns, length, device)
 
     def rewind(self, columns: int) -> None:
         """Undo the last `columns` columns, as far as they are recorded."""
@@ -194,6 +194,11 @@ class PastColumns:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a saved cache holds of this, by name."""
         return {name: getattr(self, name) for name in self.NAMES if getattr(self, name) is not None}
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `tensors` gave."""
+        for name in self.NAMES:
+            setattr(self, name, tensors.get(name))
 
     def _put(self, name: str, value: torch.Tensor | None) -> None:
         """Write in place where the tensor has its place already: CUDA graphs rely on addresses."""

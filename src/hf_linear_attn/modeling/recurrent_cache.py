@@ -143,8 +143,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     def load_tensors(self, tensors: dict[str, torch.Tensor], length: int) -> None:
         """Take over what `saved_tensors` gave after `length` columns."""
         self._store(tuple(tensors[str(i)] for i in range(sum(name.isdigit() for name in tensors))))
-        for name in PastColumns.NAMES:
-            setattr(self.past, name, tensors.get(name))
+        self.past.load(tensors)
         if isinstance(self.cumulative_length, torch.Tensor):
             self._place_length(self.device)
             self.cumulative_length.fill_(length)

@@ -77,9 +77,9 @@ class SeaCacheLayer(RecurrentStateLayer):
 
     def load_tensors(self, tensors: dict[str, torch.Tensor], length: int) -> None:
         """Take over what `saved_tensors` gave."""
-        state = {name: tensor for name, tensor in tensors.items() if name.isdigit()}
-        if state:
-            super().load_tensors(state, length)
+        if "0" in tensors:
+            super().load_tensors(tensors, length)
+        self.past.load(tensors)
         self.update(tensors["keys"], tensors["values"])
         self.key_mask = tensors.get("key_mask")
 
