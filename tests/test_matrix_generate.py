@@ -6,7 +6,7 @@ import pytest
 import torch
 from common.batches import left_padded, tokens
 from common.caches import CACHE_NAME
-from common.families import CAUSAL, FIRST, causal_rows, first_rows
+from common.families import CAUSAL, FIRST, FIRST_STATES, causal_rows, first_rows, first_state_rows, state_rows
 from common.generation import (
     NEW,
     PROMPT,
@@ -39,7 +39,7 @@ def test_state_or_not_gives_the_same_text(row, mode):
 
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
-@causal_rows
+@state_rows
 def test_left_padded_batch(row, mode):
     model = row.causal_lm(torch.float64)
     check_cache(model, padded=True, **mode)
@@ -54,7 +54,7 @@ def test_beams_change_places(row):
 
 
 @pytest.mark.parametrize("size", [1, 4])
-@causal_rows
+@state_rows
 def test_prefill_in_chunks(row, size):
     model = row.causal_lm(torch.float64)
     ids, mask = left_padded(texts())
@@ -91,7 +91,7 @@ def test_cache_implementations(row, kind, use):
 
 
 @pytest.mark.parametrize("kind", [RecurrentCache, DynamicCache, StaticCache])
-@causal_rows
+@state_rows
 def test_a_cache_of_the_users_own(row, kind):
     model = row.causal_lm(torch.float64)
     cache = kind(config=model.config, **({"max_cache_len": 64} if kind is StaticCache else {}))
@@ -107,7 +107,7 @@ def test_quantized_cache_is_refused(row):
         generate(row.causal_lm(), tokens(1, 4), cache_implementation="quantized")
 
 
-@causal_rows
+@state_rows
 def test_going_on_from_a_cache(row):
     model = row.causal_lm(torch.float64)
     ids = tokens(3, PROMPT)
@@ -121,7 +121,7 @@ def test_going_on_from_a_cache(row):
         assert torch.equal(ended.sequences, whole.sequences)
 
 
-@causal_rows
+@state_rows
 def test_forks_are_independent(row):
     model = row.causal_lm(torch.float64)
     with torch.no_grad():
@@ -133,9 +133,14 @@ def test_forks_are_independent(row):
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
 
 
+# Static layers of Transformers themselves cannot be written outside of inference mode if they were made in it.
+ROWS_AND_KINDS = [(row, RecurrentCache) for row in FIRST_STATES] + [(row, StaticCache) for row in FIRST]
+
+
 @pytest.mark.parametrize("change", ["as it is", "rows", "fork", "reset"])
-@pytest.mark.parametrize("kind", [RecurrentCache, StaticCache])
-@first_rows
+@pytest.mark.parametrize(
+    ("row", "kind"), [pytest.param(row, kind, id=f"{row.name}-{kind.__name__}") for row, kind in ROWS_AND_KINDS]
+)
 def test_a_cache_from_inference_mode_serves_outside_of_it(row, kind, change):
     model = row.causal_lm(torch.float64)
     ids = tokens(2, 9)
@@ -157,7 +162,7 @@ def test_a_cache_from_inference_mode_serves_outside_of_it(row, kind, change):
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
 
 
-@first_rows
+@first_state_rows
 def test_a_copy_of_a_recording_cache_has_no_copy_of_the_model(row):
     model = row.causal_lm()
     cache = RecurrentCache(config=model.config)
@@ -193,7 +198,7 @@ def test_inputs_embeds_are_not_cut_into_chunks(row):
     assert_same_text(generate(model, inputs_embeds=embeds, prefill_chunk_size=4), expected)
 
 
-@causal_rows
+@state_rows
 def test_reset(row):
     model = row.causal_lm(torch.float64)
     for cache in (RecurrentCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
@@ -205,7 +210,7 @@ def test_reset(row):
             torch.testing.assert_close(logits, model(tokens(2, 7), use_cache=False).logits, atol=1e-9, rtol=0)
 
 
-@causal_rows
+@state_rows
 def test_batch_operations(row):
     check_batch_operations(row.causal_lm(torch.float64))
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 from common.batches import left_padded, tokens
-from common.caches import CACHE_NAME
-from common.families import CAUSAL, causal_rows, first_rows
+from common.caches import CACHE_NAME, is_hybrid
+from common.families import CAUSAL, STATES, causal_rows, first_rows, first_state_rows, state_rows
 from common.generation import PROMPT, assert_same_text, generate, texts
 from packaging.version import Version
 from transformers import DynamicCache, StaticCache
@@ -28,24 +28,27 @@ CALLS = {
 
 
 def states(cache):
-    return [state for layer in cache.layers for state in layer.get_state() or ()]
+    return [state for layer in cache.layers if hasattr(layer, "get_state") for state in layer.get_state() or ()]
 
 
 def run(model, cache, ids, lengths, mask=None):
     """Feed ids to the cache in calls of these lengths, after what it has seen."""
     for part in ids.split(lengths, dim=1):
         seen = cache.get_seq_length()
-        part_mask = None if mask is None else mask[:, seen : seen + part.shape[1]]
+        begin = 0 if is_hybrid(cache) else seen
+        part_mask = None if mask is None else mask[:, begin : seen + part.shape[1]]
         model(part, attention_mask=part_mask, cache=cache)
 
 
 def check_rollback(model, lengths, undone, prompt: int, padded: bool, kind=RecurrentCache) -> None:
     """After `crop` the cache goes on like one that never saw the undone tokens."""
+    if Version(transformers.__version__) < Version("5.23") and getattr(model.config, "sliding_window", None):
+        pytest.skip("a recording window of older releases hands out more columns than its mask covers")
     total = prompt + sum(lengths)
     ids, mask = tokens(3, total), None
     if padded:
         ids, mask = left_padded([row[: total - cut] for row, cut in zip(ids, (0, 2, total - 2))])
-        if prompt:
+        if prompt and not is_hybrid(RecurrentCache(config=model.config)):
             mask[:, prompt + 1] = 0  # padding among the tokens that may be undone, too
     size = {"max_cache_len": 64} if kind is StaticCache else {}
     cache, fresh = kind(config=model.config, **size), kind(config=model.config, **size)
@@ -59,8 +62,10 @@ def check_rollback(model, lengths, undone, prompt: int, padded: bool, kind=Recur
         if kept:
             run(model, fresh, ids[:, :kept], kept, mask)
         assert int(cache.get_seq_length()) == kept
-        step = tokens(3, 4, seed=1)
-        logits, expected = (model(step, cache=c).logits for c in (cache, fresh))
+        step, told = tokens(3, 4, seed=1), {}
+        if padded and is_hybrid(cache):
+            told["attention_mask"] = torch.nn.functional.pad(mask[:, :kept], [0, 4], value=1)
+        logits, expected = (model(step, cache=c, **told).logits for c in (cache, fresh))
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
     for found, wanted in zip(states(cache), states(fresh)):
         torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
@@ -69,7 +74,7 @@ def check_rollback(model, lengths, undone, prompt: int, padded: bool, kind=Recur
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("prompt", [0, 9], ids=["from-nothing", "after-a-prompt"])
 @pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS.keys())
-@causal_rows
+@state_rows
 def test_crop(row, calls, prompt, padded):
     check_rollback(row.causal_lm(torch.float64), *calls, prompt=prompt, padded=padded)
 
@@ -80,7 +85,7 @@ def test_crop_of_other_caches(row, kind):
     check_rollback(row.causal_lm(torch.float64), [6, 1, 1], 4, prompt=9, padded=False, kind=kind)
 
 
-@first_rows
+@first_state_rows
 def test_crop_again_and_again(row):
     model = row.causal_lm(torch.float64)
     ids = tokens(1, 30)
@@ -105,8 +110,14 @@ def test_crop_refuses_what_it_cannot_undo(row):
             cache.crop(-1)
         cache.activate_past_recording()
         model(tokens(1, 3), cache=cache)
-        with pytest.raises(RuntimeError, match="cannot undo 4 tokens: 3 are recorded"):
+        with pytest.raises(RuntimeError, match="cannot undo 4 tokens: 3 are recorded since recording began"):
             cache.crop(-4)
+        cache.crop(-1)
+        model(tokens(1, 1), cache=cache)
+        with pytest.raises(
+            RuntimeError, match=r"cannot undo 2 tokens: 1 are recorded .* since the last `crop`, which keeps"
+        ):
+            cache.crop(-2)
         with pytest.raises(ValueError, match="minus the number of tokens"):
             cache.crop(4)
 
@@ -121,9 +132,16 @@ def assistants(row):
     return {"itself": model, "near": near, "other": row.causal_lm(torch.float64, seed=1)}
 
 
-# An assistant that guesses some tokens right needs every part of the rollback; the others are slow tests.
-@pytest.mark.parametrize("kind", ["near", *(pytest.param(x, marks=pytest.mark.slow) for x in ("itself", "other"))])
-@causal_rows
+# An assistant that guesses some tokens right needs every part of the rollback; the others are slow tests. Transformers takes the
+# padding id in what has been written for padding in its assistant, which sliding windows refuse: they draft what has none.
+ROWS_AND_ASSISTANTS = [pytest.param(row, "near", id=f"{row.name}-near") for row in STATES] + [
+    pytest.param(row, kind, id=f"{row.name}-{kind}", marks=pytest.mark.slow)
+    for row in CAUSAL
+    for kind in ("itself", "other")
+]
+
+
+@pytest.mark.parametrize(("row", "kind"), ROWS_AND_ASSISTANTS)
 def test_assisted_decoding_is_greedy_decoding(row, kind):
     model = row.causal_lm(torch.float64)
     ids = tokens(1, PROMPT)
@@ -132,7 +150,7 @@ def test_assisted_decoding_is_greedy_decoding(row, kind):
     assert torch.equal(assisted.sequences, greedy.sequences)
 
 
-@causal_rows
+@state_rows
 def test_assisted_decoding_with_left_padding(row):
     model = row.causal_lm(torch.float64)
     ids, mask = left_padded(texts())
@@ -167,7 +185,7 @@ def test_assistants_do_not_go_on_from_a_cache(row):
         generate(model, greedy.sequences, cache=cache, prompt_lookup_num_tokens=3)
 
 
-@causal_rows
+@state_rows
 def test_prompt_lookup_is_greedy_decoding(row):
     model = row.causal_lm(torch.float64)
     ids = tokens(1, 4).repeat(1, 4)  # repeats itself, so that there is something to look up

@@ -4,7 +4,7 @@ Each row is a configuration so small that a whole model runs in milliseconds, wi
 matters. Checks are parametrised over the rows: `@causal_rows def test_x(row): model = row.causal_lm() ...`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -305,6 +305,17 @@ HYBRIDS = [
     )
     for pattern in ("softmax_g_sw", "swa@softmax_g_sw", "sw_l@softmax_g")
 ]
+# All that leave a state: also softmax layers whose windows begin elsewhere, and those that SEA leaves as they are.
+STATES = [
+    *CAUSAL,
+    *HYBRIDS,
+    replace(
+        HYBRIDS[0],
+        name="danet-sl@softmax_softmax_g",
+        options={"layer_pattern": "sl@softmax_softmax_g", "softmax_attention_heads": 2},
+    ),
+    replace(next(row for row in CAUSAL if row.name == "sea"), name="sea-softmax", options={"softmax_layers": [0, 2]}),
+]
 
 
 def _over(rows):
@@ -313,6 +324,7 @@ def _over(rows):
 
 all_rows = _over(ROWS)
 causal_rows = _over(CAUSAL)
+state_rows = _over(STATES)
 TRACED = [row for row in ROWS if row.traced]
 traced_rows = _over(TRACED)
 TRACED_CAUSAL = [row for row in CAUSAL if row.traced]
@@ -320,6 +332,8 @@ TRACED_CAUSAL = [row for row in CAUSAL if row.traced]
 # One row a family, for checks that cost seconds and do not depend on the variant.
 FIRST = [next(row for row in CAUSAL if row.family == name) for name in dict.fromkeys(r.family for r in CAUSAL)]
 first_rows = _over(FIRST)
+FIRST_STATES = FIRST + STATES[len(CAUSAL) :]  # a row a family, and all that have softmax layers
+first_state_rows = _over(FIRST_STATES)
 
 
 def in_every_run(*names, of):

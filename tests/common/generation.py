@@ -4,6 +4,7 @@ import torch
 from transformers import set_seed
 
 from .batches import left_padded, tokens
+from .caches import is_hybrid
 
 PROMPT = 11
 NEW = 12
@@ -57,6 +58,9 @@ def check_batch_operations(model) -> None:
         cache = model(ids, attention_mask=mask, use_cache=True).cache
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(2 * chosen)
-        logits = model(step[chosen], cache=cache).logits
+        told = {}
+        if is_hybrid(cache):
+            told["attention_mask"] = torch.cat([mask[chosen], torch.ones(2, 1, dtype=torch.long)], 1)
+        logits = model(step[chosen], cache=cache, **told).logits
         expected = [model(torch.cat([texts()[i], step[i]])[None], use_cache=False).logits[:, -1:] for i in chosen]
     torch.testing.assert_close(logits, torch.cat(expected), atol=1e-9, rtol=0)

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 from transformers import initialization as init
 from transformers.activations import GELUActivation
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -222,6 +222,7 @@ __all__ = [
     "PRIVATE_HOOKS",
     "STATIC_LAYER_TYPE_MAPPING",
     "CacheLayerMixin",
+    "DynamicLayer",
     "EitherCacheName",
     "ForCausalLMLoss",
     "GELUActivation",

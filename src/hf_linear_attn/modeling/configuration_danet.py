@@ -14,7 +14,9 @@ from .configuration_common import (
 from .danet_norms import ACTIVATIONS, NORM_NAMES
 from .danet_presets import PRESETS
 from .dense_attention import MODES, PATTERNS, check_dense_arguments
+from .dense_attention_state import memory_shape
 from .recurrent_cache import LAYER_TYPE
+from .state_file import COUNTS, INPUT_DTYPES, SUM_DTYPES, StateTensor, keys_and_values, noted_columns, numbered
 
 # Layers of ordinary attention and the layer type whose cache holds what they look at: everything, or the last w tokens.
 SOFTMAX_PATTERNS = {
@@ -237,8 +239,10 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
                 check_dense_arguments(code, self.is_causal, self.window_size)
             elif code in ("l@softmax", "sl@softmax"):
                 check_dense_arguments(code.removesuffix("@softmax"), self.is_causal, self.window_size)
-            elif code == "swa@softmax" and self.window_size < 1:
-                raise ValueError(f"`window_size` is {self.window_size}, expected at least 1")
+            elif code == "swa@softmax" and self.window_size < 2:
+                raise ValueError(
+                    f"`window_size` is {self.window_size}, expected at least 2 for 'swa@softmax': a token and the one before it"
+                )
             if code == "swa@softmax" and not self.is_causal:
                 raise ValueError(
                     "'swa@softmax' is a causal window; an encoder takes 'l@softmax', 'sl@softmax' or 'softmax'"
@@ -253,6 +257,23 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
                 f"`softmax_attention_heads` is {heads}; softmax layers need a number of heads that divides `hidden_size` "
                 f"{self.hidden_size} into heads of even size"
             )
+
+    def state_tensors(self, length: int) -> list[dict[str, StateTensor]]:
+        """What each layer of a decoder keeps of a text, by name, after `length` columns."""
+        layers = []
+        for code in self.layer_codes:
+            heads = self.softmax_attention_heads if code in SOFTMAX_PATTERNS else self.num_attention_heads
+            sizes = (heads, self.hidden_size // heads)
+            if code in SOFTMAX_PATTERNS:
+                window = None if code == "softmax" else self.window_size
+                layers.append(keys_and_values(*sizes, length, window))
+            else:
+                dtypes = INPUT_DTYPES if code == "sw" else SUM_DTYPES
+                memory = StateTensor(memory_shape(code, self.window_size, *sizes), dtypes)
+                layers.append(numbered(memory, COUNTS._replace(shared="tokens of the open document")))
+        kinds = [code in SOFTMAX_PATTERNS for code in self.layer_codes]
+        layers[kinds.index(False)] |= noted_columns(length if any(kinds) else None)
+        return layers
 
     def validate_layer_type(self):
         """Our layer type is not one of Transformers' own, which is all that the base class would accept."""

@@ -13,6 +13,11 @@ from .configuration_common import (
     check_windows,
 )
 from .recurrent_cache import LAYER_TYPE
+from .state_file import StateTensor, noted_columns, numbered
+from .windowed_mean import state_shapes
+
+# exp of logits up to this size, summed over a million tokens, stays inside float32; beyond, sums are kept in log form.
+LARGEST_PLAIN_LOGIT = 60.0
 
 
 @strict
@@ -110,6 +115,17 @@ class FastformerConfig(DerivedLayerTypes, PreTrainedConfig):
                 f"the head size {self.hidden_size} / {self.num_attention_heads} is 1, but Fastformer divides by the standard "
                 "deviation of a head's features, which needs at least 2"
             )
+
+    def state_tensors(self, length: int) -> list[dict[str, StateTensor]]:
+        """What each causal layer keeps of a text, by name, after `length` columns."""
+        features = (self.num_attention_heads, self.hidden_size // self.num_attention_heads)
+        logs = self.rescale > LARGEST_PLAIN_LOGIT
+        layers = []
+        for window in self.layer_windows:
+            pooling = [StateTensor(shape, is_log=logs) for shape in state_shapes(features, window, logs)]
+            layers.append(numbered(*pooling, *pooling))
+        layers[0] |= noted_columns()
+        return layers
 
     def validate_layer_type(self):
         """Our layer type is not one of Transformers' own, which is all that the base class would accept."""

@@ -14,6 +14,8 @@ from .configuration_common import (
     check_windows,
 )
 from .recurrent_cache import LAYER_TYPE
+from .state_file import StateTensor, noted_columns, numbered
+from .windowed_mean import state_shapes
 
 logger = logging.get_logger(__name__)
 
@@ -124,6 +126,17 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
                 f"the head size is {head_size} (`hidden_size`={self.hidden_size} / `num_attention_heads`="
                 f"{self.num_attention_heads}); between 32 and 128, best about 64, is recommended"
             )
+
+    def state_tensors(self, length: int) -> list[dict[str, StateTensor]]:
+        """What each layer keeps of a text, by name, after `length` columns."""
+        features = (2, self.num_attention_heads, self.hidden_size // self.num_attention_heads)
+        logs = self.focus_function == "exp"
+        layers = [
+            numbered(*(StateTensor(shape, is_log=logs) for shape in state_shapes(features, window, logs)))
+            for window in self.layer_windows
+        ]
+        layers[0] |= noted_columns()
+        return layers
 
     def validate_layer_type(self):
         """Our layer type is not one of Transformers' own, which is all that the base class would accept."""

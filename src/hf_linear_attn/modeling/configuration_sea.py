@@ -2,14 +2,16 @@
 
 import copy
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, BertConfig, PreTrainedConfig
 
 from .configuration_common import DerivedLayerTypes, check_format
-from .sea_attention import SeaOptions
+from .sea_attention import SeaOptions, SeaState
 from .sea_cache import SEA_LAYER_TYPE
-from .sea_hosts import find_host, head_size
+from .sea_hosts import find_host, head_size, key_heads
 from .sea_output import SEA_FIELDS
+from .state_file import INPUT_DTYPES, SUM_DTYPES, StateTensor, keys_and_values, noted_columns, numbered
 
 # Kept equal in both configurations, because Transformers reads them on ours and the host's heads on theirs.
 SHARED_WITH_HOST = (
@@ -170,6 +172,19 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
             official=self.official,
             backend=self.backend,
         )
+
+    def state_tensors(self, length: int) -> list[dict[str, StateTensor]]:
+        """What each layer of a causal model keeps of a text, by name, after `length` columns."""
+        kernel, value_sum, *rows = SeaState.shapes(self.core_options())
+        state = numbered(
+            *(StateTensor(shape, SUM_DTYPES) for shape in (kernel, value_sum)),
+            *(StateTensor(shape, INPUT_DTYPES) for shape in rows),
+        )
+        cached = keys_and_values(key_heads(self.host_config), head_size(self.host_config), length)
+        cached["key_mask"] = StateTensor((length,), (torch.bool,), optional=True, shared="mask of the keys")
+        layers = [cached if i in self.softmax_layers else state | cached for i in range(self.num_hidden_layers)]
+        layers[0] = layers[0] | noted_columns()
+        return layers
 
     def to_dict(self) -> dict:
         """Every field that a configuration is built from; the host's dtype is ours."""

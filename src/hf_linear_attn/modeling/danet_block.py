@@ -17,7 +17,7 @@ from .danet_context import DanetContext, build_context, works_in_slots
 from .danet_norms import build_norm
 from .dense_attention import dense_attention_scores, front_packed_dense_attention, pattern_mask
 from .dense_attention_orders import folded_attention
-from .dense_attention_state import DenseAttentionState, final_state
+from .dense_attention_state import DenseAttentionState, final_state, memory_shape
 from .dense_attention_step import dense_attention_step
 from .dense_self_attention import can_fuse_self_attention, self_attention
 from .layer_output import LayerOutput, check_state, refuse_maps_after
@@ -195,11 +195,8 @@ class DenseAttention(nn.Module):
     def _check_state(self, state, hidden_states) -> None:
         if state is None:
             return
-        batch, head_dim = hidden_states.shape[0], self.config.hidden_size // self.num_heads
-        expected = (batch, self.num_heads, head_dim, head_dim)
-        if self.pattern == "sw":
-            expected = (batch, 2, self.window, self.num_heads, head_dim)
-        check_state(state, self.layer_idx, 2, expected)
+        shape = memory_shape(self.pattern, self.window, self.num_heads, self.config.hidden_size // self.num_heads)
+        check_state(state, self.layer_idx, 2, (hidden_states.shape[0], *shape))
 
     def _project(self, hidden_states, factors):
         """Queries, keys and values with their positions. Scheme "qkv" turns the input, before the projection."""

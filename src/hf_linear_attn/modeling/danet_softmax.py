@@ -24,6 +24,7 @@ from .danet_context import DanetContext
 from .danet_norms import build_norm
 from .dense_attention_state import accumulation_dtype, window_shift
 from .layer_output import LayerOutput
+from .recurrent_cache import hold_in
 from .relative_positions import apply_position_factors, position_factors
 
 
@@ -76,6 +77,7 @@ class DanetSoftmaxAttention(nn.Module):
         query = apply_position_factors(query, context.softmax_positions).transpose(1, 2)
         key = apply_position_factors(key, context.softmax_positions).transpose(1, 2)
         if cache is not None:
+            hold_in(cache.layers[self.layer_idx], key.dtype)
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attend(

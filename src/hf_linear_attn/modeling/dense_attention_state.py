@@ -38,6 +38,11 @@ def window_shift(pattern: str, window: int | None) -> int:
     return window // 2 if pattern == "sl" else 0
 
 
+def memory_shape(pattern: str, window: int | None, heads: int, head_dim: int) -> tuple[int, ...]:
+    """Shape of `DenseAttentionState.memory` behind the batch."""
+    return (2, window, heads, head_dim) if pattern == "sw" else (heads, head_dim, head_dim)
+
+
 def decode_step(
     query: torch.Tensor,
     key: torch.Tensor,

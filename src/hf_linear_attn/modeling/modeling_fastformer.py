@@ -36,15 +36,12 @@ from .compat import (
     init,
     merge_with_config_defaults,
 )
-from .configuration_fastformer import FastformerConfig
+from .configuration_fastformer import LARGEST_PLAIN_LOGIT, FastformerConfig
 from .layer_output import LayerOutput, check_state, refuse_maps_after
 from .portable_checkpoint import PortableCheckpointMixin
 from .sequence_inputs import DOCUMENT_KEYWORDS, check_layer_inputs, passes_on, prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
-from .windowed_mean import EPS, attention_rows, compute_dtype, windowed_mean
-
-# exp of logits up to this size, summed over a million tokens, stays inside float32; beyond, sums are kept in log form.
-LARGEST_PLAIN_LOGIT = 60.0
+from .windowed_mean import EPS, attention_rows, compute_dtype, state_shapes, windowed_mean
 
 
 def normalize_features(x: torch.Tensor) -> torch.Tensor:
@@ -156,11 +153,9 @@ class FastformerAttention(nn.Module):
     def _check_state(self, state, hidden_states) -> None:
         if state is None:
             return
-        features = (hidden_states.shape[0], self.num_heads, self.head_dim)
-        expected = features if self.window is None else (features[0], self.window - 1, *features[1:])
-        # With log weights the state of a global mean has a third tensor.
-        each = 2 + (self.window is None and self.rescale > LARGEST_PLAIN_LOGIT)
-        check_state(state, self.layer_idx, 2 * each, expected)
+        log_weights = self.rescale > LARGEST_PLAIN_LOGIT
+        shapes = 2 * state_shapes((self.num_heads, self.head_dim), self.window, log_weights)  # of queries, of keys
+        check_state(state, self.layer_idx, len(shapes), (hidden_states.shape[0], *shapes[0]))
 
 
 class FastformerEncoderAttention(nn.Module):

@@ -50,7 +50,7 @@ from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
 from .sequence_inputs import DOCUMENT_KEYWORDS, check_layer_inputs, passes_on, prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
-from .windowed_mean import attention_rows, windowed_mean
+from .windowed_mean import attention_rows, state_shapes, windowed_mean
 
 
 class LeapAttention(nn.Module):
@@ -172,9 +172,8 @@ class LeapAttention(nn.Module):
     def _check_state(self, state, hidden_states) -> None:
         if state is None:
             return
-        features = (hidden_states.shape[0], 2, self.num_heads, self.head_dim)
-        expected = features if self.window is None else (features[0], self.window - 1, *features[1:])
-        check_state(state, self.layer_idx, 2 + (self.window is None and self.exponential), expected)
+        shapes = state_shapes((2, self.num_heads, self.head_dim), self.window, self.exponential)
+        check_state(state, self.layer_idx, len(shapes), (hidden_states.shape[0], *shapes[0]))
 
 
 class LeapMLP(nn.Module):

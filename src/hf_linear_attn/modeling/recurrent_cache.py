@@ -8,13 +8,10 @@ and the inputs since the last `crop`, and undoes tokens by running the mechanism
 
 import copy
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import DynamicCache, GenerationMixin
 from transformers.utils import logging
 
@@ -22,6 +19,7 @@ from .compat import (
     CACHE_NAME,
     STATIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
+    DynamicLayer,
     GenerationMode,
     LinearAttentionLayer,
     answer_to_both_names,
@@ -30,11 +28,26 @@ from .compat import (
 from .decoding_graph import DecodingGraph
 from .past_columns import PastColumns, count_tokens, making_buffers
 from .sequence_inputs import GENERATION_KEYWORDS
+from .state_file import read_state, write_state
 
 logger = logging.get_logger(__name__)
 
 LAYER_TYPE = "hf_linear_attn_state"
-FORMAT = "hf_linear_attn.cache.v1"
+
+
+def hold_in(layer, dtype: torch.dtype) -> None:
+    """Turn the keys and values of a cache layer into the dtype that a model computes in, if they came from another's."""
+    if layer.keys is not None and layer.keys.dtype != dtype:
+        layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+
+
+def detach_copies(held, memo: dict) -> None:
+    """Let a `copy.deepcopy` with this memo take each tensor in `held` without what made it, which cannot be copied."""
+    if isinstance(held, torch.Tensor):
+        memo[id(held)] = held.detach().clone()
+    elif isinstance(held, (dict, list, tuple)):
+        for value in held.values() if isinstance(held, dict) else held:
+            detach_copies(value, memo)
 
 
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -155,7 +168,8 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def _store(self, states: tuple[torch.Tensor, ...]) -> None:
         fits = self.number_of_states == len(states) and all(
-            self.recurrent_states[i].shape == s.shape for i, s in enumerate(states)
+            self.recurrent_states[i].shape == s.shape and self.recurrent_states[i].dtype == s.dtype
+            for i, s in enumerate(states)
         )
         if not fits:
             self.number_of_states = len(states)
@@ -193,10 +207,16 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         remove = -int(tokens_to_remove)  # assisted decoding of some releases counts in a tensor
         if remove:
             recorded = sum(inputs[0].shape[1] for _, inputs in self._replay)
-            if not self.record_past or remove > recorded:
+            if not self.record_past:
                 raise RuntimeError(
-                    f"cannot undo {remove} tokens: {recorded} are recorded since the last `crop`. Call "
-                    "`cache.activate_past_recording()` before the tokens that may have to be undone"
+                    f"cannot undo {remove} tokens: none are recorded. Call `cache.activate_past_recording()` before the tokens "
+                    "that may have to be undone"
+                )
+            if remove > recorded:
+                raise RuntimeError(
+                    f"cannot undo {remove} tokens: {recorded} are recorded since recording began or since the last `crop`, which "
+                    "keeps what it does not undo for good. Go on from a `fork()` made earlier; assisted decoding asks for more "
+                    "where assistant and model have two tokenizers: give it an assistant with the model's own"
                 )
             self._rewind(recorded - remove)
             self.past.rewind(remove)
@@ -276,6 +296,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with making_buffers():
+            detach_copies([self.__dict__, self.past.__dict__], memo)
             twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
@@ -300,24 +321,71 @@ class RecurrentCache(DynamicCache):
     `generate()` and `forward` make one by themselves; build one with `RecurrentCache(config=model.config)` to hold on to it.
     """
 
+    config: Any = None  # of the model; whoever rebuilds a cache without `__init__` may leave it out
+
+    def __init__(self, ddp_cache_data=None, config=None, **kwargs):
+        super().__init__(ddp_cache_data, config, **kwargs)
+        self.config = config
+
     def state_size(self) -> int:
         """Bytes of all tensors in the cache. For recurrent layers the number does not depend on the length of the text."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in self._tensors())
+        return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in _held(layer).values())
 
     def fork(self) -> "RecurrentCache":
-        """An independent copy: two continuations of one conversation."""
+        """An independent copy: two continuations of one conversation. It has no part in a backward through this one."""
         return copy.deepcopy(self)
 
+    def __deepcopy__(self, memo: dict) -> "RecurrentCache":
+        memo[id(self.config)] = self.config  # the model's
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        with making_buffers():
+            for layer in self.layers:
+                if not isinstance(layer, RecurrentStateLayer):
+                    detach_copies(layer.__dict__, memo)
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(
+                layer, DynamicLayer
+            ):  # Transformers 5.17 would put zeros in the place of keys, and count them
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+
     def save(self, path) -> None:
-        """Write the state to a safetensors file, from which `RecurrentCache.load` resumes exactly, in any process."""
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self._tensors()}
-        if not tensors:
-            raise ValueError("nothing to save: this cache has not seen a token yet; run the model on a prompt first")
+        """Write the state to a safetensors file, from which `RecurrentCache.load` resumes exactly, in any process.
+
+        The file also says which model it belongs to: family, and the part of the configuration that decides what is computed.
+
+        Raises:
+            ValueError: no token has been seen, or the state is not one that the model could go on from (NaN in it; layers
+                that have seen different texts).
+        """
+        if self.config is None:
+            raise ValueError(
+                "this cache does not know its model, which its file has to name: build it with "
+                "`RecurrentCache(config=model.config)`"
+            )
         lengths = [int(layer.get_seq_length()) for layer in self.layers]
-        save_file(tensors, path, metadata={"format": FORMAT, "lengths": json.dumps(lengths)})
+        if not any(lengths):
+            raise ValueError("nothing to save: this cache has not seen a token yet; run the model on a prompt first")
+        expected = self.config.state_tensors(max(lengths))
+        tensors = {}
+        for i, (layer, length) in enumerate(zip(self.layers, lengths)):
+            for name, tensor in _held(layer).items() if length else ():
+                if not hasattr(layer, "saved_tensors"):
+                    # A static layer has empty columns on the right, a recording one more than its window on the left.
+                    end = min(length, tensor.shape[2])
+                    tensor = tensor[:, :, max(0, end - expected[i][name].shape[1]) : end]
+                tensors[f"layers.{i}.{name}"] = tensor
+        write_state(path, self.config, lengths, tensors)
 
     @classmethod
-    def load(cls, path, config, device: str | torch.device | None = None) -> "RecurrentCache":
+    def load(cls, path, config, device: str | torch.device | int | None = None) -> "RecurrentCache":
         """Read a state written by `save`.
 
         Args:
@@ -326,38 +394,33 @@ class RecurrentCache(DynamicCache):
             device (*optional*): where to put the tensors; the CPU by default.
 
         Raises:
-            ValueError: the file holds no cache, or one of a model with other layers.
+            ValueError: the file is damaged, holds no state, or holds one of another model than `config` describes; the message
+                names the field that differs. Files of release 0.1.0 name no model: only shapes and dtypes are compared.
+            OSError: the file cannot be opened.
         """
+        lengths, layers = read_state(path, config)
         cache = cls(config=config)
-        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is not a saved cache (format {metadata.get('format')!r}, expected {FORMAT!r})"
-                )
-            lengths = json.loads(metadata["lengths"])
-            if len(lengths) != len(cache.layers):
-                raise ValueError(
-                    f"{path} holds the state of {len(lengths)} layers, but `config` describes {len(cache.layers)}: "
-                    "load it with the configuration of the model that wrote it"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
-        for i, (layer, length) in enumerate(zip(cache.layers, lengths)):
-            found = {name.split(".")[2]: t for name, t in tensors.items() if name.startswith(f"layers.{i}.")}
-            if getattr(layer, "holds_keys", True) != ("keys" in found):
-                raise ValueError(f"layer {i} of {path} is of another kind than layer {i} of `config`")
+        for layer, length, tensors in zip(cache.layers, lengths, layers):
+            if device is not None:
+                tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+            if not length:
+                continue
             if isinstance(layer, RecurrentStateLayer):
-                layer.load_tensors(found, length)
+                layer.load_tensors(tensors, length)
             else:
-                layer.update(found["keys"], found["values"])
+                layer.update(tensors["keys"], tensors["values"])
+                if hasattr(
+                    layer, "cumulative_length"
+                ):  # of a sliding window, which holds fewer columns than it has seen
+                    layer.cumulative_length = length
         return cache
 
-    def _tensors(self):
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, RecurrentStateLayer):
-                yield from ((f"layers.{i}.{name}", tensor) for name, tensor in layer.saved_tensors().items())
-            elif layer.is_initialized:
-                yield from ((f"layers.{i}.keys", layer.keys), (f"layers.{i}.values", layer.values))
+
+def _held(layer) -> dict[str, torch.Tensor]:
+    """The tensors of a layer by name, empty before the first token."""
+    if isinstance(layer, RecurrentStateLayer):
+        return layer.saved_tensors()
+    return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
 
 
 def _leave_to_the_state(inputs: dict, first: bool | None) -> None:

@@ -31,6 +31,7 @@ from .sea_estimator import (
     BIDIRECTIONAL_REDUCTION,
     CAUSAL_CHANNELS,
     CAUSAL_REDUCTION,
+    CONV_HISTORY,
     BidirectionalCellNetwork,
     CausalCellNetwork,
     SeaEncoder,
@@ -64,6 +65,13 @@ class SeaState(NamedTuple):
     value_sum: torch.Tensor
     conv1_rows: torch.Tensor
     conv2_rows: torch.Tensor
+
+    @staticmethod
+    def shapes(options: SeaOptions) -> list[tuple[int, ...]]:
+        """Their shapes behind the batch."""
+        heads, dim = options.num_heads, options.head_dim
+        rows = (CAUSAL_CHANNELS * heads, CONV_HISTORY, options.predictor_length // CAUSAL_REDUCTION)
+        return [(heads, options.feature_count, 2 * dim + 1), (heads, dim), rows, rows]
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .compat import STATIC_LAYER_TYPE_MAPPING
-from .recurrent_cache import RecurrentStateLayer, making_buffers
+from .recurrent_cache import RecurrentStateLayer, hold_in, making_buffers
 
 SEA_LAYER_TYPE = "hf_linear_attn_sea"
 
@@ -34,6 +34,7 @@ class SeaCacheLayer(RecurrentStateLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append keys and values (B, G, T, D); returns those of all slots (a static cache: its whole buffers)."""
         new = key_states.shape[2]
+        hold_in(self, key_states.dtype)
         if self.max_cache_len is None:
             self.keys = key_states if self.keys is None else torch.cat([self.keys, key_states], dim=2)
             self.values = value_states if self.values is None else torch.cat([self.values, value_states], dim=2)

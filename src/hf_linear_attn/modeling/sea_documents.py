@@ -59,8 +59,8 @@ class PackedRows:
     @classmethod
     def find(
         cls, segment_ids: torch.Tensor, mask: torch.Tensor | None, key_mask: torch.Tensor | None, past: int
-    ) -> "PackedRows":
-        """Read documents (B, T), non-decreasing along a row; 0 goes on with what the cache holds.
+    ) -> "PackedRows | None":
+        """Read documents (B, T), non-decreasing along a row; 0 goes on with what the cache holds. None: nothing but padding.
 
         mask: (B, T) bool, real tokens; key_mask: (B, past + T) bool, real slots; None if nothing is padded.
         """
@@ -69,6 +69,8 @@ class PackedRows:
         mask = torch.ones_like(segment_ids, dtype=torch.bool) if mask is None else mask
         key_mask = torch.ones(batch, past + length, dtype=torch.bool, device=device) if key_mask is None else key_mask
         places = mask.flatten().nonzero()[:, 0]  # real tokens, row by row
+        if not places.numel():
+            return None
         row, segment = places // length, segment_ids.flatten()[places]
         pairs, counts = torch.unique_consecutive(torch.stack([row, segment]), dim=1, return_counts=True)
         rows, segments = pairs

@@ -105,3 +105,8 @@ def head_size(config: PreTrainedConfig) -> int:
     """D of a host."""
     explicit = getattr(config, "head_dim", None)
     return explicit if explicit is not None else config.hidden_size // config.num_attention_heads
+
+
+def key_heads(config: PreTrainedConfig) -> int:
+    """Heads of keys and values of a host, fewer than of queries where these share them."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -21,7 +21,7 @@ from .sea_attention import SeaAttentionCore
 from .sea_cache import SeaCacheLayer
 from .sea_documents import PackedRows
 from .sea_host_attention import ATTENTION_NAME, LayerResults, SeaCall, register_attention
-from .sea_hosts import attention_layers, find_host, head_size
+from .sea_hosts import attention_layers, find_host, head_size, key_heads
 from .sea_inputs import check_call, check_targets, pooling_real_tokens
 from .sea_output import extend_output
 from .sequence_inputs import SequenceInputs, prepare_sequence
@@ -219,7 +219,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             )
         keys = layers[0].keys
         host = self.config.host_config
-        heads = getattr(host, "num_key_value_heads", None) or host.num_attention_heads
+        heads = key_heads(host)
         if keys is not None and (keys.shape[1], keys.shape[3]) != (heads, head_size(host)):
             raise ValueError(
                 f"`{CACHE_NAME}` holds {keys.shape[1]} key heads of size {keys.shape[3]}, this model has {heads} of "

@@ -31,6 +31,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def state_shapes(features: tuple[int, ...], window: int | None, log_weights: bool) -> list[tuple[int, ...]]:
+    """Shapes, behind the batch, of the state that `windowed_mean` returns for values (B, T, *features), features (..., H, E)."""
+    heads = features[-2:-1]
+    if window is not None:
+        return [(window - 1, *features), (window - 1, *heads)]
+    return [features, heads, heads] if log_weights else [features, heads]
+
+
 def windowed_mean(
     values: torch.Tensor,
     weights: torch.Tensor,
