@@ -227,6 +227,74 @@ def test_sparsity_can_change_after_training():
     assert student.config.k == 5
 
 
+NOT_SEA = ("sdpa", "flex_attention", "paged|eager", {"host_config": "sdpa"}, {"": "sdpa"})
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_no_switch_of_transformers_makes_the_attention_dense(host, tmp_path):
+    """Users set "eager" to get maps; whatever they set, and wherever, it stays SEA or is refused."""
+    ids, expected = make_ids(), make_student(host)(make_ids()).logits
+    make_student(host).save_pretrained(tmp_path, include_code=False)
+    auto = AutoModelForMaskedLM if host == "bert" else AutoModelForCausalLM
+
+    def configured(model, config, asked):
+        config._attn_implementation = asked
+        return model
+
+    def switched(model, part, asked):
+        part.set_attn_implementation(asked)
+        return model
+
+    def ways(asked):
+        model = make_student(host)
+        yield lambda: switched(model, model, asked)
+        yield lambda: configured(model, model.config, asked)
+        if not isinstance(asked, dict):
+            yield lambda: switched(model, model.host_model, asked)
+            yield lambda: configured(model, model.config.host_config, asked)
+        if asked != {"host_config": "sdpa"}:  # says nothing but what the host's own configuration may say
+            yield lambda: auto.from_pretrained(tmp_path, attn_implementation=asked).eval()
+
+    for way in ways("eager"):
+        assert torch.equal(way()(ids).logits, expected)
+    assert make_student(host).host_model.config._attn_implementation == "hf_linear_attn_sea"
+    for asked in NOT_SEA:
+        for way in ways(asked):
+            with pytest.raises(ValueError, match=r"attn_implementation|does not support"):
+                way()(ids)
+    model = make_student(host)
+    for asked in ("eager", "sdpa"):
+        model.host_model.set_attn_implementation(asked)
+        with pytest.raises(ValueError, match="belongs to a SEA model"):
+            model.host_model(ids)
+    model.set_attn_implementation("eager")
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("of_host", [False, True])
+def test_maps_and_hidden_states_are_switched_on_in_either_configuration(host, of_host):
+    student, ids = make_student(host), make_ids()
+    config = student.config.host_config if of_host else student.config
+    if of_host:
+        config._attn_implementation = "eager"  # Transformers lets nobody ask for maps under another name
+    config.output_attentions = config.output_hidden_states = True
+    output = student(ids)
+    assert [len(output.attentions), len(output.hidden_states)] == [2, 3]
+    without = student(ids, output_attentions=False, output_hidden_states=False)
+    assert without.get("attentions") is without.get("hidden_states") is None
+    torch.testing.assert_close(without.logits, output.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_dtype_in_the_hosts_configuration_does_not_mix_two():
+    """A host's config.json names the dtype that its weights had; a new model has one dtype throughout."""
+    for dtype in (torch.float32, torch.bfloat16):
+        config = hf_linear_attn.SeaConfig(host_config=host_config("llama", dtype="bfloat16"), predictor_length=16)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert {p.dtype for p in hf_linear_attn.SeaForCausalLM(config).parameters()} == {torch.float32}
+
+
 def test_embeddings_can_be_resized():
     student = make_student("llama", host={"tie_word_embeddings": True})
     student.resize_token_embeddings(44)

@@ -20,7 +20,14 @@ from .recurrent_cache import RecurrentCache
 from .sea_attention import SeaAttentionCore
 from .sea_cache import SeaCacheLayer
 from .sea_documents import PackedRows
-from .sea_host_attention import ATTENTION_NAME, LayerResults, SeaCall, register_attention
+from .sea_host_attention import (
+    ATTENTION_NAME,
+    LayerResults,
+    SeaCall,
+    check_attention,
+    keep_attention,
+    register_attention,
+)
 from .sea_hosts import attention_layers, find_host, head_size
 from .sea_inputs import check_call, check_targets, pooling_real_tokens
 from .sea_output import extend_output
@@ -42,8 +49,10 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     def _build(self, config: SeaConfig, auto_class, attribute: str | None = None, **kwargs) -> None:
         """Make the host with the registered attention and put a core into each of its layers."""
         register_attention()
+        check_attention(config._attn_implementation)
+        kwargs |= {"attn_implementation": ATTENTION_NAME, "dtype": torch.get_default_dtype()}
         try:
-            host = auto_class.from_config(config.host_config, attn_implementation=ATTENTION_NAME, **kwargs)
+            host = auto_class.from_config(config.host_config, **kwargs)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
@@ -55,7 +64,9 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         names = [name for name, _ in host.named_modules()]  # OPT's decoder repeats its body's plan one name too deep
         plan = getattr(host, "_fsdp_plan", None) or {}
         host._fsdp_plan = {rule: style for rule, style in plan.items() if fnmatch.filter(names, rule)}
-        for index, layer in enumerate(attention_layers(host, config.host_config)):
+        layers = attention_layers(host, config.host_config)
+        keep_attention(layers, config.host_config)
+        for index, layer in enumerate(layers):
             if index not in config.softmax_layers:
                 layer.sea = SeaAttentionCore(config.core_options())
         setattr(self, attribute or self.base_model_prefix, host)
@@ -82,6 +93,11 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         """Draw new random features in every layer (training only: the estimator must get used to them)."""
         for core in self.sea_layers().values():
             core.redraw_features(generator)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """Refuse every attention but SEA's; "eager", which asks for no other, changes nothing (ValueError otherwise)."""
+        check_attention(attn_implementation)
+        self.config._attn_implementation = {"": "eager", "host_config": ATTENTION_NAME}
 
     def get_input_embeddings(self):
         """The host's."""
@@ -122,6 +138,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         """Prepare ranks, masks and caches, call the host, collect what the layers left."""
         check_call(self, input_ids, inputs_embeds, kwargs)
         kwargs.pop("is_causal", None)
+        self._apply_switches(kwargs)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         causal = self.config.is_causal
         cache = self._cache(cache, causal, use_cache, tokens.shape[0], distillation is not None)
@@ -157,6 +174,17 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             if distillation.measure:
                 found["fidelity"] = tuple(result.fidelity for result in results)
         return extend_output(output, **found), sequence
+
+    def _apply_switches(self, kwargs: dict) -> None:
+        """What a call leaves open is decided by our configuration or by the host's, whichever a user has set."""
+        host = self.host_model.config
+        for config in (self.config, host):
+            check_attention(config._attn_implementation)
+        if host._attn_implementation != ATTENTION_NAME:
+            host._attn_implementation = ATTENTION_NAME  # under "eager" the host would build masks
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.config, name) or getattr(host, name)
 
     def _prepare(self, tokens, attention_mask, position_ids, cache, past: int, kwargs: dict):
         """Ranks and masks of a call; takes the keywords out of `kwargs` that only matter here."""
@@ -194,7 +222,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             key_mask=key_mask,
             documents=packed,
             cache=cache,
-            output_attentions=bool(kwargs.get("output_attentions", self.config.output_attentions)),
+            output_attentions=bool(kwargs["output_attentions"]),
         )
         return call, sequence
 
