@@ -295,6 +295,37 @@ def test_a_dtype_in_the_hosts_configuration_does_not_mix_two():
     assert {p.dtype for p in hf_linear_attn.SeaForCausalLM(config).parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("pad", [0, 2, None])
+def test_a_classifier_reads_each_text_at_its_end(host, pad):
+    """Padding on any side, ids or embeddings, a text that ends with the padding id, and no padding id at all."""
+    student = make_student(host, "AutoModelForSequenceClassification")
+    student.config.pad_token_id = pad
+    text, gap = make_ids(1, 9), torch.full((1, 4), pad or 0)
+    text[0, -1] = 2
+    expected = student(text, attention_mask=torch.ones(1, 9)).logits.expand(3, -1)
+    batch = [[gap, text], [text, gap], [text[:, :3], gap, text[:, 3:]]]
+    ids = torch.cat([torch.cat(row, 1) for row in batch])
+    mask = torch.ones(3, 13)
+    mask[0, :4] = mask[1, 9:] = mask[2, 3:7] = 0
+    embeds = student.get_input_embeddings()(ids)
+    for given in ({"input_ids": ids}, {"inputs_embeds": embeds}):
+        output = student(**given, attention_mask=mask, labels=torch.tensor([1, 0, 1]), output_sea=True)
+        torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-4)
+        wanted = torch.nn.functional.cross_entropy(expected, torch.tensor([1, 0, 1]))
+        torch.testing.assert_close(output.loss, wanted, atol=1e-5, rtol=1e-4)
+        assert len(output.kept_cells) == 2
+
+
+def test_a_resized_host_is_a_resized_model(tmp_path):
+    student = make_student("llama")
+    student.host_model.resize_token_embeddings(44)
+    student.save_pretrained(tmp_path, include_code=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == student.config.vocab_size == 44
+    assert loaded(make_ids() + 4).logits.shape[-1] == 44
+
+
 def test_embeddings_can_be_resized():
     student = make_student("llama", host={"tie_word_embeddings": True})
     student.resize_token_embeddings(44)

@@ -118,6 +118,16 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
         if name in SHARED_WITH_HOST and self.__dict__.get("layer_types") is not None:
             self._share(name, value)
 
+    def follow_host(self) -> None:
+        """Take over what was changed in the host's configuration alone, as `host_model.resize_token_embeddings` does.
+
+        Ours hands its own changes on at once, so where the two differ the host's is the newer one.
+        """
+        for name in SHARED_WITH_HOST:
+            value = getattr(self.host_config, name, None)
+            if getattr(self, name) != value:
+                setattr(self, name, value)
+
     def _share(self, name, value) -> None:
         if isinstance(self.host_config, PreTrainedConfig) and getattr(self.host_config, name, None) != value:
             setattr(self.host_config, name, value)
@@ -173,6 +183,8 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
 
     def to_dict(self) -> dict:
         """Every field that a configuration is built from; the host's dtype is ours."""
+        if self.__dict__.get("layer_types") is not None:
+            self.follow_host()
         fields = super().to_dict()  # a copy, the host's included
         if isinstance(fields.get("host_config"), dict):
             fields["host_config"]["dtype"] = None

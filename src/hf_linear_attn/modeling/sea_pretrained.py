@@ -133,9 +133,13 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         use_cache=None,
         output_sea=False,
         distillation=None,
+        read=None,
         **kwargs,
     ) -> tuple[ModelOutput, SequenceInputs]:
-        """Prepare ranks, masks and caches, call the host, collect what the layers left."""
+        """Prepare ranks, masks and caches, call the host, collect what the layers left.
+
+        With `read` it is the host's body that is called, and `read(output, sequence)` makes the output in the stead of its head.
+        """
         check_call(self, input_ids, inputs_embeds, kwargs)
         kwargs.pop("is_causal", None)
         self._apply_switches(kwargs)
@@ -158,8 +162,11 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         kwargs |= {"return_dict": True, "position_ids": sequence.position_ids}
         if past == 0:  # what hosts do with the mask besides attention: warn
             kwargs["attention_mask"] = attention_mask
-        with pooling_real_tokens(self.host_model, call.mask):
-            output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
+        host = self.host_model if read is None else self.host_model.base_model
+        with pooling_real_tokens(host, call.mask):
+            output = host(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
+        if read is not None:
+            output = read(output, sequence)
         if causal and cache is None and CACHE_NAME in output:
             output[CACHE_NAME] = None
         results = [] if call.results is None else [result for _, result in sorted(call.results.found.items())]
@@ -177,6 +184,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
 
     def _apply_switches(self, kwargs: dict) -> None:
         """What a call leaves open is decided by our configuration or by the host's, whichever a user has set."""
+        self.config.follow_host()
         host = self.host_model.config
         for config in (self.config, host):
             check_attention(config._attn_implementation)
