@@ -1,3 +1,4 @@
+import json
 from threading import Thread
 
 import pytest
@@ -6,6 +7,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, T5Config
 
 import hf_linear_attn
+from hf_linear_attn.cli.main import main
 from hf_linear_attn.conversion import linearize
 from hf_linear_attn.modeling.configuration_common import FORMAT_FIELD
 from hf_linear_attn.modeling.sea_host_attention import Distillation
@@ -101,6 +103,32 @@ def test_saved_models_load_through_the_auto_classes(host, tmp_path):
     torch.testing.assert_close(body.eval()(ids, output_hidden_states=True).hidden_states[1], hidden[1])
     path_twin = linearize_from_disk(make_teacher(host), tmp_path / "teacher")
     assert type(path_twin) is type(student)
+
+
+@pytest.mark.parametrize(
+    "published",
+    [{"temperature": 0.9, "top_p": 0.6}, {"pad_token_id": -1}, {"max_length": 40, "eos_token_id": [1, 2]}],
+)
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_generation_settings_of_a_published_host_are_kept_and_can_be_saved(published, where, tmp_path):
+    """Vicuna 1.5 and LLaMA 1 hold what Transformers would refuse in a new configuration."""
+    make_teacher("llama").save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / where).read_text()) if where == "config.json" else {}
+    if where == "config.json":
+        (tmp_path / "generation_config.json").unlink()
+    (tmp_path / where).write_text(json.dumps(fields | published))
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
+    student = linearize(teacher, "sea", k=4, predictor_length=16)
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(tmp_path / name)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    again.save_pretrained(tmp_path / "again")
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").generation_config
+    assert again.generation_config.to_diff_dict() == wanted.to_diff_dict()
+    kept = again.generation_config.to_diff_dict()
+    assert {name: kept[name] for name in published} == published
+    assert main(["convert", "--to", "sea", str(tmp_path), str(tmp_path / "command")]) == 0
+    assert (tmp_path / "command" / "model.safetensors").is_file()
 
 
 def linearize_from_disk(teacher, path):

@@ -1,7 +1,9 @@
 """A pretrained Transformer into a SEA model that keeps its weights."""
 
+import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -56,7 +58,7 @@ def linearize(
 
     Raises:
         ValueError: another family, an unsupported host, a class of the host that has no SEA counterpart, an unknown
-            option.
+            option, a `generation_config` that Transformers refuses to save.
     """
     if family != "sea":
         raise ValueError(f'`family` is {family!r}; a pretrained model can be turned into "sea" only')
@@ -90,8 +92,30 @@ def linearize(
     torch.nn.Module.to(student, dtype=teacher.dtype, device=teacher.device)
     _carry_over(teacher, student)
     if getattr(teacher, "generation_config", None) is not None and student.can_generate():
-        student.generation_config = transformers.GenerationConfig.from_dict(teacher.generation_config.to_dict())
+        student.generation_config = copy.deepcopy(
+            teacher.generation_config
+        )  # with what it knows of where it comes from
+    check_can_be_saved(student)
     return student.train(teacher.training)
+
+
+def check_can_be_saved(model: PreTrainedModel) -> None:
+    """Write a model's configurations, as saving it will, so that what is wrong with them shows before it is trained.
+
+    Raises:
+        ValueError: one that Transformers refuses to save, with the reason.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("config", "generation_config"):
+            made = getattr(model, name, None)
+            try:
+                if made is not None:
+                    made.save_pretrained(folder)
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"a model with this `{name}` could not be saved, so its training is not begun: change it in the model "
+                    f"that it comes from. {error}"
+                ) from error
 
 
 def _load(path, task: str | None, dtype) -> PreTrainedModel:
