@@ -46,8 +46,8 @@ def language_model(tmp_path):
 
 
 def test_a_student_is_saved_as_its_teacher_was(language_model, tmp_path, capsys):
-    """Published generation configurations may hold flags that Transformers refuses to save in a new one, and Trainer changes them:
-    here to the tokenizer's end of text.
+    """Published generation configurations may hold flags that Transformers refuses to save in a new one, and Trainer writes the
+    tokenizer's special tokens into them.
     """
     published = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 7}
     (tmp_path / "teacher" / "generation_config.json").write_text(json.dumps(published))
