@@ -153,6 +153,59 @@ CONFIGURATIONS = [
         ("rescale", "inf", "positive"),
         names=("fastformer",),
     ),
+    *(
+        Case(
+            f"{name}-{value}",
+            lambda row, name=name, value=value: row.config(**{name: value}),
+            (name, str(value), "1 to" if value > 0 else "at least 1"),
+            names=EVERY_BODY,
+        )
+        for name, value in (
+            ("vocab_size", -1),
+            ("vocab_size", 2**31),
+            ("hidden_size", 2 * 10**30),
+            ("num_hidden_layers", 10**7),
+            ("max_position_embeddings", 0),
+            ("num_labels", 0),
+        )
+    ),
+    Case(
+        "window-beyond-any-state",
+        lambda row: row.config(layer_windows=[None, 10**7, 4]),
+        ("layer_windows[1]", "10000000", "262,144", "state"),
+        names=WITH_WINDOWS,
+    ),
+    Case(
+        "danet-window-beyond-any-state",
+        lambda row: row.config(window_size=10**7),
+        ("window_size", "10000000", "262,144", "state"),
+        names=("danet",),
+    ),
+    Case("sea-k", lambda row: row.config(k=10**30), ("k ", str(10**30), "2,147,483,647"), names=("sea",)),
+    Case(
+        "sea-keys-per-cell",
+        lambda row: row.config(max_keys_per_cell=10**30),
+        ("max_keys_per_cell", str(10**30), "2,147,483,647"),
+        names=("sea",),
+    ),
+    Case(
+        "sea-redraw-interval",
+        lambda row: row.config(feature_redraw_interval=10**30),
+        ("feature_redraw_interval", str(10**30)),
+        names=("sea",),
+    ),
+    Case(
+        "sea-cells-that-tie",
+        lambda row: row.config(predictor_length=2),
+        ("predictor_length", "at least 4", "got 2"),
+        names=("sea-encoder",),
+    ),
+    Case(
+        "sea-key-heads",
+        lambda row: row.config(num_key_value_heads=3),
+        ("num_attention_heads", "2", "num_key_value_heads", "3"),
+        names=("sea",),
+    ),
     Case(
         "head-size-one",
         lambda row: row.config(hidden_size=4, num_attention_heads=4),
