@@ -186,6 +186,8 @@ def test_chosen_layers_keep_softmax_attention(host):
     expected = teacher(ids, output_hidden_states=True)
     torch.testing.assert_close(hidden.hidden_states[1], expected.hidden_states[1], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(hidden.attentions[0].sum(-1), torch.ones(2, hidden.attentions[0].shape[1], 20))
+    looked = one(ids, output_attentions=True, output_sea=True)
+    assert [x is None for x in looked.estimated_attentions] == [x is None for x in looked.kept_keys] == [True, False]
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -451,3 +453,11 @@ def test_another_thread_pools_its_own_rows():
         other.start()
         other.join()
     assert torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("host", ["opt", "gpt2"])
+def test_hosts_that_run_all_their_layers_write_no_draft_with_the_first(host):
+    student = make_student(host)
+    with pytest.raises(ValueError, match="assistant_early_exit"):
+        student.generate(make_ids(1, 6), max_new_tokens=3, assistant_early_exit=1)
+    assert student.config.num_hidden_layers == 2

@@ -68,9 +68,10 @@ class SeaModel(SeaPreTrainedModel):
             cache (`Cache`, *optional*): causal hosts: what to go on from; updated in place.
             use_cache (`bool`, *optional*): causal hosts: whether to make and return a cache.
             output_sea (`bool`): also return `estimated_attentions`, a tuple of (B, H, T, M), and `kept_cells`, bool of
-                the same shape, one a SEA layer; with `output_attentions` also `kept_keys`, bool (B, H, T, S).
+                the same shape, one a layer, None for layers that keep softmax attention; with `output_attentions` also
+                `kept_keys`, bool (B, H, T, S).
             distillation (`Distillation`, *optional*): targets of a teacher; the output then has `attention_losses`, a
-                dict of weighted terms a layer, and `fidelity` if it asks for that.
+                dict of weighted terms a layer (None likewise), and `fidelity` if it asks for that.
             **kwargs: what the host's forward takes, such as `output_hidden_states` and `output_attentions` (T x T:
                 for small T).
 
@@ -235,6 +236,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
                 "or a causal host"
             )
         self._build(config, AutoModelForCausalLM)
+        self.exits_early = find_host(config.host_config).exits_early
         self.post_init()
 
     @either_cache_name

@@ -169,18 +169,19 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             output = read(output, sequence)
         if causal and cache is None and CACHE_NAME in output:
             output[CACHE_NAME] = None
-        results = [] if call.results is None else [result for _, result in sorted(call.results.found.items())]
         found = {}
         if output_sea:
-            found["estimated_attentions"] = tuple(result.estimated_probs for result in results)
-            found["kept_cells"] = tuple(result.cells for result in results)
+            found |= {"estimated_attentions": "estimated_probs", "kept_cells": "cells"}
             if call.output_attentions:
-                found["kept_keys"] = tuple(result.kept for result in results)
+                found["kept_keys"] = "kept"
         if distillation is not None:
-            found["attention_losses"] = tuple(result.losses for result in results)
+            found["attention_losses"] = "losses"
             if distillation.measure:
-                found["fidelity"] = tuple(result.fidelity for result in results)
-        return extend_output(output, **found), sequence
+                found["fidelity"] = "fidelity"
+        layers = range(self.config.num_hidden_layers)  # None in the place of one that keeps softmax attention
+        results = [None if call.results is None else call.results.found.get(i) for i in layers]
+        values = {name: tuple(getattr(result, field, None) for result in results) for name, field in found.items()}
+        return extend_output(output, **values), sequence
 
     def _apply_switches(self, kwargs: dict) -> None:
         """What a call leaves open is decided by our configuration or by the host's, whichever a user has set."""
