@@ -557,5 +557,5 @@ def test_embeddings_come_in_any_floating_dtype(name):
     found = model(inputs_embeds=embeds.double()).last_hidden_state
     assert found.dtype == torch.float32
     assert torch.equal(found, model(inputs_embeds=embeds).last_hidden_state)
-    with pytest.raises(TypeError, match="`inputs_embeds` has dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"`inputs_embeds` has dtype torch\.int64"):
         model(inputs_embeds=ids)

@@ -1,5 +1,6 @@
 import json
 from threading import Thread
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hf_linear_attn.modeling.configuration_common import FORMAT_FIELD
 from hf_linear_attn.modeling.sea_host_attention import Distillation
 from hf_linear_attn.modeling.sea_inputs import pooling_real_tokens
 from hf_linear_attn.modeling.sea_losses import TeacherTargets
+from hf_linear_attn.pipelines import QuestionAnsweringPipeline
 
 from .hosts import CAUSAL_HOSTS, HOSTS, host_config, make_ids, make_student, make_teacher
 
@@ -461,3 +463,28 @@ def test_hosts_that_run_all_their_layers_write_no_draft_with_the_first(host):
     with pytest.raises(ValueError, match="assistant_early_exit"):
         student.generate(make_ids(1, 6), max_new_tokens=3, assistant_early_exit=1)
     assert student.config.num_hidden_layers == 2
+
+
+def test_pickled_weights_of_a_host_are_never_opened(tmp_path, capsys):
+    host, named = tmp_path / "host", "pickled weights (pytorch_model.bin)"
+    teacher = make_teacher("llama")
+    teacher.save_pretrained(host)
+    (host / "model.safetensors").unlink()
+    torch.save(teacher.state_dict(), host / "pytorch_model.bin")
+    opened = patch("torch.load", side_effect=AssertionError("a pickle was opened"))
+    with opened, pytest.raises(OSError, match=r"only pickled weights \(pytorch_model\.bin\).*save_pretrained"):
+        linearize(host, "sea", k=4, predictor_length=16)
+    calls = [
+        ["convert", "--to", "sea", str(host), str(tmp_path / "converted")],
+        ["convert", "--to", "onnx", str(host), str(tmp_path / "step")],
+        ["distill", "--teacher", str(host), "--data", str(host / "config.json"), "--output", str(tmp_path / "student")],
+        ["generate", str(host), "x"],
+        ["evaluate", str(host)],
+        ["bench", str(host)],
+    ]
+    for call in calls:
+        with opened:
+            assert main(call) == 1, call
+        assert named in "".join(capsys.readouterr()), call
+    with opened, pytest.raises(ValueError, match="use_safetensors=False"):
+        QuestionAnsweringPipeline.from_pretrained(host, use_safetensors=False)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from ..hub.safe_weights import from_safetensors
 from ..modeling.compat import modeling_auto
 from ..modeling.configuration_sea import SeaConfig
 from ..modeling.modeling_sea import (
@@ -132,7 +133,7 @@ def _load(path, task: str | None, dtype) -> PreTrainedModel:
         task = names[architecture]
     if task not in TASKS:
         raise ValueError(f"`task` is {task!r}, expected one of {', '.join(TASKS)}")
-    return getattr(transformers, task).from_pretrained(path, dtype=dtype or torch.float32)
+    return from_safetensors(getattr(transformers, task), path, dtype=dtype or torch.float32)
 
 
 def _shown(path) -> str:
