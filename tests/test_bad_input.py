@@ -153,6 +153,59 @@ CONFIGURATIONS = [
         ("rescale", "inf", "positive"),
         names=("fastformer",),
     ),
+    *(
+        Case(
+            f"{name}-{value}",
+            lambda row, name=name, value=value: row.config(**{name: value}),
+            (name, str(value), "1 to" if value > 0 else "at least 1"),
+            names=EVERY_BODY,
+        )
+        for name, value in (
+            ("vocab_size", -1),
+            ("vocab_size", 2**31),
+            ("hidden_size", 2 * 10**30),
+            ("num_hidden_layers", 10**7),
+            ("max_position_embeddings", 0),
+            ("num_labels", 0),
+        )
+    ),
+    Case(
+        "window-beyond-any-state",
+        lambda row: row.config(layer_windows=[None, 10**7, 4]),
+        ("layer_windows[1]", "10000000", "262,144", "state"),
+        names=WITH_WINDOWS,
+    ),
+    Case(
+        "danet-window-beyond-any-state",
+        lambda row: row.config(window_size=10**7),
+        ("window_size", "10000000", "262,144", "state"),
+        names=("danet",),
+    ),
+    Case("sea-k", lambda row: row.config(k=10**30), ("k ", str(10**30), "2,147,483,647"), names=("sea",)),
+    Case(
+        "sea-keys-per-cell",
+        lambda row: row.config(max_keys_per_cell=10**30),
+        ("max_keys_per_cell", str(10**30), "2,147,483,647"),
+        names=("sea",),
+    ),
+    Case(
+        "sea-redraw-interval",
+        lambda row: row.config(feature_redraw_interval=10**30),
+        ("feature_redraw_interval", str(10**30)),
+        names=("sea",),
+    ),
+    Case(
+        "sea-cells-that-tie",
+        lambda row: row.config(predictor_length=2),
+        ("predictor_length", "at least 4", "got 2"),
+        names=("sea-encoder",),
+    ),
+    Case(
+        "sea-key-heads",
+        lambda row: row.config(num_key_value_heads=3),
+        ("num_attention_heads", "2", "num_key_value_heads", "3"),
+        names=("sea",),
+    ),
     Case(
         "head-size-one",
         lambda row: row.config(hidden_size=4, num_attention_heads=4),
@@ -385,6 +438,7 @@ CACHES = [
     Case("attentions-with-a-state", after(seen, output_attentions=True), ("output_attentions", "use_cache=False")),
 ]
 LAYERS = [
+    Case("layer-no-tensor", layer([[[0.0] * 16] * 9]), ("hidden_states", "list"), TypeError, names=WITH_WINDOWS),
     Case("layer-width", layer(torch.zeros(2, 9, 8)), ("hidden_states", "(2, 9, 8)", "16"), names=WITH_WINDOWS),
     Case(
         "layer-mask-additive",
@@ -453,3 +507,55 @@ def test_bad_input(case, row):
     assert type(caught.value) is case.error
     missing = [word for word in case.words if word not in str(caught.value)]
     assert not missing, f"the message lacks {missing}: {caught.value}"
+
+
+NAMED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids", "seq_idx", "cu_seq_lens_q")
+ONE_OF_EACH = [
+    (BY_NAME[name], head)
+    for name in ("leap", "fastformer", "fastformer-encoder", "danet", "danet-encoder", "sea", "sea-encoder")
+    for head in BY_NAME[name].heads()
+]
+
+
+@pytest.mark.parametrize(("row", "head"), ONE_OF_EACH, ids=[f"{row.name}-{head}" for row, head in ONE_OF_EACH])
+def test_what_is_no_tensor_is_named(row, head):
+    model, ids = row.build(head), tokens(2, 9)
+    names = list(NAMED)
+    if "QuestionAnswering" in head:
+        names += ["start_positions", "end_positions"]
+    elif head != "AutoModel":
+        names += ["labels"]
+    if "CausalLM" in head:
+        names += ["shift_labels", "logits_to_keep"]
+    if "PreTraining" in head:
+        names += ["next_sentence_label"]
+    for name in names:
+        for value in (ids.tolist(), ids.numpy(), "text", {"input_ids": ids}):
+            given = {} if name == "inputs_embeds" else {"input_ids": ids}
+            with pytest.raises(TypeError, match=f"`{name}` is a {type(value).__name__}, expected a torch.Tensor"):
+                model(**{**given, name: value})
+    with pytest.raises(TypeError, match="`input_ids` is a dict"):
+        model({"input_ids": ids})
+
+
+@pytest.mark.parametrize("name", ["leap", "fastformer", "danet", "sea"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8])
+def test_whole_numbers_of_any_width_mean_the_same(name, dtype):
+    ids, model = tokens(2, 9), BY_NAME[name].causal_lm()
+    expected = model(ids, labels=ids).loss
+    narrow, places, mask = ids.to(dtype), torch.arange(9, dtype=dtype)[None], torch.ones(2, 9, dtype=dtype)
+    assert torch.equal(model(narrow, mask, position_ids=places, labels=narrow).loss, expected)
+    texts = BY_NAME[name].build("AutoModelForSequenceClassification")
+    one = torch.ones(2, dtype=dtype)
+    assert torch.equal(texts(narrow, labels=one).loss, texts(ids, labels=one.long()).loss)
+
+
+@pytest.mark.parametrize("name", ["leap", "fastformer", "danet", "sea", "sea-encoder"])
+def test_embeddings_come_in_any_floating_dtype(name):
+    model, ids = BY_NAME[name].build("AutoModel"), tokens(2, 9)
+    embeds = model.get_input_embeddings()(ids).detach()
+    found = model(inputs_embeds=embeds.double()).last_hidden_state
+    assert found.dtype == torch.float32
+    assert torch.equal(found, model(inputs_embeds=embeds).last_hidden_state)
+    with pytest.raises(TypeError, match=r"`inputs_embeds` has dtype torch\.int64"):
+        model(inputs_embeds=ids)

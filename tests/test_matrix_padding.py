@@ -54,6 +54,21 @@ def test_heads(row, head, layout):
             assert checked
 
 
+@all_rows
+def test_a_text_ends_where_the_mask_says(row):
+    """Also one that ends with the padding id (the end of text, often), and one that comes as embeddings."""
+    model = row.build("AutoModelForSequenceClassification", torch.float64, pad_token_id=2)
+    rows, _, ids, mask = padded_batch(LAYOUTS["both"], (9, 4))
+    for i, text in enumerate(rows):
+        text[-1] = 2
+        ids[i, mask[i].nonzero().max()] = 2
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        alone = torch.cat([model(text[None], attention_mask=torch.ones(1, len(text))).logits for text in rows])
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, alone, **TOLERANCE)
+        torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, alone, **TOLERANCE)
+
+
 @pytest.mark.parametrize("garbage", [1, VOCAB - 1])
 @all_rows
 def test_ids_under_the_mask_do_not_matter(row, garbage):

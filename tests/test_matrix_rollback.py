@@ -8,7 +8,7 @@ import torch
 import transformers
 from common.batches import left_padded, tokens
 from common.caches import CACHE_NAME, is_hybrid
-from common.families import CAUSAL, STATES, causal_rows, first_rows, first_state_rows, state_rows
+from common.families import CAUSAL, HYBRIDS, STATES, causal_rows, first_rows, first_state_rows, state_rows
 from common.generation import PROMPT, assert_same_text, generate, texts
 from packaging.version import Version
 from transformers import DynamicCache, StaticCache
@@ -163,14 +163,44 @@ def test_assisted_decoding_with_left_padding(row):
     Version(transformers.__version__) < Version("5.23"),
     reason="older ones draft with the cache of all layers",
 )
-@pytest.mark.parametrize("name", ["leap", "fastformer", "danet"])
+@pytest.mark.parametrize("name", ["leap", "fastformer", "danet", "sea", *(row.name for row in HYBRIDS)])
 def test_the_first_layers_as_assistant(name):
     """`assistant_early_exit`: the model drafts with its first layers, and is whole again afterwards."""
-    model = next(row for row in CAUSAL if row.name == name).causal_lm(torch.float64)
+    model = next(row for row in CAUSAL + HYBRIDS if row.name == name).causal_lm(torch.float64)
     ids = tokens(1, PROMPT)
+    model.generation_config.pad_token_id = None  # Transformers' drafts would take what the model writes for padding
     greedy = generate(model, ids, new=20)
     assert torch.equal(generate(model, ids, new=20, assistant_early_exit=2).sequences, greedy.sequences)
     assert model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("row", CAUSAL + HYBRIDS, ids=[row.name for row in CAUSAL + HYBRIDS])
+def test_drafts_of_layers_that_are_not_there_are_refused(row):
+    """Also of softmax layers alone, which hold no state; no error leaves the model with fewer layers."""
+    model, ids = row.causal_lm(), tokens(1, PROMPT)
+    least = 2 if row.name.startswith(("danet-softmax", "danet-swa")) else 1
+    for layers in {0, -1, 4, least - 1}:
+        with pytest.raises(ValueError, match=f"`assistant_early_exit` is {layers}, expected {least} to 3"):
+            generate(model, ids, new=4, assistant_early_exit=layers)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("in the middle of a draft")
+
+    with (
+        patch.object(transformers.generation.candidate_generator.AssistedCandidateGenerator, "get_candidates", fail),
+        pytest.raises(RuntimeError, match="in the middle"),
+    ):
+        generate(model, ids, new=4, assistant_early_exit=2)
+    assert model.config.num_hidden_layers == model.base_model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("row", CAUSAL + HYBRIDS, ids=[row.name for row in CAUSAL + HYBRIDS])
+def test_a_prompt_that_the_cache_has_outgrown_is_named_as_the_cause(row):
+    model = row.causal_lm()
+    cache = model(tokens(1, 9), use_cache=True).cache
+    for prompt in ({"input_ids": tokens(1, 4)}, {"inputs_embeds": model.get_input_embeddings()(tokens(1, 4))}):
+        with pytest.raises(ValueError, match=rf"`{CACHE_NAME}` holds 9 columns.*the whole text"):
+            model.generate(**prompt, **{CACHE_NAME: cache}, max_new_tokens=2, do_sample=False)
 
 
 @causal_rows

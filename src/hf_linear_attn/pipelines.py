@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, Pipeline
 
+from .hub.safe_weights import from_safetensors
+
 LONGEST = 384  # tokens of a question with a part of its context, where the model has no limit of its own
 
 
@@ -33,7 +35,7 @@ class QuestionAnsweringPipeline(Pipeline):
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, device: str | int | None = None, **kwargs):
         """Model and tokenizer from a folder or the Hub; other arguments as of `AutoModelForQuestionAnswering`."""
-        model = AutoModelForQuestionAnswering.from_pretrained(name, **kwargs)
+        model = from_safetensors(AutoModelForQuestionAnswering, name, **kwargs)
         return cls(model=model, tokenizer=AutoTokenizer.from_pretrained(name), device=device)
 
     def _sanitize_parameters(self, top_k=None, max_answer_len=None, max_seq_len=None, doc_stride=None, **unknown):

@@ -45,6 +45,19 @@ def language_model(tmp_path):
     return ["distill", "--teacher", str(tmp_path / "teacher"), *data, "--block-length", "24"]
 
 
+def test_a_student_is_saved_as_its_teacher_was(language_model, tmp_path, capsys):
+    """Published generation configurations may hold flags that Transformers refuses to save in a new one, and Trainer writes the
+    tokenizer's special tokens into them.
+    """
+    published = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 7}
+    (tmp_path / "teacher" / "generation_config.json").write_text(json.dumps(published))
+    arguments = ["--steps", "2", "--batch-size", "2", "--eval-rows", "2", "--k", "3", "--predictor-length", "8"]
+    assert main([*language_model, *arguments, "--cpu", "--quiet", "--output", str(tmp_path / "out")]) == 0
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {"temperature": 0.9, "top_p": 0.6}.items() <= saved.items()
+    assert "do_sample" not in saved
+
+
 def test_a_language_model_is_distilled_reported_and_loads(language_model, tmp_path, capsys):
     output = tmp_path / "out"
     assert main([*language_model, *FAST, "--output", str(output), "--loss-rows", "8"]) == 0

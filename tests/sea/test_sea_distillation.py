@@ -58,6 +58,19 @@ def make_trainer(host, tmp_path, student=None, teacher=None, **arguments):
     )
 
 
+def test_a_student_that_cannot_be_saved_is_not_trained(tmp_path):
+    trainer = make_trainer("llama", tmp_path)
+    trainer.model.generation_config.temperature = 0.5
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(ValueError, match="generation_config` could not be saved"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    teacher = make_teacher("llama")
+    teacher.generation_config.temperature = 0.5
+    with pytest.raises(ValueError, match=r"(?s)could not be saved.*do_sample"):
+        linearize(teacher, "sea", k=3, predictor_length=16)
+
+
 @pytest.mark.parametrize("host", TASKS)
 def test_recorded_targets_are_what_the_teacher_does(host):
     teacher = make_teacher(host, TASKS[host])

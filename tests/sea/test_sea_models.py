@@ -1,4 +1,6 @@
+import json
 from threading import Thread
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -6,11 +8,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, T5Config
 
 import hf_linear_attn
+from hf_linear_attn.cli.main import main
 from hf_linear_attn.conversion import linearize
 from hf_linear_attn.modeling.configuration_common import FORMAT_FIELD
 from hf_linear_attn.modeling.sea_host_attention import Distillation
 from hf_linear_attn.modeling.sea_inputs import pooling_real_tokens
 from hf_linear_attn.modeling.sea_losses import TeacherTargets
+from hf_linear_attn.pipelines import QuestionAnsweringPipeline
 
 from .hosts import CAUSAL_HOSTS, HOSTS, host_config, make_ids, make_student, make_teacher
 
@@ -103,6 +107,32 @@ def test_saved_models_load_through_the_auto_classes(host, tmp_path):
     assert type(path_twin) is type(student)
 
 
+@pytest.mark.parametrize(
+    "published",
+    [{"temperature": 0.9, "top_p": 0.6}, {"pad_token_id": -1}, {"max_length": 40, "eos_token_id": [1, 2]}],
+)
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_generation_settings_of_a_published_host_are_kept_and_can_be_saved(published, where, tmp_path):
+    """Vicuna 1.5 and LLaMA 1 hold what Transformers would refuse in a new configuration."""
+    make_teacher("llama").save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / where).read_text()) if where == "config.json" else {}
+    if where == "config.json":
+        (tmp_path / "generation_config.json").unlink()
+    (tmp_path / where).write_text(json.dumps(fields | published))
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
+    student = linearize(teacher, "sea", k=4, predictor_length=16)
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(tmp_path / name)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    again.save_pretrained(tmp_path / "again")
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").generation_config
+    assert again.generation_config.to_diff_dict() == wanted.to_diff_dict()
+    kept = again.generation_config.to_diff_dict()
+    assert {name: kept[name] for name in published} == published
+    assert main(["convert", "--to", "sea", str(tmp_path), str(tmp_path / "command")]) == 0
+    assert (tmp_path / "command" / "model.safetensors").is_file()
+
+
 def linearize_from_disk(teacher, path):
     teacher.save_pretrained(path)
     return linearize(path, "sea", k=4, predictor_length=16)
@@ -158,6 +188,8 @@ def test_chosen_layers_keep_softmax_attention(host):
     expected = teacher(ids, output_hidden_states=True)
     torch.testing.assert_close(hidden.hidden_states[1], expected.hidden_states[1], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(hidden.attentions[0].sum(-1), torch.ones(2, hidden.attentions[0].shape[1], 20))
+    looked = one(ids, output_attentions=True, output_sea=True)
+    assert [x is None for x in looked.estimated_attentions] == [x is None for x in looked.kept_keys] == [True, False]
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -225,6 +257,105 @@ def test_sparsity_can_change_after_training():
     student.set_sparsity(5)
     assert student(ids, output_sea=True).kept_cells[0].sum() > few
     assert student.config.k == 5
+
+
+NOT_SEA = ("sdpa", "flex_attention", "paged|eager", {"host_config": "sdpa"}, {"": "sdpa"})
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_no_switch_of_transformers_makes_the_attention_dense(host, tmp_path):
+    """Users set "eager" to get maps; whatever they set, and wherever, it stays SEA or is refused."""
+    ids, expected = make_ids(), make_student(host)(make_ids()).logits
+    make_student(host).save_pretrained(tmp_path, include_code=False)
+    auto = AutoModelForMaskedLM if host == "bert" else AutoModelForCausalLM
+
+    def configured(model, config, asked):
+        config._attn_implementation = asked
+        return model
+
+    def switched(model, part, asked):
+        part.set_attn_implementation(asked)
+        return model
+
+    def ways(asked):
+        model = make_student(host)
+        yield lambda: switched(model, model, asked)
+        yield lambda: configured(model, model.config, asked)
+        if not isinstance(asked, dict):
+            yield lambda: switched(model, model.host_model, asked)
+            yield lambda: configured(model, model.config.host_config, asked)
+        if asked != {"host_config": "sdpa"}:  # says nothing but what the host's own configuration may say
+            yield lambda: auto.from_pretrained(tmp_path, attn_implementation=asked).eval()
+
+    for way in ways("eager"):
+        assert torch.equal(way()(ids).logits, expected)
+    assert make_student(host).host_model.config._attn_implementation == "hf_linear_attn_sea"
+    for asked in NOT_SEA:
+        for way in ways(asked):
+            with pytest.raises(ValueError, match=r"attn_implementation|does not support"):
+                way()(ids)
+    model = make_student(host)
+    for asked in ("eager", "sdpa"):
+        model.host_model.set_attn_implementation(asked)
+        with pytest.raises(ValueError, match="belongs to a SEA model"):
+            model.host_model(ids)
+    model.set_attn_implementation("eager")
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("of_host", [False, True])
+def test_maps_and_hidden_states_are_switched_on_in_either_configuration(host, of_host):
+    student, ids = make_student(host), make_ids()
+    config = student.config.host_config if of_host else student.config
+    if of_host:
+        config._attn_implementation = "eager"  # Transformers lets nobody ask for maps under another name
+    config.output_attentions = config.output_hidden_states = True
+    output = student(ids)
+    assert [len(output.attentions), len(output.hidden_states)] == [2, 3]
+    without = student(ids, output_attentions=False, output_hidden_states=False)
+    assert without.get("attentions") is without.get("hidden_states") is None
+    torch.testing.assert_close(without.logits, output.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_dtype_in_the_hosts_configuration_does_not_mix_two():
+    """A host's config.json names the dtype that its weights had; a new model has one dtype throughout."""
+    for dtype in (torch.float32, torch.bfloat16):
+        config = hf_linear_attn.SeaConfig(host_config=host_config("llama", dtype="bfloat16"), predictor_length=16)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert {p.dtype for p in hf_linear_attn.SeaForCausalLM(config).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("pad", [0, 2, None])
+def test_a_classifier_reads_each_text_at_its_end(host, pad):
+    """Padding on any side, ids or embeddings, a text that ends with the padding id, and no padding id at all."""
+    student = make_student(host, "AutoModelForSequenceClassification")
+    student.config.pad_token_id = pad
+    text, gap = make_ids(1, 9), torch.full((1, 4), pad or 0)
+    text[0, -1] = 2
+    expected = student(text, attention_mask=torch.ones(1, 9)).logits.expand(3, -1)
+    batch = [[gap, text], [text, gap], [text[:, :3], gap, text[:, 3:]]]
+    ids = torch.cat([torch.cat(row, 1) for row in batch])
+    mask = torch.ones(3, 13)
+    mask[0, :4] = mask[1, 9:] = mask[2, 3:7] = 0
+    embeds = student.get_input_embeddings()(ids)
+    for given in ({"input_ids": ids}, {"inputs_embeds": embeds}):
+        output = student(**given, attention_mask=mask, labels=torch.tensor([1, 0, 1]), output_sea=True)
+        torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-4)
+        wanted = torch.nn.functional.cross_entropy(expected, torch.tensor([1, 0, 1]))
+        torch.testing.assert_close(output.loss, wanted, atol=1e-5, rtol=1e-4)
+        assert len(output.kept_cells) == 2
+
+
+def test_a_resized_host_is_a_resized_model(tmp_path):
+    student = make_student("llama")
+    student.host_model.resize_token_embeddings(44)
+    student.save_pretrained(tmp_path, include_code=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == student.config.vocab_size == 44
+    assert loaded(make_ids() + 4).logits.shape[-1] == 44
 
 
 def test_embeddings_can_be_resized():
@@ -324,3 +455,36 @@ def test_another_thread_pools_its_own_rows():
         other.start()
         other.join()
     assert torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("host", ["opt", "gpt2"])
+def test_hosts_that_run_all_their_layers_write_no_draft_with_the_first(host):
+    student = make_student(host)
+    with pytest.raises(ValueError, match="assistant_early_exit"):
+        student.generate(make_ids(1, 6), max_new_tokens=3, assistant_early_exit=1)
+    assert student.config.num_hidden_layers == 2
+
+
+def test_pickled_weights_of_a_host_are_never_opened(tmp_path, capsys):
+    host, named = tmp_path / "host", "pickled weights (pytorch_model.bin)"
+    teacher = make_teacher("llama")
+    teacher.save_pretrained(host)
+    (host / "model.safetensors").unlink()
+    torch.save(teacher.state_dict(), host / "pytorch_model.bin")
+    opened = patch("torch.load", side_effect=AssertionError("a pickle was opened"))
+    with opened, pytest.raises(OSError, match=r"only pickled weights \(pytorch_model\.bin\).*save_pretrained"):
+        linearize(host, "sea", k=4, predictor_length=16)
+    calls = [
+        ["convert", "--to", "sea", str(host), str(tmp_path / "converted")],
+        ["convert", "--to", "onnx", str(host), str(tmp_path / "step")],
+        ["distill", "--teacher", str(host), "--data", str(host / "config.json"), "--output", str(tmp_path / "student")],
+        ["generate", str(host), "x"],
+        ["evaluate", str(host)],
+        ["bench", str(host)],
+    ]
+    for call in calls:
+        with opened:
+            assert main(call) == 1, call
+        assert named in "".join(capsys.readouterr()), call
+    with opened, pytest.raises(ValueError, match="use_safetensors=False"):
+        QuestionAnsweringPipeline.from_pretrained(host, use_safetensors=False)

@@ -95,10 +95,12 @@ def _models(given: dict[str, Any]) -> dict[str, Any]:
 
     import hf_linear_attn  # noqa: F401  (registers our families)
 
+    from ..hub.safe_weights import from_safetensors
+
     dtype = getattr(torch, given["dtype"])
     if given["checkpoints"]:
         return {
-            name: AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(given["device"])
+            name: from_safetensors(AutoModelForCausalLM, name, dtype=dtype).to(given["device"])
             for name in given["checkpoints"]
         }
     return {name: _fresh(name, given).to(given["device"], dtype) for name in given["families"] or ("leap", "gpt2")}

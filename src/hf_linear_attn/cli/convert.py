@@ -88,7 +88,9 @@ def _convert(given: dict[str, Any], fields: dict[str, Any], output: Path) -> dic
     elif given["to"] == "onnx":
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(given["source"], dtype=dtype or torch.float32).eval()
+        from ..hub.safe_weights import from_safetensors
+
+        model = from_safetensors(AutoModelForCausalLM, given["source"], dtype=dtype or torch.float32).eval()
     else:
         from ..conversion.published import load_published
 

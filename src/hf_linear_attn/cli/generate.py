@@ -89,7 +89,9 @@ def load(checkpoint: str, device: str):
 
     import hf_linear_attn  # noqa: F401  (registers our families)
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(device).eval()
+    from ..hub.safe_weights import from_safetensors
+
+    model = from_safetensors(AutoModelForCausalLM, checkpoint).to(device).eval()
     return model, AutoTokenizer.from_pretrained(checkpoint)
 
 

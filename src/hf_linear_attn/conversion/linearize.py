@@ -1,13 +1,16 @@
 """A pretrained Transformer into a SEA model that keeps its weights."""
 
+import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from ..hub.safe_weights import from_safetensors
 from ..modeling.compat import modeling_auto
 from ..modeling.configuration_sea import SeaConfig
 from ..modeling.modeling_sea import (
@@ -56,7 +59,7 @@ def linearize(
 
     Raises:
         ValueError: another family, an unsupported host, a class of the host that has no SEA counterpart, an unknown
-            option.
+            option, a `generation_config` that Transformers refuses to save.
     """
     if family != "sea":
         raise ValueError(f'`family` is {family!r}; a pretrained model can be turned into "sea" only')
@@ -90,8 +93,30 @@ def linearize(
     torch.nn.Module.to(student, dtype=teacher.dtype, device=teacher.device)
     _carry_over(teacher, student)
     if getattr(teacher, "generation_config", None) is not None and student.can_generate():
-        student.generation_config = transformers.GenerationConfig.from_dict(teacher.generation_config.to_dict())
+        student.generation_config = copy.deepcopy(
+            teacher.generation_config
+        )  # with what it knows of where it comes from
+    check_can_be_saved(student)
     return student.train(teacher.training)
+
+
+def check_can_be_saved(model: PreTrainedModel) -> None:
+    """Write a model's configurations, as saving it will, so that what is wrong with them shows before it is trained.
+
+    Raises:
+        ValueError: one that Transformers refuses to save, with the reason.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("config", "generation_config"):
+            made = getattr(model, name, None)
+            try:
+                if made is not None:
+                    made.save_pretrained(folder)
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"a model with this `{name}` could not be saved, so its training is not begun: change it in the model "
+                    f"that it comes from. {error}"
+                ) from error
 
 
 def _load(path, task: str | None, dtype) -> PreTrainedModel:
@@ -108,7 +133,7 @@ def _load(path, task: str | None, dtype) -> PreTrainedModel:
         task = names[architecture]
     if task not in TASKS:
         raise ValueError(f"`task` is {task!r}, expected one of {', '.join(TASKS)}")
-    return getattr(transformers, task).from_pretrained(path, dtype=dtype or torch.float32)
+    return from_safetensors(getattr(transformers, task), path, dtype=dtype or torch.float32)
 
 
 def _shown(path) -> str:

@@ -51,20 +51,20 @@ def attention_panels(
     model.train(training)
     mask = inputs.get("attention_mask")
     real = torch.arange(ids.shape[1]) if mask is None else mask[sample].bool().nonzero()[:, 0].cpu()
-    count, place = len(real), layers.index(layer)
+    count = len(real)
 
     def square(x: torch.Tensor) -> torch.Tensor:  # (B, H, T, S) -> (H, n, n)
         return x[sample].detach().float().cpu()[:, real][:, :, real]
 
     visible = torch.arange(1, count + 1) if model.config.is_causal else torch.full((count,), count)
     seen = torch.arange(count) < visible[:, None]
-    probs = output["estimated_attentions"][place][sample].detach().float().cpu()[:, real]  # (H, n, M)
+    probs = output["estimated_attentions"][layer][sample].detach().float().cpu()[:, real]  # (H, n, M)
     cell = key_to_cell(torch.arange(count), visible[:, None], probs.shape[-1])
     estimate = probs.gather(-1, cell.expand(probs.shape[0], -1, -1)).masked_fill(~seen, 0.0)
     student_attention = square(output["attentions"][layer])
     panels = {
         "estimate": estimate / estimate.sum(-1, keepdim=True).clamp_min(1e-12),
-        "mask": square(output["kept_keys"][place]),
+        "mask": square(output["kept_keys"][layer]),
         "student": student_attention / student_attention.sum(-1, keepdim=True).clamp_min(1e-12),
     }
     if teacher is None:

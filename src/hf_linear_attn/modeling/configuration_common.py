@@ -9,6 +9,10 @@ from transformers.activations import ACT2FN
 FORMAT_FIELD = "hf_linear_attn_format"
 FORMAT_VERSION = 1
 
+MOST_LAYERS = 10_000  # each is a module of its own
+LONGEST_WINDOW = 1 << 18  # tokens: a layer's state holds them all from its first step on
+LARGEST_SIZE = (1 << 31) - 1  # what an index of 32 bits can count
+
 
 def check_format(config, kwargs: dict) -> None:
     """Take the format number out of `kwargs` and refuse one that this release does not know."""
@@ -46,13 +50,34 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
+def check_size(name: str, value: int | None, most: int = LARGEST_SIZE, reason: str = "") -> None:
+    """Refuse a size below 1 or above `most`; None is one that is yet to be derived."""
+    if value is None:
+        return
+    if value < 1:
+        raise ValueError(f"`{name}` is {value}, expected at least 1")
+    if value > most:
+        raise ValueError(f"`{name}` is {value}, expected 1 to {most:,}" + (f": {reason}" if reason else ""))
+
+
+def check_sizes(config, prefix: str = "", *more: str) -> None:
+    """Refuse sizes of a model that are not positive or larger than anything that can be built; `more` may be missing or None."""
+    for name in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings", "num_labels"):
+        check_size(prefix + name, getattr(config, name))
+    for name in ("intermediate_size", *more):
+        check_size(prefix + name, getattr(config, name, None))
+    check_size(prefix + "num_hidden_layers", config.num_hidden_layers, MOST_LAYERS, "each layer is a module of its own")
+
+
+def check_window(name: str, window: int) -> None:
+    """Refuse a window that is not positive, or whose state could not be held."""
+    reason = "the state of a layer holds every token of its window; let the layer look at all tokens instead"
+    check_size(name, window, LONGEST_WINDOW, reason)
+
+
 def check_head_size(config, even: bool = False) -> None:
-    """Refuse sizes that are not positive, and heads that do not divide the width (or leave an odd head size to rotary)."""
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    for name in (*sizes, "intermediate_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:  # a width may not be derived yet
-            raise ValueError(f"`{name}` is {value}, expected at least 1")
+    """Refuse sizes that `check_sizes` refuses, and heads that do not divide the width (or leave an odd head size to rotary)."""
+    check_sizes(config)
     width, heads = config.hidden_size, config.num_attention_heads
     if width % heads:
         fitting = [h for h in range(1, width + 1) if width % h == 0 and abs(h - heads) <= heads][:8]
@@ -97,3 +122,5 @@ def check_windows(config) -> None:
             raise ValueError(
                 f"`layer_windows[{i}]` is {window}, expected at least 1 token, or None for all tokens so far"
             )
+        if window is not None:
+            check_window(f"layer_windows[{i}]", window)

@@ -10,6 +10,8 @@ from .configuration_common import (
     check_format,
     check_head_size,
     check_probabilities,
+    check_size,
+    check_window,
 )
 from .danet_norms import ACTIVATIONS, NORM_NAMES
 from .danet_presets import PRESETS
@@ -205,8 +207,7 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
         for name in ("pooler_act", "lm_head_act"):
             check_choice(name, getattr(self, name), tuple(ACTIVATIONS))
         for name in ("scale_length", "chunk_size", "type_vocab_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least 1")
+            check_size(name, getattr(self, name))
         check_probabilities(self, "hidden_dropout_prob", "attention_dropout", "embedding_dropout", "classifier_dropout")
         for name in ("maxnorm_eps", "scaled_norm_eps", "initializer_range", "query_initializer_range"):
             if not getattr(self, name) >= 0:
@@ -239,7 +240,9 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
                 check_dense_arguments(code, self.is_causal, self.window_size)
             elif code in ("l@softmax", "sl@softmax"):
                 check_dense_arguments(code.removesuffix("@softmax"), self.is_causal, self.window_size)
-            elif code == "swa@softmax" and self.window_size < 2:
+            if code not in ("g", "softmax"):
+                check_window("window_size", self.window_size)
+            if code == "swa@softmax" and self.window_size < 2:
                 raise ValueError(
                     f"`window_size` is {self.window_size}, expected at least 2 for 'swa@softmax': a token and the one before it"
                 )

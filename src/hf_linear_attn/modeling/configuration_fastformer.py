@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_common import (
+    LONGEST_WINDOW,
     DerivedLayerTypes,
     apply_aliases,
     check_choice,
@@ -91,10 +92,12 @@ class FastformerConfig(DerivedLayerTypes, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         check_format(self, kwargs)
         apply_aliases(self, kwargs)
+        check_head_size(self)  # before anything is derived from the sizes
         layers = self.num_hidden_layers
         if self.layer_windows is None:
             ends = (0, layers - 1) if self.use_local_attention else range(layers)
-            self.layer_windows = [None if i in ends else 2 * 2**i for i in range(layers)]
+            doubled = [2 * 2**i for i in range(layers)]
+            self.layer_windows = [None if i in ends or w > LONGEST_WINDOW else w for i, w in enumerate(doubled)]
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.attention_dropout is None:

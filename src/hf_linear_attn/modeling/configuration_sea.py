@@ -6,7 +6,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, BertConfig, PreTrainedConfig
 
-from .configuration_common import DerivedLayerTypes, check_format
+from .configuration_common import LARGEST_SIZE, DerivedLayerTypes, check_format, check_sizes
 from .sea_attention import SeaOptions, SeaState
 from .sea_cache import SEA_LAYER_TYPE
 from .sea_hosts import find_host, head_size, key_heads
@@ -23,6 +23,8 @@ SHARED_WITH_HOST = (
     "label2id",
     "problem_type",
 )
+# Sizes that some hosts have besides those of every model.
+SIZES_OF_HOSTS = ("num_key_value_heads", "head_dim", "ffn_dim", "n_inner", "word_embed_proj_dim", "type_vocab_size")
 # What a SEA configuration only reads from its host's.
 OF_HOST = {"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "is_causal"}
 
@@ -35,8 +37,8 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
         host_config (`PreTrainedConfig` or `dict`, *optional*): the host's configuration; `BertConfig()` if not given.
         k (`int`, defaults to 64): mean number of keys that a query attends to in a head. Quality and cost grow with it; it
             can be changed after training. The paper's k: 7 to 25 for short texts, 32 to 128 for language models.
-        predictor_length (`int`, defaults to 128): width M of the compressed attention, a multiple of 2 (bidirectional) or 4
-            (causal). Cost per token grows with it; finer than the text is long (M > T) is of no use.
+        predictor_length (`int`, defaults to 128): width M of the compressed attention, at least 4, a multiple of 2
+            (bidirectional) or 4 (causal). Cost per token grows with it; finer than the text is long (M > T) is of no use.
         topk_group (`str`, defaults to `"causal_batch"`): cells compete within a row over its heads (`"causal_batch"`), within
             each row of each head (`"query"`), each head (`"head"`) or a whole sample (`"batch"`). Causal hosts: the first only.
         max_keys_per_cell (`int`, *optional*): most keys that one selected cell hands out, evenly spaced; `k` if not given.
@@ -120,6 +122,16 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
         if name in SHARED_WITH_HOST and self.__dict__.get("layer_types") is not None:
             self._share(name, value)
 
+    def follow_host(self) -> None:
+        """Take over what was changed in the host's configuration alone, as `host_model.resize_token_embeddings` does.
+
+        Ours hands its own changes on at once, so where the two differ the host's is the newer one.
+        """
+        for name in SHARED_WITH_HOST:
+            value = getattr(self.host_config, name, None)
+            if getattr(self, name) != value:
+                setattr(self, name, value)
+
     def _share(self, name, value) -> None:
         if isinstance(self.host_config, PreTrainedConfig) and getattr(self.host_config, name, None) != value:
             setattr(self.host_config, name, value)
@@ -188,6 +200,8 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
 
     def to_dict(self) -> dict:
         """Every field that a configuration is built from; the host's dtype is ours."""
+        if self.__dict__.get("layer_types") is not None:
+            self.follow_host()
         fields = super().to_dict()  # a copy, the host's included
         if isinstance(fields.get("host_config"), dict):
             fields["host_config"]["dtype"] = None
@@ -196,17 +210,22 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
     def validate_architecture(self):
         """Refuse values that no model can be built from."""
         host = self.host_config
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(host, name) < 1:
-                raise ValueError(f"`host_config.{name}` is {getattr(host, name)}, expected at least 1")
+        check_sizes(host, "host_config.", *SIZES_OF_HOSTS)
+        heads, of_keys = host.num_attention_heads, getattr(host, "num_key_value_heads", None)
+        if of_keys is not None and heads % of_keys:
+            raise ValueError(
+                f"`host_config.num_attention_heads` {heads} is not a multiple of `host_config.num_key_value_heads` {of_keys}"
+            )
         self.core_options()
         wrong = [i for i in self.softmax_layers if not 0 <= i < self.num_hidden_layers]
         if wrong:
             raise ValueError(
                 f"`softmax_layers` names {wrong}, but the host has layers 0 to {self.num_hidden_layers - 1}"
             )
-        if self.feature_redraw_interval < 0:
-            raise ValueError(f"`feature_redraw_interval` is {self.feature_redraw_interval}, expected 0 (never) or more")
+        if not 0 <= self.feature_redraw_interval <= LARGEST_SIZE:
+            raise ValueError(
+                f"`feature_redraw_interval` is {self.feature_redraw_interval}, expected 0 (never) to {LARGEST_SIZE:,} steps"
+            )
 
     def validate_layer_type(self):
         """Our layer type is not one of Transformers' own, which is all that the base class would accept."""

@@ -4,6 +4,8 @@ They keep keys and values in the ordinary cache, beside the fixed-size states of
 published hybrid they honour padding. Source: DANet specification, section 3.4.
 """
 
+import functools
+
 import torch
 from torch import nn
 from transformers import Cache
@@ -115,6 +117,28 @@ class DanetSoftmaxBlock(GradientCheckpointingLayer):
         mixed = self.attention(self.attention_norm(hidden_states), context, cache, output_attentions)
         hidden_states = hidden_states + mixed.hidden_states
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+def maps_in_their_places(forward):
+    """A body's `forward` whose `attentions` have one entry a layer: None for a softmax layer that gave no map.
+
+    Transformers collects those that there are, which would shift the maps of later layers to other indices.
+    """
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        as_output = kwargs.pop("return_dict", None)
+        if as_output is None:
+            as_output = self.config.return_dict
+        output = forward(self, *args, return_dict=True, **kwargs)
+        codes = self.config.layer_codes
+        found = output.get("attentions")
+        if found is not None and len(found) < len(codes):
+            there = iter(found)
+            output.attentions = tuple(None if code in SOFTMAX_PATTERNS else next(there) for code in codes)
+        return output if as_output else output.to_tuple()
+
+    return wrapper
 
 
 def prepare_softmax_layers(

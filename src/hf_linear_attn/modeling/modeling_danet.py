@@ -42,7 +42,12 @@ from .danet_block import DanetBlock, DenseAttention
 from .danet_context import build_context
 from .danet_heads import DanetLMHead, DanetPooler, TiedHeadMixin, masked_lm_loss
 from .danet_norms import ScaledLayerNorm, VectorNorm, build_norm
-from .danet_softmax import DanetSoftmaxAttention, DanetSoftmaxBlock, prepare_softmax_layers
+from .danet_softmax import (
+    DanetSoftmaxAttention,
+    DanetSoftmaxBlock,
+    maps_in_their_places,
+    prepare_softmax_layers,
+)
 from .danet_stream import can_stream, stream_blocks
 from .portable_checkpoint import PortableCheckpointMixin
 from .recurrent_cache import LAYER_TYPE, RecurrentCache
@@ -140,6 +145,7 @@ class DanetModel(DanetPreTrainedModel):
 
     @either_cache_name
     @without_cache_in_training
+    @maps_in_their_places
     @merge_with_config_defaults
     @capture_outputs
     @passes_on(*DOCUMENT_KEYWORDS)
@@ -165,7 +171,8 @@ class DanetModel(DanetPreTrainedModel):
             cache (`Cache`, *optional*): the state to go on from; updated in place. Decoders only.
             use_cache (`bool`, *optional*): whether to make and return a state.
             **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions` (raw
-                scores, which are not normalised).
+                scores, which are not normalised; one a layer, None for a softmax layer whose attention implementation
+                makes no maps: only "eager" does).
 
         Returns:
             [`RecurrentModelOutput`].

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
 )
 
 from .causal_lm import RecurrentForCausalLM, next_token_labels, refuse_two_labels
-from .compat import can_return_tuple, either_cache_name
+from .compat import cache_keyword, cache_of, can_return_tuple, either_cache_name
 from .configuration_sea import SeaConfig
 from .recurrent_cache import RecurrentGenerationMixin
 from .sea_host_attention import Distillation
@@ -31,6 +31,7 @@ from .sea_hosts import find_host
 from .sea_inputs import check_task_labels
 from .sea_pretrained import SeaPreTrainedModel
 from .sequence_inputs import DOCUMENT_KEYWORDS, passes_on
+from .task_heads import TextClassifierOutput, check_text_labels, last_real_token
 
 
 class SeaModel(SeaPreTrainedModel):
@@ -67,9 +68,10 @@ class SeaModel(SeaPreTrainedModel):
             cache (`Cache`, *optional*): causal hosts: what to go on from; updated in place.
             use_cache (`bool`, *optional*): causal hosts: whether to make and return a cache.
             output_sea (`bool`): also return `estimated_attentions`, a tuple of (B, H, T, M), and `kept_cells`, bool of
-                the same shape, one a SEA layer; with `output_attentions` also `kept_keys`, bool (B, H, T, S).
+                the same shape, one a layer, None for layers that keep softmax attention; with `output_attentions` also
+                `kept_keys`, bool (B, H, T, S).
             distillation (`Distillation`, *optional*): targets of a teacher; the output then has `attention_losses`, a
-                dict of weighted terms a layer, and `fidelity` if it asks for that.
+                dict of weighted terms a layer (None likewise), and `fidelity` if it asks for that.
             **kwargs: what the host's forward takes, such as `output_hidden_states` and `output_attentions` (T x T:
                 for small T).
 
@@ -134,7 +136,11 @@ class SeaForMaskedLM(_SeaWithLabels):
 
 
 class SeaForSequenceClassification(_SeaWithLabels):
-    """The host's classifier of texts with SEA."""
+    """The host's classifier of texts with SEA.
+
+    A causal host's would look for the last token by the padding id alone, and not at all in embeddings: its body and its
+    `score` are called here, and the mask decides.
+    """
 
     labels_of = "texts"
 
@@ -143,6 +149,30 @@ class SeaForSequenceClassification(_SeaWithLabels):
         self._build(config, AutoModelForSequenceClassification)
         self.num_labels = config.num_labels
         self.post_init()
+
+    def _run_host(self, input_ids=None, inputs_embeds=None, attention_mask=None, *args, labels=None, **kwargs):
+        if not self.config.is_causal:
+            return super()._run_host(input_ids, inputs_embeds, attention_mask, *args, labels=labels, **kwargs)
+
+        def read(output, sequence):
+            # With a mask the mask alone decides: `sequence.mask` is None where it shows no padding.
+            pad = self.config.pad_token_id if attention_mask is None else None
+            index = last_real_token(output.last_hidden_state, input_ids, sequence.mask, pad)
+            rows = torch.arange(index.shape[0], device=index.device)
+            logits = self.host_model.score(output.last_hidden_state[rows, index])
+            loss = None
+            if labels is not None:
+                check_text_labels(labels, logits, self.config)
+                loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            return TextClassifierOutput(
+                loss=loss,
+                logits=logits,
+                **cache_keyword(cache_of(output)),
+                hidden_states=output.hidden_states,
+                attentions=output.attentions,
+            )
+
+        return super()._run_host(input_ids, inputs_embeds, attention_mask, *args, read=read, **kwargs)
 
 
 class SeaForTokenClassification(_SeaWithLabels):
@@ -206,6 +236,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
                 "or a causal host"
             )
         self._build(config, AutoModelForCausalLM)
+        self.exits_early = find_host(config.host_config).exits_early
         self.post_init()
 
     @either_cache_name

@@ -32,6 +32,7 @@ from .state_file import read_state, write_state
 
 logger = logging.get_logger(__name__)
 
+LAYER_TYPE_PREFIX = "hf_linear_attn"  # of the layer types that are ours
 LAYER_TYPE = "hf_linear_attn_state"
 
 
@@ -451,11 +452,20 @@ class RecurrentGenerationMixin:
     On a CUDA device its steps run as a CUDA graph (`DecodingGraph`) unless `compile_config` or `disable_compile` say otherwise.
     """
 
+    config: Any
     device: Any
+    base_model: Any
+    exits_early = True  # whether the body runs `config.num_hidden_layers` of its layers, fewer while a draft is written
 
     def generate(self, *args, **kwargs):
         """Transformers' `generate()`; a cache to go on from may be called `cache` or `past_key_values`."""
-        return answer_to_both_names(super().generate(*args, **rename_cache(kwargs, CACHE_NAME)))
+        config = self.base_model.config
+        layers = config.num_hidden_layers
+        try:
+            return answer_to_both_names(super().generate(*args, **rename_cache(kwargs, CACHE_NAME)))
+        finally:  # an error while `assistant_early_exit` drafts would leave the model with the layers of the draft
+            if config.num_hidden_layers != layers:
+                config.num_hidden_layers = layers
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() reads its signature
     def prepare_inputs_for_generation(self, *args, **kwargs):
@@ -463,6 +473,14 @@ class RecurrentGenerationMixin:
         kwargs = rename_cache(kwargs, CACHE_NAME)
         kwargs = {name: value for name, value in kwargs.items() if name not in GENERATION_KEYWORDS}
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
+        cache = kwargs.get(CACHE_NAME)
+        if cache is not None and tokens and tokens[0].shape[1] == 0:
+            raise ValueError(
+                f"`{CACHE_NAME}` holds {int(cache.get_seq_length())} columns, and the prompt has no more: generate() takes the "
+                "whole text, the part in the cache included, and goes on behind it. Give the whole text, or leave the cache of "
+                "another text out"
+            )
         _leave_to_the_state(inputs, kwargs.get("is_first_iteration"))
         # PEFT puts its own method in this one's place, calls this one, and (0.21) looks for the older name in what it returns:
         # it would put its virtual tokens before every step.
@@ -481,6 +499,8 @@ class RecurrentGenerationMixin:
                 f"of Transformers begin with the whole prompt and would read it twice: leave `{CACHE_NAME}` or the "
                 "assistant out"
             )
+        if generation_config.assistant_early_exit is not None:
+            self._check_early_exit(generation_config.assistant_early_exit)
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
             logger.warning_once("`prefill_chunk_size` splits token ids; `inputs_embeds` are read in one call")
             generation_config.prefill_chunk_size = None  # this configuration is generate()'s own copy
@@ -493,6 +513,22 @@ class RecurrentGenerationMixin:
             # Transformers refuses a cache together with the name of one.
             generation_config.cache_implementation = None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def _check_early_exit(self, layers: int) -> None:
+        """Refuse a draft of no layers, of more than there are, or of softmax layers alone, which keep no count of tokens."""
+        if not self.exits_early:
+            raise ValueError(
+                f"`assistant_early_exit` needs a model that can stop after some of its layers, which {type(self).__name__} over "
+                f"this host cannot: leave it out, or give a small `assistant_model`"
+            )
+        kinds, total = self.config.layer_types, self.config.num_hidden_layers
+        least = 1 + next((i for i, kind in enumerate(kinds) if kind.startswith(LAYER_TYPE_PREFIX)), 0)
+        if not least <= layers <= total:
+            reason = " (the first of which hold no state)" if least > 1 else ""
+            raise ValueError(
+                f"`assistant_early_exit` is {layers}, expected {least} to {total}: how many of the model's {total} layers{reason}"
+                " write the draft"
+            )
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
         """Whether generate() takes its steps through `get_compiled_call`: with its own cache for a CUDA graph only."""

@@ -3,13 +3,18 @@
 The host's code stays Transformers': it projects, rotates and caches keys and values, then calls the registered
 function with the attention module. The function finds the module's SEA core, and the call's `SeaCall` among the
 keywords that hosts pass through. Because no mask is registered under that name, the host builds none.
+
+Transformers looks that function up by the name in a configuration, which anybody may change. The layers' own copy of the
+configuration keeps the name (`keep_attention`), so that no switch turns a SEA layer into a dense one.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .compat import ALL_ATTENTION_FUNCTIONS
 from .random_features import accumulation_dtype
@@ -79,6 +84,33 @@ def register_attention() -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sea_attention_forward)
 
 
+def keep_attention(layers: list[nn.Module], config: PreTrainedConfig) -> None:
+    """Give the layers a configuration of their own, in which the attention function is SEA's for good."""
+    own = copy.copy(config)
+    own._attn_implementation = ATTENTION_NAME
+    for layer in layers:
+        layer.config = own
+
+
+def check_attention(asked: str | dict | None) -> None:
+    """Refuse an `attn_implementation` that asks for another attention than SEA.
+
+    "eager" asks for none: it is what Transformers calls a model with attention of its own, and what users set to get maps.
+
+    Raises:
+        ValueError: any other name.
+    """
+    for name in asked.values() if isinstance(asked, dict) else (asked,):
+        if isinstance(name, dict):
+            check_attention(name)
+        elif name not in (None, "eager", ATTENTION_NAME):
+            raise ValueError(
+                f"`attn_implementation` is {name!r}, but the attention of a SEA model is SEA, also in its host: leave it out "
+                'or set "eager", which changes nothing (`output_attentions=True` gives maps anyway). For the dense model '
+                "take the one that it was made from"
+            )
+
+
 def sea_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -97,7 +129,8 @@ def sea_attention_forward(
     """
     if sea_call is None:
         raise ValueError(
-            "this layer belongs to a SEA model: call that model, not its host, because ranks and states are prepared there"
+            "this layer belongs to a SEA model: call that model, not its host, because ranks and states are prepared there. A "
+            'dense model of the same configuration takes a copy of it and `attn_implementation="sdpa"`'
         )
     core, index = getattr(module, "sea", None), int(module.layer_idx)
     time, past = query.shape[2], sea_call.layout.past_slots

@@ -16,6 +16,7 @@ class Host:
         causal: whether a token sees only earlier ones.
         learned_positions: whether its position table bounds the length.
         token_types: whether its forward takes `token_type_ids`.
+        exits_early: whether its body runs as many of its layers as `num_hidden_layers` says, which changes while it drafts.
         sharded: the body's modules that FSDP2 shards each for itself: embeddings, layers, last norm.
     """
 
@@ -24,6 +25,7 @@ class Host:
     causal: bool
     learned_positions: bool
     token_types: bool = False
+    exits_early: bool = False
     sharded: tuple[str, str, str | None] = ("embed_tokens", "layers.*", "norm")
 
     @property
@@ -43,7 +45,7 @@ HOSTS = {
         token_types=True,
         sharded=("embeddings", "encoder.layer.*", None),
     ),
-    "llama": Host("LlamaAttention", "model", causal=True, learned_positions=False),
+    "llama": Host("LlamaAttention", "model", causal=True, learned_positions=False, exits_early=True),
     "opt": Host(
         "OPTAttention",
         "model",

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from .cell_maps import CAUSAL_TOPK_GROUPS, TOPK_GROUPS
+from .configuration_common import LARGEST_SIZE
 from .random_features import default_num_features
 from .sea_estimator import BIDIRECTIONAL_REDUCTION, CAUSAL_REDUCTION
 
+LEAST_CELLS = 4
 BACKENDS = ("auto", "dense", "chunked")
 
 
@@ -35,14 +37,20 @@ class SeaOptions:
 
     def __post_init__(self):
         for name in ("num_heads", "head_dim", "k", "predictor_length", "max_positions"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE:
+                raise ValueError(f"{name} must be a positive integer up to {LARGEST_SIZE:,}, got {value!r}")
         direction = "causal" if self.causal else "bidirectional"
         divisor = CAUSAL_REDUCTION if self.causal else BIDIRECTIONAL_REDUCTION
         if self.predictor_length % divisor:
             raise ValueError(
                 f"predictor_length must be a multiple of {divisor} for a {direction} host, got {self.predictor_length}"
                 f": its network works on 1/{divisor} of that width"
+            )
+        if self.predictor_length < LEAST_CELLS:
+            raise ValueError(
+                f"predictor_length must be at least {LEAST_CELLS}, got {self.predictor_length}: with fewer cells they all "
+                "tie, and nothing is estimated"
             )
         groups = CAUSAL_TOPK_GROUPS if self.causal else TOPK_GROUPS
         if self.topk_group not in groups:
@@ -57,8 +65,8 @@ class SeaOptions:
                 f"feature_factor must be positive (it divides the number of features), got {self.feature_factor}"
             )
         for name in ("num_features", "max_keys_per_cell"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
+            if getattr(self, name) is not None and not 1 <= getattr(self, name) <= LARGEST_SIZE:
+                raise ValueError(f"{name} must be 1 to {LARGEST_SIZE:,} or None, got {getattr(self, name)}")
 
     @property
     def feature_count(self) -> int:

@@ -20,7 +20,14 @@ from .recurrent_cache import RecurrentCache
 from .sea_attention import SeaAttentionCore
 from .sea_cache import SeaCacheLayer
 from .sea_documents import PackedRows
-from .sea_host_attention import ATTENTION_NAME, LayerResults, SeaCall, register_attention
+from .sea_host_attention import (
+    ATTENTION_NAME,
+    LayerResults,
+    SeaCall,
+    check_attention,
+    keep_attention,
+    register_attention,
+)
 from .sea_hosts import attention_layers, find_host, head_size, key_heads
 from .sea_inputs import check_call, check_targets, pooling_real_tokens
 from .sea_output import extend_output
@@ -42,8 +49,10 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     def _build(self, config: SeaConfig, auto_class, attribute: str | None = None, **kwargs) -> None:
         """Make the host with the registered attention and put a core into each of its layers."""
         register_attention()
+        check_attention(config._attn_implementation)
+        kwargs |= {"attn_implementation": ATTENTION_NAME, "dtype": torch.get_default_dtype()}
         try:
-            host = auto_class.from_config(config.host_config, attn_implementation=ATTENTION_NAME, **kwargs)
+            host = auto_class.from_config(config.host_config, **kwargs)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
@@ -55,7 +64,9 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         names = [name for name, _ in host.named_modules()]  # OPT's decoder repeats its body's plan one name too deep
         plan = getattr(host, "_fsdp_plan", None) or {}
         host._fsdp_plan = {rule: style for rule, style in plan.items() if fnmatch.filter(names, rule)}
-        for index, layer in enumerate(attention_layers(host, config.host_config)):
+        layers = attention_layers(host, config.host_config)
+        keep_attention(layers, config.host_config)
+        for index, layer in enumerate(layers):
             if index not in config.softmax_layers:
                 layer.sea = SeaAttentionCore(config.core_options())
         setattr(self, attribute or self.base_model_prefix, host)
@@ -82,6 +93,11 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         """Draw new random features in every layer (training only: the estimator must get used to them)."""
         for core in self.sea_layers().values():
             core.redraw_features(generator)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """Refuse every attention but SEA's; "eager", which asks for no other, changes nothing (ValueError otherwise)."""
+        check_attention(attn_implementation)
+        self.config._attn_implementation = {"": "eager", "host_config": ATTENTION_NAME}
 
     def get_input_embeddings(self):
         """The host's."""
@@ -117,11 +133,16 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         use_cache=None,
         output_sea=False,
         distillation=None,
+        read=None,
         **kwargs,
     ) -> tuple[ModelOutput, SequenceInputs]:
-        """Prepare ranks, masks and caches, call the host, collect what the layers left."""
+        """Prepare ranks, masks and caches, call the host, collect what the layers left.
+
+        With `read` it is the host's body that is called, and `read(output, sequence)` makes the output in the stead of its head.
+        """
         check_call(self, input_ids, inputs_embeds, kwargs)
         kwargs.pop("is_causal", None)
+        self._apply_switches(kwargs)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         causal = self.config.is_causal
         cache = self._cache(cache, causal, use_cache, tokens.shape[0], distillation is not None)
@@ -141,22 +162,38 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         kwargs |= {"return_dict": True, "position_ids": sequence.position_ids}
         if past == 0:  # what hosts do with the mask besides attention: warn
             kwargs["attention_mask"] = attention_mask
-        with pooling_real_tokens(self.host_model, call.mask):
-            output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
+        host = self.host_model if read is None else self.host_model.base_model
+        with pooling_real_tokens(host, call.mask):
+            output = host(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
+        if read is not None:
+            output = read(output, sequence)
         if causal and cache is None and CACHE_NAME in output:
             output[CACHE_NAME] = None
-        results = [] if call.results is None else [result for _, result in sorted(call.results.found.items())]
         found = {}
         if output_sea:
-            found["estimated_attentions"] = tuple(result.estimated_probs for result in results)
-            found["kept_cells"] = tuple(result.cells for result in results)
+            found |= {"estimated_attentions": "estimated_probs", "kept_cells": "cells"}
             if call.output_attentions:
-                found["kept_keys"] = tuple(result.kept for result in results)
+                found["kept_keys"] = "kept"
         if distillation is not None:
-            found["attention_losses"] = tuple(result.losses for result in results)
+            found["attention_losses"] = "losses"
             if distillation.measure:
-                found["fidelity"] = tuple(result.fidelity for result in results)
-        return extend_output(output, **found), sequence
+                found["fidelity"] = "fidelity"
+        layers = range(self.config.num_hidden_layers)  # None in the place of one that keeps softmax attention
+        results = [None if call.results is None else call.results.found.get(i) for i in layers]
+        values = {name: tuple(getattr(result, field, None) for result in results) for name, field in found.items()}
+        return extend_output(output, **values), sequence
+
+    def _apply_switches(self, kwargs: dict) -> None:
+        """What a call leaves open is decided by our configuration or by the host's, whichever a user has set."""
+        self.config.follow_host()
+        host = self.host_model.config
+        for config in (self.config, host):
+            check_attention(config._attn_implementation)
+        if host._attn_implementation != ATTENTION_NAME:
+            host._attn_implementation = ATTENTION_NAME  # under "eager" the host would build masks
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.config, name) or getattr(host, name)
 
     def _prepare(self, tokens, attention_mask, position_ids, cache, past: int, kwargs: dict):
         """Ranks and masks of a call; takes the keywords out of `kwargs` that only matter here."""
@@ -194,7 +231,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             key_mask=key_mask,
             documents=packed,
             cache=cache,
-            output_attentions=bool(kwargs.get("output_attentions", self.config.output_attentions)),
+            output_attentions=bool(kwargs["output_attentions"]),
         )
         return call, sequence
 

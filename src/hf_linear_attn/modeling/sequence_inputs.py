@@ -14,6 +14,7 @@
 The rule in full, with examples: docs/howto/positions.md.
 """
 
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -45,8 +46,51 @@ HARMLESS_KEYWORDS = GENERATION_KEYWORDS | frozenset(
 DOCUMENT_KEYWORDS = ("seq_idx", "cu_seq_lens_q")
 
 
+# Arguments of a model that are tensors: of whole numbers, or of whatever the check of each one's own takes.
+WHOLE_NUMBERS = frozenset(
+    [
+        "input_ids",
+        "position_ids",
+        "token_type_ids",
+        "seq_idx",
+        "cu_seq_lens_q",
+        "labels",
+        "shift_labels",
+        "next_sentence_label",
+        "start_positions",
+        "end_positions",
+    ]
+)
+TENSORS = WHOLE_NUMBERS | {"attention_mask", "inputs_embeds"}
+NARROW = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32)
+
+
+def as_given(model, name: str, value):
+    """The argument `name` of a model's forward: narrow integers as int64, embeddings in the model's dtype, others as they are.
+
+    Raises:
+        TypeError: no tensor where one is expected (the commonest: a list, or what a tokenizer returned, without `**`).
+    """
+    if value is None or (name not in TENSORS and (name != "logits_to_keep" or isinstance(value, int))):
+        return value
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"`{name}` is a {type(value).__name__}, expected a torch.Tensor: give `torch.as_tensor(...)`, or a tokenizer's whole "
+            'answer as `model(**tokenizer(text, return_tensors="pt"))`'
+        )
+    if name in WHOLE_NUMBERS and value.dtype in NARROW:
+        return value.long()
+    if name == "inputs_embeds":
+        if not value.is_floating_point():
+            raise TypeError(f"`inputs_embeds` has dtype {value.dtype}, expected embeddings: token ids are `input_ids`")
+        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(value.device.type):
+            return value.to(model.dtype)
+    return value
+
+
 def passes_on(*names: str):
-    """Show arguments that a `forward` hands on in `**kwargs` in its signature, too.
+    """Decorate a model's `forward`: its tensors are checked (`as_given`), and its signature shows `names`, too, which it hands on
+    in `**kwargs`.
 
     Trainer drops the columns of a dataset whose names it does not find there.
     """
@@ -56,8 +100,16 @@ def passes_on(*names: str):
         *own, rest = signature.parameters.values()
         kind, annotation = inspect.Parameter.KEYWORD_ONLY, torch.LongTensor | None
         shown = [inspect.Parameter(name, kind, default=None, annotation=annotation) for name in names]
-        forward.__signature__ = signature.replace(parameters=[*own, *shown, rest])
-        return forward
+        places = [parameter.name for parameter in own[1:]]
+
+        @functools.wraps(forward)
+        def wrapper(self, *args, **kwargs):
+            args = [as_given(self, name, value) for name, value in zip(places, args)] + list(args[len(places) :])
+            kwargs = {name: as_given(self, name, value) for name, value in kwargs.items()}
+            return forward(self, *args, **kwargs)
+
+        wrapper.__signature__ = signature.replace(parameters=[*own, *shown, rest])
+        return wrapper
 
     return show
 
@@ -173,6 +225,13 @@ def check_layer_inputs(
     hidden_states: torch.Tensor, width: int, attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The mask of a layer that is called on its own, as `padding_mask` gives it; a body's bool mask passes without a look."""
+    for name, value in (
+        ("hidden_states", hidden_states),
+        ("attention_mask", attention_mask),
+        ("segment_ids", segment_ids),
+    ):
+        if not isinstance(value, torch.Tensor) and (value is not None or name == "hidden_states"):
+            raise TypeError(f"`{name}` is a {type(value).__name__}, expected a torch.Tensor")
     shape = tuple(hidden_states.shape)
     if len(shape) != 3 or shape[2] != width or 0 in shape:
         raise ValueError(f"`hidden_states` has shape {shape}, expected (batch, length, {width}), none of them 0")

@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from ..conversion.linearize import linearize
+from ..hub.safe_weights import from_safetensors
 from .checkpoints import StopOnSignal, last_complete_checkpoint
 from .classification_data import describe_rows, load_classification
 from .distill_example import example_teacher
@@ -39,7 +40,7 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     teacher_name = example_teacher(options, folder) if options.example else options.teacher
-    teacher = getattr(transformers, AUTO_CLASSES[options.task]).from_pretrained(teacher_name, dtype=torch.float32)
+    teacher = from_safetensors(getattr(transformers, AUTO_CLASSES[options.task]), teacher_name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(teacher_name)
     train, validation, collator = _data(options, tokenizer, teacher)
     set_seed(options.seed)

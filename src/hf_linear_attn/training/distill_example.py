@@ -13,6 +13,7 @@ from transformers import (
     set_seed,
 )
 
+from ..hub.safe_weights import from_safetensors
 from .distill_options import DistillOptions
 from .options import TrainingOptions
 from .progress import TrainingProgress
@@ -74,7 +75,7 @@ def _train_classifier(options: DistillOptions, name: Path) -> None:
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(source)
     numbered = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
-    teacher = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, **numbered)
+    teacher = from_safetensors(AutoModelForSequenceClassification, source, dtype=torch.float32, **numbered)
 
     def encode(batch):
         found = tokenizer(batch["text"], truncation=True, max_length=options.block_length)

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from ..hub.safe_weights import from_safetensors
 from .text_data import FILE_FORMATS, TextData, load_hub_dataset, load_speeches, load_whole_files, require_datasets
 from .tokenized_text import TokenBlocks, tokenize_documents
 
@@ -57,7 +58,7 @@ def evaluate_checkpoint(
             "here; for other heads use Trainer(compute_metrics=...).evaluate()"
         )
     auto_class, measure = found
-    model = getattr(transformers, auto_class).from_pretrained(checkpoint).to(device).eval()
+    model = from_safetensors(getattr(transformers, auto_class), checkpoint).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     started = time.perf_counter()
     if measure is evaluate_classes:

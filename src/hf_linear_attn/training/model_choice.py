@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+from ..hub.safe_weights import from_safetensors
 from .options import ENCODERS, TrainingOptions
 
 # Families whose layers can look through windows.
@@ -38,7 +39,7 @@ def build_model(options: TrainingOptions, tokenizer, labels: Sequence[str] = ())
         for name, value in classes.items():
             setattr(config, name, value)
         return head.from_config(config)
-    return head.from_pretrained(options.from_checkpoint, **_checkpoint_fields(options), **classes)
+    return from_safetensors(head, options.from_checkpoint, **_checkpoint_fields(options), **classes)
 
 
 def _checkpoint_fields(options: TrainingOptions) -> dict[str, Any]:

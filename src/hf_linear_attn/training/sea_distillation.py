@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from ..conversion.linearize import check_can_be_saved
 from ..modeling.modeling_sea import SeaPreTrainedModel
 from ..modeling.real_token_order import TokenLayout
 from ..modeling.sea_documents import PackedRows
@@ -90,6 +91,28 @@ class FeatureRedraw(TrainerCallback):
         if self.interval and state.global_step % self.interval == 0:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + state.global_step)
             sea_model(model).redraw_features(generator)
+
+
+class SaveAsTheTeacher(TrainerCallback):
+    """A student that could not be saved stops before its first step, not at its first checkpoint.
+
+    Trainer writes a tokenizer's special tokens into the generation configuration. Transformers then takes it for one that a user
+    wrote and refuses flags that it lets pass in a published one; as the teacher's was, the student's stays a published one.
+    """
+
+    published = False
+
+    def look(self, student: SeaPreTrainedModel) -> None:
+        """Before Trainer writes to it: whether the generation configuration is as it was published."""
+        made = getattr(student, "generation_config", None)
+        self.published = made is not None and getattr(made, "_original_object_hash", None) == hash(made)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Mark it, then try."""
+        student = sea_model(model)
+        if self.published:
+            student.generation_config._original_object_hash = hash(student.generation_config)
+        check_can_be_saved(student)
 
 
 def sea_model(model: nn.Module) -> SeaPreTrainedModel:
@@ -180,7 +203,14 @@ class SeaDistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self.teacher.to(args.device)
         self.add_callback(FeatureRedraw(student.config.feature_redraw_interval))
+        self._saving = SaveAsTheTeacher()
+        self.add_callback(self._saving)
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def train(self, *args, **kwargs):
+        """As Trainer's, after a look at what will be saved (ValueError if Transformers would refuse to)."""
+        self._saving.look(sea_model(self.model))
+        return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         """AdamW with two rates: the teacher's weights and SEA's."""
