@@ -134,6 +134,19 @@ def test_accumulated_rows_are_one_batch(row, head, tmp_path):
             torch.testing.assert_close(parameter.detach(), weights[name], atol=1e-11, rtol=1e-11)
 
 
+@tasks_of("leap", "sea")
+def test_a_loss_function_of_ones_own(row, head, tmp_path):
+    """It need not know of Trainer's count: the part of a batch is taken of what it returns."""
+    model, batch = row.build(head, torch.float64), task_batch(head)
+    trainer, original = trainer_for(model, tmp_path), model.loss_function
+    model.loss_function = lambda *args, **kwargs: 3 * original(*args, **kwargs)
+    _, count = trainer.get_batch_samples(iter([batch, batch]), 2, model.device)
+    with torch.no_grad():
+        wanted = 3 * row.build(head, torch.float64)(**batch).loss
+        found = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+    torch.testing.assert_close(found, wanted if count is None else wanted / 2, atol=1e-6, rtol=1e-6)
+
+
 @every_task
 def test_a_batch_that_teaches_nothing(row, head):
     """Loss and gradients are 0, not NaN, whatever Trainer counts."""

@@ -116,8 +116,9 @@ def test_a_model_trains_the_same_without_logits(family):
     for fused in (False, True):
         model.config.fused_linear_cross_entropy = fused
         model.zero_grad()
-        output = model(input_ids=ids, attention_mask=mask, labels=ids)
+        output = model(input_ids=ids, attention_mask=mask, labels=ids, num_items_in_batch=ids[:, 1:].numel())
         assert (output.logits is None) == fused
+        torch.testing.assert_close(output.loss, model(input_ids=ids, attention_mask=mask, labels=ids).loss)
         output.loss.backward()
         results.append([output.loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*results):
