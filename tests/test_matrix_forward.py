@@ -6,6 +6,7 @@ import transformers
 from common.batches import tokens
 from common.families import VOCAB, all_rows, causal_rows, first_rows, rows_with_heads
 from common.padding import TOLERANCE
+from common.tasks import task_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.auto import modeling_auto
 
@@ -86,11 +87,19 @@ def test_shifted_labels(row):
 
 @rows_with_heads
 def test_outputs_as_a_tuple(row, head):
+    """In the order of the fields: with targets the loss comes first."""
     model = row.build(head)
+    batch = task_batch(head) if head != "AutoModel" else {"input_ids": tokens(2, 9)}
     with torch.no_grad():
-        named, plain = model(tokens(2, 9)), model(tokens(2, 9), return_dict=False)
-    assert isinstance(plain, tuple)
-    assert torch.equal(named[0], plain[0])
+        for inputs in ({"input_ids": batch["input_ids"]}, batch):
+            named = model(**inputs, output_hidden_states=True)
+            plain = model(**inputs, output_hidden_states=True, return_dict=False)
+            assert isinstance(plain, tuple)
+            assert len(plain) == len(named.to_tuple())
+            assert torch.equal(named[0], plain[0])
+    if head != "AutoModel":
+        assert torch.equal(plain[0], named.loss)
+        assert plain[1].shape == model(input_ids=batch["input_ids"])[0].shape
 
 
 @first_rows

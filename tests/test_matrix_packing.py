@@ -49,8 +49,9 @@ def test_packed_documents(row, kind):
 def check_packing(model, told: dict) -> None:
     """Outputs, loss and gradients of the packed row are those of the documents."""
     ids = torch.cat(documents())[None]
-    output = model(ids, labels=ids, num_items_in_batch=1, output_hidden_states=True, **told)
-    (output.loss + weighted_sum(output.logits, 0)).backward()
+    output = model(ids, labels=ids, output_hidden_states=True, **told)
+    loss = (sum(DOCUMENTS) - len(DOCUMENTS)) * output.loss
+    (loss + weighted_sum(output.logits, 0)).backward()
     found, total = gradients(model), 0.0
     factors = torch.randn(output.logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for document, logits, factor in zip(documents(), *(x[0].split(DOCUMENTS) for x in (output.logits, factors))):
@@ -58,7 +59,7 @@ def check_packing(model, told: dict) -> None:
         torch.testing.assert_close(logits, alone.logits[0], **TOLERANCE)
         (alone.loss + (alone.logits[0] * factor).sum()).backward()
         total = total + alone.loss.detach()
-    torch.testing.assert_close(output.loss.detach(), total, **TOLERANCE)
+    torch.testing.assert_close(loss.detach(), total, **TOLERANCE)
     assert_same_gradients(found, gradients(model))
 
 
@@ -74,11 +75,12 @@ def test_packed_with_padding(row):
     position_ids[0, 2:11] = position_ids[0, 14:23] = torch.arange(9)
     seq_idx = torch.tensor([[0] * 12 + [1] * 12])
     alone = [model(text[None], labels=text[None], num_items_in_batch=1) for text in (first, second)]
+    labels = (ids[:, 1:] != -100).sum()  # Trainer's count, of padding and borders too
     for told in ({"position_ids": position_ids}, {"seq_idx": seq_idx}):
-        output = model(ids, attention_mask=mask, labels=ids, num_items_in_batch=1, **told)
+        output = model(ids, attention_mask=mask, labels=ids, num_items_in_batch=labels, **told)
         found = torch.cat([output.logits[:, 2:11], output.logits[:, 14:23]])
         torch.testing.assert_close(found, torch.cat([a.logits for a in alone]), **TOLERANCE)
-        torch.testing.assert_close(output.loss, alone[0].loss + alone[1].loss, **TOLERANCE)
+        torch.testing.assert_close(16 * output.loss, alone[0].loss + alone[1].loss, **TOLERANCE)
 
 
 @causal_rows

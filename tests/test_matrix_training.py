@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transformers
 from common.batches import tokens
 from common.families import VOCAB, all_rows, causal_rows, first_rows, rows_with_heads
+from common.tasks import RATE, every_task, task_batch, tasks_of, trainer_for, without_targets
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
@@ -96,6 +97,65 @@ def test_accumulated_steps_are_steps_with_a_larger_batch(row, tmp_path):
         torch.testing.assert_close(
             weights[1][name], weight, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@every_task
+def test_trainer_sees_the_models_own_loss(row, head, tmp_path):
+    """Also where it counts labels that are no targets: those of padding, a text's first word behind padding."""
+    model = row.build(head, torch.float64)
+    trainer = trainer_for(model, tmp_path)
+    for layout in ("left", "right", "inside"):
+        batch = task_batch(head, layout)
+        _, count = trainer.get_batch_samples(iter([batch]), 1, model.device)
+        with torch.no_grad():
+            found = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+            torch.testing.assert_close(found, model(**batch).loss, atol=1e-12, rtol=1e-12)
+
+
+@tasks_of("leap", "danet-encoder", "sea", "sea-encoder")
+def test_accumulated_rows_are_one_batch(row, head, tmp_path):
+    """Four rows with unlike numbers of targets, one at a time: the loss that Trainer logs and the weights after the step."""
+    model, batch = row.build(head, torch.float64), task_batch(head)
+    if head == "AutoModelForCausalLM":  # no labels but targets, as collators make them: then Trainer's count is exact
+        targets = (batch["attention_mask"] == 1) & (batch["attention_mask"].cumsum(1) > 1)
+        batch["labels"] = batch["labels"].where(targets, -100)
+    for module in model.modules():  # hosts' heads have some of their own
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    wanted = model(**batch).loss
+    wanted.backward()
+    weights = {n: p.detach() - RATE * p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    trainer = trainer_for(model, tmp_path, batch, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            torch.testing.assert_close(parameter.detach(), weights[name], atol=1e-11, rtol=1e-11)
+
+
+@tasks_of("leap", "sea")
+def test_a_loss_function_of_ones_own(row, head, tmp_path):
+    """It need not know of Trainer's count: the part of a batch is taken of what it returns."""
+    model, batch = row.build(head, torch.float64), task_batch(head)
+    trainer, original = trainer_for(model, tmp_path), model.loss_function
+    model.loss_function = lambda *args, **kwargs: 3 * original(*args, **kwargs)
+    _, count = trainer.get_batch_samples(iter([batch, batch]), 2, model.device)
+    with torch.no_grad():
+        wanted = 3 * row.build(head, torch.float64)(**batch).loss
+        found = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+    assert float(found) == pytest.approx(float(wanted if count is None else wanted / 2), rel=1e-6)
+
+
+@every_task
+def test_a_batch_that_teaches_nothing(row, head):
+    """Loss and gradients are 0, not NaN, whatever Trainer counts."""
+    model, batch = row.build(head).train(), without_targets(task_batch(head))
+    for count in (None, 0, torch.tensor(0)):
+        loss = model(**batch, num_items_in_batch=count).loss
+        loss.backward()
+        assert loss == 0
+        assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
 @first_rows

@@ -138,6 +138,15 @@ def test_losses_are_those_of_one_process(runs, row, kind):
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
 
 
+def test_heads_learn_the_same_on_two_processes(runs, tmp_path):
+    """Rows differ in the number of targets; each process has two of the four, and a mean over all of them is taken."""
+    runpy.run_path(str(RUNNER.with_name("heads.py")))["train_heads"](str(tmp_path / "heads.json"))
+    expected, found = (json.loads((folder / "heads.json").read_text()) for folder in (tmp_path, runs))
+    assert found.keys() == expected.keys()
+    for head, numbers in expected.items():
+        assert found[head] == pytest.approx(numbers, rel=1e-6), head
+
+
 @every_kind
 def test_fsdp2_really_shards(runs, row):
     """Every parameter of the sharded run is a DTensor, none of DDP's is."""

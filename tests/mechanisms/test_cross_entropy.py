@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_linear_attn.modeling import cross_entropy as module
-from hf_linear_attn.modeling.cross_entropy import cross_entropy, linear_cross_entropy
+from hf_linear_attn.modeling.cross_entropy import batch_share, cross_entropy, linear_cross_entropy
 from hf_linear_attn.modeling.vocabulary_logits import _PaddedLinear
 
 
@@ -49,9 +50,25 @@ def test_keeps_one_number_a_row_for_backward():
     assert max(x.numel() for x in new) <= len(labels)
 
 
-def test_nothing_to_predict_is_nan_as_in_pytorch():
+@pytest.mark.parametrize("count", [None, 0, 7, torch.tensor(0), torch.tensor(0.0)])
+def test_nothing_to_predict_is_zero(count):
+    """A batch that teaches nothing must not make the weights NaN, as PyTorch's mean would."""
     logits, labels = draw()
-    assert cross_entropy(logits, labels.fill_(-100)).isnan()
+    hidden, weight = torch.randn(10, 8).requires_grad_(), torch.randn(50, 8).requires_grad_()
+    labels.fill_(-100)
+    for loss in (cross_entropy(logits, labels, count), linear_cross_entropy(hidden, weight, None, labels, count)):
+        assert loss == 0
+        loss.backward()
+    assert all((x.grad == 0).all() for x in (logits, hidden, weight))
+
+
+def test_a_count_on_a_device_is_not_waited_for():
+    """Fake tensors hold no value that could be looked at."""
+    with FakeTensorMode():
+        logits, labels, count = torch.randn(10, 50), torch.zeros(10, dtype=torch.long), torch.tensor(3)
+        for each in (None, count):
+            assert cross_entropy(logits, labels, each).shape == ()
+            assert batch_share(logits.mean(), labels, each).shape == ()
 
 
 def test_under_function_transforms_and_compile():
@@ -99,8 +116,9 @@ def test_a_model_trains_the_same_without_logits(family):
     for fused in (False, True):
         model.config.fused_linear_cross_entropy = fused
         model.zero_grad()
-        output = model(input_ids=ids, attention_mask=mask, labels=ids)
+        output = model(input_ids=ids, attention_mask=mask, labels=ids, num_items_in_batch=ids[:, 1:].numel())
         assert (output.logits is None) == fused
+        torch.testing.assert_close(output.loss, model(input_ids=ids, attention_mask=mask, labels=ids).loss)
         output.loss.backward()
         results.append([output.loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*results):

@@ -97,6 +97,19 @@ def test_recorded_targets_are_what_the_teacher_does(host):
 
 
 @pytest.mark.parametrize("host", ["bert", "llama"])
+def test_the_teachers_loss_is_over_the_students_targets(host, tmp_path):
+    """A student that is its teacher has its loss, with labels under the padding and rows without any target."""
+    teacher = make_teacher(host, TASKS[host])
+    student = linearize(teacher, "sea", k=3, predictor_length=16, softmax_layers=[0, 1])
+    trainer = make_trainer(host, tmp_path, student, teacher, per_device_eval_batch_size=1)
+    rows = [trainer.eval_dataset[i] for i in range(3)]
+    rows[1]["labels"] = torch.full_like(rows[1]["labels"], -100)
+    found = trainer.evaluate(rows)
+    assert found["eval_teacher_loss"] == pytest.approx(found["eval_loss"], rel=1e-5)
+    assert found["eval_loss"] > 0.1
+
+
+@pytest.mark.parametrize("host", ["bert", "llama"])
 def test_distillation_brings_the_student_to_the_teacher(host, tmp_path):
     rates = {"learning_rate": 1e-3, "sea_learning_rate": 2e-2, "attention_weight": 10.0}
     trainer = make_trainer(host, tmp_path, max_steps=60, logging_steps=20, eval_strategy="no", **rates)

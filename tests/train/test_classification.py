@@ -1,6 +1,7 @@
 """Masked words and classification through the same command: what is masked, what is learnt, saved, resumed and refused."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +12,21 @@ import torch
 pytest.importorskip("datasets", reason="the extra `train` is not installed")
 
 from sklearn.metrics import f1_score
-from transformers import AutoModelForMaskedLM, TrainerCallback, pipeline
+from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainerCallback, TrainingArguments, pipeline
 
 from hf_linear_attn.cli import main as cli
 from hf_linear_attn.training import classification, language_modeling
 from hf_linear_attn.training.checkpoints import StopOnSignal
 from hf_linear_attn.training.classification import train_classifier
 from hf_linear_attn.training.language_modeling import TrainingInterrupted, train_language_model
-from hf_linear_attn.training.masked_words import BlocksToMask, MaskedOnce, MaskingCollator, share_of_right_guesses
+from hf_linear_attn.training.masked_words import (
+    BlocksToMask,
+    MaskedOnce,
+    MaskedWordsTrainer,
+    MaskingCollator,
+    guesses_and_losses,
+    measures_of_words,
+)
 from hf_linear_attn.training.model_choice import DANET_POOLER_NORM
 from hf_linear_attn.training.options import TrainingOptions
 from hf_linear_attn.training.tokenized_text import TokenBlocks, train_bpe_tokenizer
@@ -92,8 +100,41 @@ def test_masks_leave_special_tokens_and_hide_the_asked_share(text_file):
 
 
 def test_share_of_right_guesses_counts_masked_words_alone():
-    prediction = SimpleNamespace(predictions=np.array([[1, 2, 3, 4]]), label_ids=np.array([[1, -100, 9, -100]]))
-    assert share_of_right_guesses(prediction) == {"accuracy": 0.5}
+    labels = torch.tensor([[1, -100, 9, -100]])
+    logits = torch.randn(1, 4, 10)
+    logits[0, 0, 1] = logits[0, 2, 3] = 99.0
+    predictions = tuple(x.numpy() for x in guesses_and_losses(logits, labels))
+    found = measures_of_words(SimpleNamespace(predictions=predictions, label_ids=labels.numpy()))
+    mean = torch.nn.functional.cross_entropy(logits[0], labels[0]).item()
+    assert found == {"accuracy": 0.5, "loss_of_words": pytest.approx(mean)}
+
+
+@pytest.mark.parametrize("family", ["danet", "bert"])
+def test_batches_without_a_masked_word(encoder, family, text_file, tmp_path):
+    """Of one row of eight tokens, many have none: training goes on, and what is evaluated is the mean over words."""
+    report = train_language_model(encoder(family, block_length=8, batch_size=1, steps=12, final_eval_tokens=128))
+    losses = [point["loss"] for points in report["curve"].values() for point in points]
+    assert 0.0 in losses, "a batch without a masked word"
+    assert all(map(math.isfinite, [*losses, report["validation"]["loss"], report["test"]["loss"]]))
+    folder = report["options"]["output"]
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = MaskedOnce(
+        TokenBlocks(np.array(tokenizer(text_file.read_text())["input_ids"][:96]), 8), MaskingCollator(tokenizer, 0.1)
+    )
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=1, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    found = MaskedWordsTrainer(model, arguments).evaluate(rows)["eval_loss"]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=rows.ids).logits
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.labels.flatten()).item()
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_nothing_to_evaluate_is_refused(text_file):
+    tokenizer = train_bpe_tokenizer([text_file.read_text()], 300, for_encoder=True)
+    with pytest.raises(ValueError, match="none of the 8 tokens"):
+        MaskedOnce(TokenBlocks(np.arange(8) + 50, 8), MaskingCollator(tokenizer, 1e-9))
 
 
 def test_encoder_tokenizer_frames_texts_and_pads_on_the_right(text_file):

@@ -21,7 +21,7 @@ from .compat import (
     keep_logits,
     refuse_cache_under_checkpointing,
 )
-from .cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
+from .cross_entropy import IGNORED, cross_entropy, linear_cross_entropy, or_one
 from .plain_linear import is_plain
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sequence_inputs import (
@@ -34,6 +34,7 @@ from .sequence_inputs import (
 )
 from .task_heads import check_classes, check_labels
 from .vocabulary_logits import vocabulary_logits
+from .windowed_mean import compute_dtype
 
 
 @dataclass
@@ -187,6 +188,24 @@ def next_token_labels(labels: torch.Tensor, sequence: SequenceInputs) -> torch.T
     return torch.where(known, labels.gather(1, following), IGNORED)
 
 
+def targets_of(labels: torch.Tensor, sequence: SequenceInputs, count, dtype: torch.dtype):
+    """What is to be predicted at each place (None: the next column's label throughout), and what to divide the sum of losses by.
+
+    `count` is None or Trainer's `num_items_in_batch`: the labels of all batches of a step, on all devices, but those of first
+    columns. Some of them may be no targets here: a text's first word behind padding, a document's, labels of padding. As much as
+    the targets of this batch are fewer than its labels, the divisor is smaller than `count`: the batch then adds its own mean,
+    weighted with its share of all labels.
+    """
+    if sequence.mask is None and sequence.segment_ids is None:
+        return None, count
+    shift_labels = next_token_labels(labels, sequence)
+    if count is not None:
+        counted, kept = (labels[:, 1:] != IGNORED).sum(), (shift_labels != IGNORED).sum()
+        count = count.to(kept.device) if isinstance(count, torch.Tensor) else count
+        count = count * (kept.to(compute_dtype(dtype)) / or_one(counted))
+    return shift_labels, count
+
+
 class RecurrentForCausalLM(RecurrentGenerationMixin):
     """`forward` of a causal language model over `self.model` and `self.lm_head`."""
 
@@ -217,10 +236,13 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         Args:
             input_ids (`(B, T)`), attention_mask, position_ids, cache, inputs_embeds, use_cache: as for the body.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): usually `input_ids`; shifted inside; -100 is ignored,
-                and so are padding and the step from one packed document to the next.
+                and so are padding and the step from one packed document to the next. The loss is the mean over the targets that
+                remain, 0 where there are none.
             logits_to_keep (`int` or `torch.Tensor`): compute only the last n logits (0: all), or those at an index.
             shift_labels (keyword, `torch.LongTensor` of shape `(B, T)`, *optional*): instead of `labels`, already shifted:
                 the label at a place belongs to the logits there (sequence parallel training cuts a text after shifting).
+            num_items_in_batch (keyword, `int` or `torch.Tensor`, *optional*): Trainer's count, of the labels of all batches of a
+                step; the loss is then what this batch adds to their mean (`targets_of`).
 
         Returns:
             [`RecurrentCausalLMOutput`]: `logits` (B, T, vocab_size), `loss` with labels, `cache` with `use_cache`.
@@ -245,11 +267,11 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         logits = None if fused else vocabulary_logits(self.lm_head, hidden_states)
         loss = None
         if wants_loss:
-            if shift_labels is None:
-                shift_labels = self._shifted(
-                    hidden_states, labels, output.last_hidden_state, attention_mask, position_ids, kwargs
-                )
             count = kwargs.get("num_items_in_batch")
+            if shift_labels is None:
+                shift_labels, count = self._targets(
+                    hidden_states, labels, output.last_hidden_state, attention_mask, position_ids, kwargs, count
+                )
             loss = (self._fused_loss if fused else self._loss)(
                 hidden_states if fused else logits, labels, shift_labels, count
             )
@@ -262,21 +284,19 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             focus_weights=output.get("focus_weights"),
         )
 
-    def _shifted(self, kept, labels, hidden_states, attention_mask, position_ids, kwargs):
-        """The label of the next token at each place; None where that is the next column throughout."""
+    def _targets(self, kept, labels, hidden_states, attention_mask, position_ids, kwargs, count):
+        """As `targets_of` a call with these arguments."""
         meaning = (
             "one label a token, usually `input_ids` themselves; `logits_to_keep` leaves some tokens without logits"
         )
         check_labels("labels", labels, kept.shape[:2], meaning)
         documents = {name: kwargs[name] for name in ("seq_idx", "cu_seq_lens_q") if kwargs.get(name) is not None}
         if attention_mask is None and position_ids is None and not documents:
-            return None
+            return None, count
         if attention_mask is not None:
             attention_mask = attention_mask[:, -labels.shape[1] :]
         sequence = prepare_sequence(hidden_states, attention_mask, position_ids, **documents)
-        if sequence.mask is None and sequence.segment_ids is None:
-            return None
-        return next_token_labels(labels, sequence)
+        return targets_of(labels, sequence, count, hidden_states.dtype)
 
     def _loss(self, logits, labels, shift_labels, count):
         _check_given(labels, shift_labels, logits.shape[:2], logits.shape[-1])

@@ -19,7 +19,12 @@ from transformers.activations import GELUActivation
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMode
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import (
+    ForCausalLMLoss,
+    ForQuestionAnsweringLoss,
+    ForSequenceClassificationLoss,
+    ForTokenClassification,
+)
 from transformers.masking_utils import and_masks, create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer as TransformersLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -226,6 +231,9 @@ __all__ = [
     "DynamicLayer",
     "EitherCacheName",
     "ForCausalLMLoss",
+    "ForQuestionAnsweringLoss",
+    "ForSequenceClassificationLoss",
+    "ForTokenClassification",
     "GELUActivation",
     "GenerationMode",
     "GradientCheckpointingLayer",

@@ -29,7 +29,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, count: int | torch
         count (`int` or `torch.Tensor`, *optional*): divide by this instead of the number of labels (gradient accumulation).
 
     Returns:
-        `torch.Tensor`: a scalar, at least float32; NaN where nothing is to be predicted.
+        `torch.Tensor`: a scalar, at least float32; 0, with gradients of 0, where nothing is to be predicted, whatever `count` is.
     """
     if torch.compiler.is_compiling() or type(logits) is not torch.Tensor or is_transformed(logits):
         # The compiler fuses the passes itself; tensor subclasses and function transforms know PyTorch's own operator only.
@@ -39,12 +39,27 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, count: int | torch
     return _mean(total, labels, count)
 
 
+def or_one(count: int | torch.Tensor) -> int | torch.Tensor:
+    """A number to divide by: 1 in place of 0, without a look at what lies on a device."""
+    return count + (count == 0)
+
+
+def batch_share(mean: torch.Tensor, labels: torch.Tensor, count: int | torch.Tensor | None) -> torch.Tensor:
+    """What a batch's `mean` over its `labels` (-100: none) adds to the mean over the `count` labels of several batches."""
+    if count is None:
+        return mean
+    own = or_one((labels != IGNORED).sum()).to(mean.device, compute_dtype(mean.dtype))
+    return mean * (own / or_one(_beside(mean, count)))
+
+
 def _mean(total, labels, count):
     if count is None:
         count = (labels != IGNORED).sum()
-    elif isinstance(count, torch.Tensor):
-        count = count.to(total.device)
-    return total / count
+    return total / or_one(_beside(total, count))
+
+
+def _beside(value, count):
+    return count.to(value.device) if isinstance(count, torch.Tensor) else count
 
 
 class _BlockwiseCrossEntropy(torch.autograd.Function):

@@ -4,11 +4,10 @@ import torch
 from torch import nn
 
 from .configuration_danet import DanetConfig
-from .cross_entropy import IGNORED, cross_entropy
 from .danet_norms import ACTIVATIONS, build_norm
 from .sequence_inputs import padding_mask
 from .step_linear import step_linear
-from .task_heads import check_classes, check_labels, last_real_token
+from .task_heads import last_real_token
 from .vocabulary_logits import vocabulary_logits
 
 
@@ -101,13 +100,3 @@ class TiedHeadMixin:
     def set_output_embeddings(self, new_embeddings):
         """Replace the layer that makes logits."""
         self.lm_head.decoder = new_embeddings
-
-
-def masked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, count=None) -> torch.Tensor:
-    """Cross-entropy in float32 over the places whose label is not -100: their mean, or the sum divided by `count`."""
-    check_labels("labels", labels, logits.shape[:2], "one label a token, -100 where none counts")
-    check_classes("labels", labels, logits.shape[-1])
-    labels = labels.flatten().to(logits.device)
-    if count is None:
-        count = (labels != IGNORED).sum().clamp(min=1)  # a batch without a masked word has loss 0, not NaN
-    return cross_entropy(logits.flatten(0, 1), labels, count)

@@ -38,9 +38,10 @@ from .compat import (
     refuse_cache_under_checkpointing,
 )
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
+from .cross_entropy import batch_share, cross_entropy
 from .danet_block import DanetBlock, DenseAttention
 from .danet_context import build_context
-from .danet_heads import DanetLMHead, DanetPooler, TiedHeadMixin, masked_lm_loss
+from .danet_heads import DanetLMHead, DanetPooler, TiedHeadMixin
 from .danet_norms import ScaledLayerNorm, VectorNorm, build_norm
 from .danet_softmax import (
     DanetSoftmaxAttention,
@@ -59,7 +60,8 @@ from .task_heads import (
     TokenClassificationMixin,
     check_classes,
     check_labels,
-    check_text_labels,
+    masked_lm_loss,
+    text_loss,
 )
 
 
@@ -322,14 +324,15 @@ class DanetForPreTraining(TiedHeadMixin, DanetPreTrainedModel):
         output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
         words = self.lm_head(output.last_hidden_state)
         relation = self.seq_relationship(self.dropout(self.pooler(output.last_hidden_state, attention_mask, input_ids)))
-        loss = None
-        if labels is not None:
-            loss = masked_lm_loss(words, labels, count)
+        loss = None if labels is None else masked_lm_loss(words, labels, count)
         if next_sentence_label is not None:
             check_labels("next_sentence_label", next_sentence_label, relation.shape[:1], "0 or 1 for each pair")
             check_classes("next_sentence_label", next_sentence_label, 2)
-            relation_loss = nn.functional.cross_entropy(relation.float(), next_sentence_label)
-            loss = relation_loss if loss is None else loss + relation_loss
+            pairs = next_sentence_label.to(relation.device)
+            if labels is None:
+                loss = cross_entropy(relation, pairs, count)
+            else:  # `count` is one of words: a batch's pairs weigh in the mean over several batches as its words do
+                loss = loss + batch_share(cross_entropy(relation, pairs), labels, count)
         return DanetForPreTrainingOutput(loss, words, relation, output.hidden_states, output.attentions)
 
 
@@ -401,13 +404,11 @@ class DanetForSequenceClassification(DanetPreTrainedModel):
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Score texts: `logits` (B, num_labels); `labels` (B,), or (B, num_labels) for several labels or numbers."""
+        count = kwargs.pop("num_items_in_batch", None)
         output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
         pooled = self.pooler(output.last_hidden_state, attention_mask, input_ids)
         logits = self.classifier(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            check_text_labels(labels, logits, self.config)
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        loss = None if labels is None else text_loss(self, logits, labels, count)
         return TextClassifierOutput(
             loss=loss,
             logits=logits,
@@ -469,6 +470,7 @@ class DanetForMultipleChoice(DanetPreTrainedModel):
             None if x is None else x.flatten(0, 1)
             for x in (input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
         )
+        count = kwargs.pop("num_items_in_batch", None)
         kwargs = {**kwargs, "position_ids": position_ids, "token_type_ids": token_type_ids}
         output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
         pooled = self.pooler(output.last_hidden_state, attention_mask, input_ids)
@@ -477,7 +479,7 @@ class DanetForMultipleChoice(DanetPreTrainedModel):
         if labels is not None:
             check_labels("labels", labels, logits.shape[:1], "the number of the right choice for each question")
             check_classes("labels", labels, logits.shape[1])
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = cross_entropy(logits, labels.to(logits.device), count)
         return MultipleChoiceModelOutput(loss, logits, output.hidden_states, output.attentions)
 
 

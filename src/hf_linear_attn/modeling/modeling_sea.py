@@ -22,16 +22,17 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from .causal_lm import RecurrentForCausalLM, next_token_labels, refuse_two_labels
+from .causal_lm import RecurrentForCausalLM, refuse_two_labels, targets_of
 from .compat import cache_keyword, cache_of, can_return_tuple, either_cache_name
 from .configuration_sea import SeaConfig
 from .recurrent_cache import RecurrentGenerationMixin
 from .sea_host_attention import Distillation
 from .sea_hosts import find_host
 from .sea_inputs import check_task_labels
+from .sea_output import with_loss
 from .sea_pretrained import SeaPreTrainedModel
 from .sequence_inputs import DOCUMENT_KEYWORDS, passes_on
-from .task_heads import TextClassifierOutput, check_text_labels, last_real_token
+from .task_heads import TextClassifierOutput, answer_loss, last_real_token, masked_lm_loss, text_loss, token_loss
 
 
 class SeaModel(SeaPreTrainedModel):
@@ -93,7 +94,10 @@ class SeaModel(SeaPreTrainedModel):
 
 
 class _SeaWithLabels(SeaPreTrainedModel):
-    """The forward of the heads that take `labels`, in the host's form: one a token, or (`labels_of`) one a text."""
+    """The forward of the heads that take `labels`, in the host's form: one a token, or (`labels_of`) one a text.
+
+    The host predicts; the loss is that of the other families' heads, because not every host heeds `num_items_in_batch`.
+    """
 
     @can_return_tuple
     @passes_on(*DOCUMENT_KEYWORDS)
@@ -113,7 +117,8 @@ class _SeaWithLabels(SeaPreTrainedModel):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         classes = self.config.vocab_size if isinstance(self, SeaForMaskedLM) else self.config.num_labels
         check_task_labels(self.labels_of, labels, tokens, classes)
-        return self._run_host(
+        count = kwargs.pop("num_items_in_batch", None)
+        output, sequence = self._run_host(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -121,9 +126,9 @@ class _SeaWithLabels(SeaPreTrainedModel):
             output_sea=output_sea,
             distillation=distillation,
             token_type_ids=token_type_ids,
-            labels=labels,
             **kwargs,
-        )[0]
+        )
+        return output if labels is None else with_loss(output, self.loss_of(output, sequence, labels, count=count))
 
 
 class SeaForMaskedLM(_SeaWithLabels):
@@ -133,6 +138,10 @@ class SeaForMaskedLM(_SeaWithLabels):
         super().__init__(config)
         self._build(config, AutoModelForMaskedLM)
         self.post_init()
+
+    def loss_of(self, output, sequence, labels, count=None) -> torch.Tensor:
+        """See `SeaPreTrainedModel`."""
+        return masked_lm_loss(output["logits"], labels, count)
 
 
 class SeaForSequenceClassification(_SeaWithLabels):
@@ -150,29 +159,27 @@ class SeaForSequenceClassification(_SeaWithLabels):
         self.num_labels = config.num_labels
         self.post_init()
 
-    def _run_host(self, input_ids=None, inputs_embeds=None, attention_mask=None, *args, labels=None, **kwargs):
+    def _run_host(self, input_ids=None, inputs_embeds=None, attention_mask=None, *args, **kwargs):
         if not self.config.is_causal:
-            return super()._run_host(input_ids, inputs_embeds, attention_mask, *args, labels=labels, **kwargs)
+            return super()._run_host(input_ids, inputs_embeds, attention_mask, *args, **kwargs)
 
         def read(output, sequence):
             # With a mask the mask alone decides: `sequence.mask` is None where it shows no padding.
             pad = self.config.pad_token_id if attention_mask is None else None
             index = last_real_token(output.last_hidden_state, input_ids, sequence.mask, pad)
             rows = torch.arange(index.shape[0], device=index.device)
-            logits = self.host_model.score(output.last_hidden_state[rows, index])
-            loss = None
-            if labels is not None:
-                check_text_labels(labels, logits, self.config)
-                loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
             return TextClassifierOutput(
-                loss=loss,
-                logits=logits,
+                logits=self.host_model.score(output.last_hidden_state[rows, index]),
                 **cache_keyword(cache_of(output)),
                 hidden_states=output.hidden_states,
                 attentions=output.attentions,
             )
 
         return super()._run_host(input_ids, inputs_embeds, attention_mask, *args, read=read, **kwargs)
+
+    def loss_of(self, output, sequence, labels, count=None) -> torch.Tensor:
+        """See `SeaPreTrainedModel`."""
+        return text_loss(self, output["logits"], labels, count)
 
 
 class SeaForTokenClassification(_SeaWithLabels):
@@ -183,6 +190,10 @@ class SeaForTokenClassification(_SeaWithLabels):
         self._build(config, AutoModelForTokenClassification)
         self.num_labels = config.num_labels
         self.post_init()
+
+    def loss_of(self, output, sequence, labels, count=None) -> torch.Tensor:
+        """See `SeaPreTrainedModel`."""
+        return token_loss(self, output["logits"], labels, count)
 
 
 class SeaForQuestionAnswering(SeaPreTrainedModel):
@@ -211,7 +222,8 @@ class SeaForQuestionAnswering(SeaPreTrainedModel):
         """Score where an answer starts and ends; arguments as for `SeaModel`."""
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give `start_positions` and `end_positions` together: an answer has a start and an end")
-        return self._run_host(
+        count = kwargs.pop("num_items_in_batch", None)
+        output, sequence = self._run_host(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -219,10 +231,15 @@ class SeaForQuestionAnswering(SeaPreTrainedModel):
             output_sea=output_sea,
             distillation=distillation,
             token_type_ids=token_type_ids,
-            start_positions=start_positions,
-            end_positions=end_positions,
             **kwargs,
-        )[0]
+        )
+        if start_positions is None:
+            return output
+        return with_loss(output, self.loss_of(output, sequence, start_positions, end_positions, count))
+
+    def loss_of(self, output, sequence, start_positions, end_positions, count=None) -> torch.Tensor:
+        """See `SeaPreTrainedModel`."""
+        return answer_loss(self, output["start_logits"], output["end_logits"], start_positions, end_positions, count)
 
 
 class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMixin):
@@ -261,7 +278,8 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
         """Predict each next token; arguments as for `SeaModel`.
 
         labels (`(B, T)`, *optional*) are shifted inside; -100 is ignored, and so is padding, wherever it stands. The keyword
-        `shift_labels` gives them already shifted instead.
+        `shift_labels` gives them already shifted instead. The loss, and what it makes of `num_items_in_batch`, is that of the
+        other families.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # not in the signature, see RecurrentForCausalLM
         refuse_two_labels(labels, shift_labels)
@@ -280,13 +298,18 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        if labels is not None or shift_labels is not None:
-            if shift_labels is None and (sequence.mask is not None or sequence.segment_ids is not None):
-                shift_labels = next_token_labels(labels, sequence)
-            # Their loss, without their forward: it is written for a body and an output matrix of our own.
-            arguments = (output["logits"], labels, shift_labels, num_items_in_batch)
-            output["loss"] = RecurrentForCausalLM._loss(self, *arguments)
-        return output
+        if labels is None and shift_labels is None:
+            return output
+        return with_loss(output, self.loss_of(output, sequence, labels, shift_labels, num_items_in_batch))
+
+    def loss_of(self, output, sequence, labels=None, shift_labels=None, count=None) -> torch.Tensor:
+        """See `SeaPreTrainedModel`."""
+        logits = output["logits"]
+        if shift_labels is None:
+            check_task_labels("tokens", labels, logits, self.config.vocab_size)
+            shift_labels, count = targets_of(labels, sequence, count, logits.dtype)
+        # Their loss, without their forward: it is written for a body and an output matrix of our own.
+        return RecurrentForCausalLM._loss(self, logits, labels, shift_labels, count)
 
 
 __all__ = [

@@ -7,6 +7,7 @@ They are fields of a class, not keys added to an output: whoever takes outputs a
 from dataclasses import field, make_dataclass
 from functools import cache
 
+import torch
 from transformers.utils import ModelOutput
 
 from .compat import answer_to_both_names, answering_to_both_names, rebuilt_by
@@ -26,3 +27,8 @@ def sea_output_class(host_class: type[ModelOutput]) -> type[ModelOutput]:
 def extend_output(output: ModelOutput, **found: tuple) -> ModelOutput:
     """`output` with these of SEA's fields."""
     return sea_output_class(type(output))(**output, **found) if found else answer_to_both_names(output)
+
+
+def with_loss(output: ModelOutput, loss: torch.Tensor) -> ModelOutput:
+    """An output that had no loss with this one in its place: the first of the fields, also where they become a tuple."""
+    return type(output)(loss=loss, **output)

@@ -72,6 +72,12 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         setattr(self, attribute or self.base_model_prefix, host)
         self.host_name = attribute or self.base_model_prefix
 
+    def loss_of(self, output: ModelOutput, sequence: SequenceInputs, *targets, **more) -> torch.Tensor:
+        """The loss of an output for this model's task, by the rules of the other families (a host's own differ): the teacher's
+        loss in a distillation, too. `targets` as in forward, `count` is `num_items_in_batch`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no task")
+
     @property
     def host_model(self) -> PreTrainedModel:
         """The host: Transformers' own model."""

@@ -1,4 +1,4 @@
-"""Heads that families share: classification of texts and tokens, and extractive question answering.
+"""Heads that families share: classification of texts and tokens, and extractive question answering; and their losses.
 
 A family's class sets up `self.model` and the head's layers in its `__init__` and inherits `forward` from here. The body is
 built directly, not through AutoModel, so that a checkpoint that carries its own code loads where this package is absent.
@@ -14,7 +14,17 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .compat import answering_to_both_names, cache_keyword, cache_of, can_read_values, can_return_tuple
+from .compat import (
+    ForQuestionAnsweringLoss,
+    ForSequenceClassificationLoss,
+    ForTokenClassification,
+    answering_to_both_names,
+    cache_keyword,
+    cache_of,
+    can_read_values,
+    can_return_tuple,
+)
+from .cross_entropy import IGNORED, batch_share, cross_entropy, or_one
 from .sequence_inputs import DOCUMENT_KEYWORDS, padding_mask, passes_on
 
 TextClassifierOutput = answering_to_both_names(SequenceClassifierOutputWithPast)
@@ -51,6 +61,59 @@ def check_text_labels(labels: torch.Tensor, logits: torch.Tensor, config) -> Non
         raise ValueError(f"`labels` has shape {tuple(labels.shape)}, expected {shapes[0]}, {meaning}")
     if classes:
         check_classes("labels", labels, count)
+
+
+# The losses below: without `count` the mean over the labels that count, 0 where there are none. With it (Trainer's
+# `num_items_in_batch`: the labels of all batches of a step, on all devices) what this batch adds to the mean over all of them.
+
+
+def text_loss(model, logits: torch.Tensor, labels: torch.Tensor, count=None) -> torch.Tensor:
+    """Loss of one class, of several labels, or of numbers for each text: logits (B, num_labels)."""
+    check_text_labels(labels, logits, model.config)
+    arguments = {"logits": logits, "labels": labels, "pooled_logits": logits, "config": model.config}
+    if (
+        model.loss_function is ForSequenceClassificationLoss
+    ):  # nobody set their own; this divides a sum over classes by it
+        arguments["num_items_in_batch"] = or_one((labels != IGNORED).sum())
+    return batch_share(model.loss_function(**arguments), labels, count)
+
+
+def token_loss(model, logits: torch.Tensor, labels: torch.Tensor, count=None) -> torch.Tensor:
+    """Loss of one class for each token: logits (B, T, num_labels), labels (B, T)."""
+    if model.loss_function is ForTokenClassification:
+        return masked_lm_loss(logits, labels, count)
+    check_labels("labels", labels, logits.shape[:2], "one label a token, -100 where none counts")
+    check_classes("labels", labels, logits.shape[-1])
+    return batch_share(model.loss_function(logits, labels, model.config), labels, count)
+
+
+def masked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, count=None) -> torch.Tensor:
+    """Cross-entropy, in at least float32, over the places of logits (B, T, V) whose label (B, T) is not -100."""
+    check_labels("labels", labels, logits.shape[:2], "one label a token, -100 where none counts")
+    check_classes("labels", labels, logits.shape[-1])
+    return cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), count)
+
+
+def answer_loss(model, start_logits, end_logits, start_positions, end_positions, count=None) -> torch.Tensor:
+    """Mean loss of the two scores (B, T) of an answer's ends; an end behind the last column does not count, one before is at 0.
+
+    `count` is a number of texts. Trainer counts `labels`, which these texts have none of: it averages over its batches.
+    """
+    for name, places in (("start_positions", start_positions), ("end_positions", end_positions)):
+        if tuple(places.shape) not in ((start_logits.shape[0],), (start_logits.shape[0], 1)):
+            raise ValueError(
+                f"`{name}` has shape {tuple(places.shape)}, expected ({start_logits.shape[0]},), one for each text"
+            )
+        if places.is_floating_point():
+            raise ValueError(f"`{name}` has dtype {places.dtype}, expected integers: columns of the text")
+    if model.loss_function is not ForQuestionAnsweringLoss:
+        mean = model.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return batch_share(mean, torch.zeros_like(start_positions), count)
+    total = 0.0
+    for logits, places in ((start_logits, start_positions), (end_logits, end_positions)):
+        places = places.flatten().to(logits.device).clamp(min=0)
+        total = total + cross_entropy(logits, places.where(places < logits.shape[1], IGNORED), count)
+    return total / 2
 
 
 def last_real_token(hidden_states, input_ids, attention_mask, pad_token_id) -> torch.Tensor:
@@ -110,6 +173,7 @@ class SequenceClassificationMixin:
         Returns:
             `SequenceClassifierOutputWithPast`: `logits` (B, num_labels), `loss` with labels.
         """
+        count = kwargs.pop("num_items_in_batch", None)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -124,10 +188,7 @@ class SequenceClassificationMixin:
         else:
             pooled = masked_mean(hidden_states, attention_mask)
         logits = self.score(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            check_text_labels(labels, logits, self.config)
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        loss = None if labels is None else text_loss(self, logits, labels, count)
         return TextClassifierOutput(
             loss=loss,
             logits=logits,
@@ -161,6 +222,7 @@ class TokenClassificationMixin:
         **kwargs,
     ) -> TokenClassifierOutput:
         """Score tokens: `logits` (B, T, num_labels); labels (B, T) with -100 where no label counts."""
+        count = kwargs.pop("num_items_in_batch", None)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -169,11 +231,7 @@ class TokenClassificationMixin:
             **kwargs,
         )
         logits = self.score(self.dropout(output.last_hidden_state))
-        loss = None
-        if labels is not None:
-            check_labels("labels", labels, logits.shape[:2], "one label a token, -100 where none counts")
-            check_classes("labels", labels, self.num_labels)
-            loss = self.loss_function(logits, labels, self.config)
+        loss = None if labels is None else token_loss(self, logits, labels, count)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
@@ -202,6 +260,7 @@ class QuestionAnsweringMixin:
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
         """Score the places (B, T) where an answer starts and ends; the loss needs both true positions (B,)."""
+        count = kwargs.pop("num_items_in_batch", None)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -214,14 +273,7 @@ class QuestionAnsweringMixin:
             raise ValueError("`start_positions` and `end_positions` go together: one of them is missing")
         loss = None
         if start_positions is not None:
-            for name, places in (("start_positions", start_positions), ("end_positions", end_positions)):
-                if tuple(places.shape) not in ((start_logits.shape[0],), (start_logits.shape[0], 1)):
-                    raise ValueError(
-                        f"`{name}` has shape {tuple(places.shape)}, expected ({start_logits.shape[0]},), one for each text"
-                    )
-                if places.is_floating_point():
-                    raise ValueError(f"`{name}` has dtype {places.dtype}, expected integers: columns of the text")
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+            loss = answer_loss(self, start_logits, end_logits, start_positions, end_positions, count)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, set_seed
 
+from ..modeling.cross_entropy import cross_entropy
 from .checkpoints import StopOnSignal
 from .classification_data import describe_rows, load_classification
 from .language_modeling import REPORT_FILE, describe_machine, free_folder, run_trainer, start_folder, training_arguments
@@ -58,6 +59,7 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
 
     set_seed(options.seed)
     model = build_model(options, tokenizer, labels)
+    model.config.problem_type = "single_label_classification"
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     family = model.config.model_type
@@ -79,6 +81,7 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
         eval_dataset=encoded["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
+        compute_loss_func=loss_of_texts,
         compute_metrics=lambda prediction: classification_metrics(prediction, metrics),
         callbacks=[throughput, stop],
     )
@@ -117,6 +120,14 @@ class EncodedTexts(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+def loss_of_texts(output: Any, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross-entropy over the texts of this batch, divided by the number of those of all accumulated batches.
+
+    Made here, not by the model: Transformers' own classifiers do not heed that number, and Trainer trusts them to.
+    """
+    return cross_entropy(output["logits"], labels, num_items_in_batch)
 
 
 def require_scikit_learn():

@@ -26,10 +26,9 @@ from .learning_curve import curve_of, save_curve
 from .masked_words import (
     BlocksToMask,
     MaskedOnce,
+    MaskedWordsTrainer,
     MaskingCollator,
     NewMasksEachEpoch,
-    best_guess,
-    share_of_right_guesses,
 )
 from .measuring import Throughput, peak_memory_mb
 from .model_choice import build_model
@@ -124,13 +123,13 @@ def _trainer(options: TrainingOptions, model, tokenizer, text: TokenizedText, fo
     rows_per_step = options.batch_size * options.accumulate
     train = TokenBlocks(text.ids["train"], options.block_length, name="train").keep_multiple_of(rows_per_step)
     sample = TokenBlocks(text.ids["validation"], options.block_length, options.eval_tokens, name="validation")
-    collator, more = stack_blocks, {}
+    collator, trainer_class = stack_blocks, Trainer
     if options.task == "mlm":
         collator = MaskingCollator(tokenizer, options.mask_share, options.seed)
         train, sample = BlocksToMask(train), MaskedOnce(sample, collator)
         callbacks = [*callbacks, NewMasksEachEpoch(collator)]
-        more = {"compute_metrics": share_of_right_guesses, "preprocess_logits_for_metrics": best_guess}
-    trainer = Trainer(
+        trainer_class = MaskedWordsTrainer
+    trainer = trainer_class(
         model=model,
         args=training_arguments(options, folder, len(train)),
         train_dataset=train,
@@ -138,7 +137,6 @@ def _trainer(options: TrainingOptions, model, tokenizer, text: TokenizedText, fo
         processing_class=tokenizer,
         data_collator=collator,
         callbacks=callbacks,
-        **more,
     )
     TrainingProgress.replace_default(trainer, show_bar=not options.quiet)
     return trainer

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorForLanguageModeling, TrainerCallback
+import torch.nn.functional as F
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 
+from ..modeling.task_heads import masked_lm_loss
 from .tokenized_text import TokenBlocks
 
 EVALUATION_SEED = 0
@@ -73,6 +75,11 @@ class MaskedOnce(torch.utils.data.Dataset):
         batch = collator([plain[i] for i in range(len(plain))])
         collator.seed, collator.epoch = seed, epoch
         self.ids, self.labels = batch["input_ids"], batch["labels"]
+        if not (self.labels != -100).any():
+            raise ValueError(
+                f"none of the {self.ids.numel()} tokens to evaluate on was drawn to be masked: give more text or a larger share "
+                "of masked words"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,12 +88,41 @@ class MaskedOnce(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
-def best_guess(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """(B, T, vocabulary) -> (B, T): the likeliest word, so that Trainer need not keep the logits."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+class MaskedWordsTrainer(Trainer):
+    """Trains and evaluates on the mean over masked words, for any model of masked words.
+
+    The loss is made here, not by the model: Transformers' BERT heeds no count of the words in accumulated batches and is NaN for
+    a batch without any. Trainer's own evaluation weighs batches by their rows, whatever number of words each of them has.
+    """
+
+    def __init__(self, *args, **kwargs):
+        measures = {"compute_metrics": measures_of_words, "preprocess_logits_for_metrics": guesses_and_losses}
+        super().__init__(*args, compute_loss_func=loss_of_words, **measures, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in Trainer, with a loss over words."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = output.metrics.pop(f"{metric_key_prefix}_loss_of_words")
+        return output
 
 
-def share_of_right_guesses(prediction: Any) -> dict[str, float]:
-    """Share of the masked words whose likeliest guess is right."""
+def loss_of_words(output: Any, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross-entropy over the words of this batch, divided by the number of those of all accumulated batches."""
+    return masked_lm_loss(output["logits"], labels, num_items_in_batch)
+
+
+def guesses_and_losses(logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T, vocabulary) -> each place's likeliest word and loss, (B, T) both, so that Trainer need not keep the logits."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    masked = labels != -100
+    losses = torch.zeros(labels.shape, device=logits.device)
+    losses[masked] = F.cross_entropy(logits[masked].float(), labels[masked], reduction="none")
+    return logits.argmax(-1), losses
+
+
+def measures_of_words(prediction: Any) -> dict[str, float]:
+    """Of the masked words alone: the share whose likeliest guess is right, and their mean loss."""
+    guesses, losses = prediction.predictions
     masked = prediction.label_ids != -100
-    return {"accuracy": float((prediction.predictions == prediction.label_ids)[masked].mean())}
+    right = (guesses == prediction.label_ids)[masked]
+    return {"accuracy": float(right.mean()), "loss_of_words": float(losses[masked].mean(dtype=np.float64))}

@@ -28,11 +28,12 @@ from ..modeling.sea_host_attention import ATTENTION_NAME, Distillation, LayerRes
 from ..modeling.sea_hosts import HOSTS
 from ..modeling.sea_inputs import PACKING_KEYWORDS
 from ..modeling.sea_losses import TeacherTargets
-from ..modeling.sequence_inputs import prepare_sequence
+from ..modeling.sequence_inputs import SequenceInputs, prepare_sequence
 
 SEA_MARK = ".sea."
 BLOCK_ELEMENTS = 1 << 24  # elements of the predictions that are compared together
 PREDICTIONS = ("logits", "start_logits", "end_logits")
+TARGETS = ("labels", "shift_labels", "start_positions", "end_positions")
 
 
 @dataclass
@@ -136,16 +137,24 @@ def _recording(teacher: PreTrainedModel):
         config._attn_implementation = before
 
 
+def _tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+
+
+def _sequence(inputs: dict[str, Any]) -> SequenceInputs:
+    documents = {name: inputs.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
+    return prepare_sequence(_tokens(inputs), inputs.get("attention_mask"), inputs.get("position_ids"), **documents)
+
+
 @torch.no_grad()
 def record_targets(teacher: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[int, TeacherTargets], Any]:
     """Run a teacher on a batch: its layers' targets and its output with hidden states. Memory linear in T.
 
     `inputs` is what Trainer gives a model; padding may stand anywhere and rows may be packed, as for the student.
     """
-    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    tokens = _tokens(inputs)
     arguments = {name: value for name, value in inputs.items() if name not in {"position_ids"} | PACKING_KEYWORDS}
-    documents = {name: inputs.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
-    sequence = prepare_sequence(tokens, inputs.get("attention_mask"), inputs.get("position_ids"), **documents)
+    sequence = _sequence(inputs)
     positions, mask = sequence.position_ids, sequence.mask
     if mask is not None:
         positions = positions.masked_fill(~mask, 0)
@@ -251,8 +260,10 @@ class SeaDistillationTrainer(Trainer):
             for name in fidelity[0] if fidelity else ():
                 self._terms[name].append(torch.stack([layer[name] for layer in fidelity]).mean())
             self._terms["distillation_loss"].append(loss.detach())
-            if expected.get("loss") is not None:
-                self._terms["teacher_loss"].append(expected["loss"].detach())
+            targets = {name: inputs[name] for name in TARGETS if name in inputs}
+            if targets:
+                teacher_loss = sea_model(model).loss_of(expected, _sequence(inputs), **targets)
+                self._terms["teacher_loss"].append(teacher_loss.detach())
             loss = output["loss"] if output.get("loss") is not None else loss
         else:
             for name, term in terms.items():
@@ -287,7 +298,7 @@ class SeaDistillationTrainer(Trainer):
     def _loss_rows(self, inputs) -> torch.Tensor | None:
         """Rows for this step: the same on every device, in every accumulated batch, and after a resume."""
         count = self.args.attention_loss_rows
-        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        tokens = _tokens(inputs)
         if count is None or count >= tokens.shape[1]:
             return None
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
