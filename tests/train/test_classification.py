@@ -203,16 +203,17 @@ def test_interrupted_run_continues_with_the_same_losses(encoder, classifier, mon
     make, train = (encoder, train_language_model) if task == "mlm" else (classifier, train_classifier)
     changes = {"steps": 8, "dropout": 0.2, "log_every": 1, "eval_every": 4, "save_every": 4}
     whole = train(make(output=str(tmp_path / "whole"), **changes))
-    original = module.Trainer
+    name = "MaskedWordsTrainer" if task == "mlm" else "Trainer"
+    original = getattr(module, name)
 
     def interrupted(*args, callbacks, **kwargs):
         stop = next(each for each in callbacks if isinstance(each, StopOnSignal))
         return original(*args, callbacks=[*callbacks, StopAt(stop, 4)], **kwargs)
 
-    monkeypatch.setattr(module, "Trainer", interrupted)
+    monkeypatch.setattr(module, name, interrupted)
     with pytest.raises(TrainingInterrupted, match="stopped after step 5"):
         train(make(output=str(tmp_path / "parts"), **changes))
-    monkeypatch.setattr(module, "Trainer", original)
+    monkeypatch.setattr(module, name, original)
     resumed = train(TrainingOptions.for_resume({"output": str(tmp_path / "parts")}))
     assert resumed["curve"] == whole["curve"]
     assert resumed["test"] == whole["test"]
