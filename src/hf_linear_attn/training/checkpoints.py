@@ -1,36 +1,98 @@
-"""Stopping a Trainer run without losing a step, and finding where to go on."""
+"""Stopping a Trainer run without losing a step, finding where to go on, and what a checkpoint of Trainer's leaves out."""
 
 import json
-import logging
 import re
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
-logger = logging.getLogger(__name__)
+from .files import damage, model_files
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Newest checkpoint-N in `folder` that was written to its end, or None.
-
-    Trainer writes trainer_state.json last, so a run that was killed while it saved leaves a checkpoint without a
-    readable one.
-    """
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoint-N in `folder` with their N, newest first, whole or not."""
     found = [
         (int(match[1]), path)
         for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     ]
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s is incomplete (the run was killed while it saved): going back to the one before", path)
-            continue
-        return path
-    return None
+    return sorted(found, reverse=True)
+
+
+def checkpoint_damage(checkpoint: Path, with_scaler: bool = False) -> str | None:
+    """Why a run cannot go on from `checkpoint` as if nothing had happened, as in "optimizer.pt is missing"; None where it can.
+
+    with_scaler: the run scales its losses (float16), which is a state, too.
+    """
+    files = [*model_files(checkpoint), "optimizer.pt", "scheduler.pt"]
+    files += sorted(path.name for path in checkpoint.glob("rng_state_*.pth")) or ["rng_state.pth"]
+    files += ["scaler.pt"] if with_scaler else []
+    wrong = damage(checkpoint, [*files, "trainer_state.json"])
+    if wrong is None:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if checkpoint.name != f"checkpoint-{state.get('global_step')}" or not isinstance(
+            state.get("log_history"), list
+        ):
+            return "trainer_state.json is damaged"
+    return wrong
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Newest checkpoint-N in `folder` of which every file is there and can be read, or None."""
+    return next((path for _, path in checkpoints(folder) if checkpoint_damage(path) is None), None)
+
+
+class CarriedOver(TrainerCallback, ExportableState):
+    """A callback whose values go through Trainer's checkpoints: a resumed run begins with those of the interrupted one."""
+
+    def values(self) -> dict[str, Any]:
+        """The values, as JSON takes them."""
+        raise NotImplementedError
+
+    def take_over(self, values: dict[str, Any]) -> None:
+        """Go on from what `values` returned."""
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes into trainer_state.json."""
+        return {"args": {}, "attributes": self.values()}
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs):
+        """Take over what the checkpoint brought. One without an entry (of an older version) gets one, which Trainer expects."""
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            self.take_over(saved["attributes"])
+
+
+class LossSinceLog(CarriedOver):
+    """Carries the sum of the losses since the last point of the curve, which Trainer keeps outside its state.
+
+    Without it the first point after a resume is the mean over fewer steps than that of an undisturbed run.
+    """
+
+    def __init__(self, trainer: Trainer | None = None):
+        self.trainer = (
+            trainer  # None: made by Trainer itself from a checkpoint (restore_callback_states_from_checkpoint)
+        )
+
+    def values(self) -> dict[str, Any]:
+        """The sum, and the step of the last point. Nothing before the first step."""
+        if not hasattr(self.trainer, "_tr_loss"):
+            return {}
+        return {"loss_sum": self.trainer._tr_loss.item(), "last_logged": self.trainer._globalstep_last_logged}
+
+    def take_over(self, values: dict[str, Any]) -> None:
+        """Add to Trainer's new sum, and leave the added part out of the mean that it returns for this call of train()."""
+        if self.trainer is None or not values:
+            return
+        self.trainer._tr_loss += values["loss_sum"]
+        self.trainer._total_loss_scalar -= values["loss_sum"]
+        self.trainer._globalstep_last_logged = values["last_logged"]
 
 
 class StopOnSignal(TrainerCallback):

@@ -28,6 +28,7 @@ from ..modeling.sea_hosts import HOSTS
 from ..modeling.sea_inputs import PACKING_KEYWORDS
 from ..modeling.sea_losses import TeacherTargets
 from ..modeling.sequence_inputs import prepare_sequence
+from .checkpoints import LossSinceLog
 
 SEA_MARK = ".sea."
 BLOCK_ELEMENTS = 1 << 24  # elements of the predictions that are compared together
@@ -90,6 +91,22 @@ class FeatureRedraw(TrainerCallback):
         if self.interval and state.global_step % self.interval == 0:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + state.global_step)
             sea_model(model).redraw_features(generator)
+
+
+class DistillationSinceLog(LossSinceLog):
+    """Carries the terms of the loss since the last log through a checkpoint, as their sum."""
+
+    def values(self) -> dict[str, Any]:
+        """The sum of the losses, and each term of each batch."""
+        terms = {} if self.trainer is None else self.trainer._terms
+        return super().values() | {"terms": {name: [float(each) for each in found] for name, found in terms.items()}}
+
+    def take_over(self, values: dict[str, Any]) -> None:
+        """Begin with what the interrupted run had not logged."""
+        super().take_over({name: value for name, value in values.items() if name != "terms"})
+        if self.trainer is not None:
+            for name, found in values.get("terms", {}).items():
+                self.trainer._terms[name] = [torch.tensor(each, device=self.trainer.args.device) for each in found]
 
 
 def sea_model(model: nn.Module) -> SeaPreTrainedModel:
@@ -181,6 +198,7 @@ class SeaDistillationTrainer(Trainer):
         self.teacher.to(args.device)
         self.add_callback(FeatureRedraw(student.config.feature_redraw_interval))
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.add_callback(DistillationSinceLog(self))
 
     def create_optimizer(self, model=None):
         """AdamW with two rates: the teacher's weights and SEA's."""
