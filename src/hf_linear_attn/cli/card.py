@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..training.files import write_whole
+from ..training.options import path
 from .parser import Parser
 from .result import show
 
@@ -23,8 +25,8 @@ examples:
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn card", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("checkpoint", help="folder of a saved model")
-    made.add_argument("--output", metavar="FILE", help="where to write (default: README.md in the folder)")
+    made.add_argument("checkpoint", type=path, help="folder of a saved model")
+    made.add_argument("--output", type=path, metavar="FILE", help="where to write (default: README.md in the folder)")
     made.add_argument("--repo", metavar="NAME", help="name on the Hub to load it by (default: the folder's name)")
     made.add_argument(
         "--license", default="apache-2.0", metavar="ID", help="licence as the Hub names it (default: apache-2.0)"
@@ -54,6 +56,7 @@ def run(arguments: list[str]) -> int:
     about = {name: given[name] for name in ("repo", "license", "language", "dataset")}
     beside = output.resolve().parent == folder.resolve()
     card = build_card(folder, speed=not given["no_speed"], picture=beside, **about)
-    card.save(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, str(card))
     show({"card": str(output), "metadata": card.data.to_dict()}, f"card: {output}", given.get("json", False))
     return 0
