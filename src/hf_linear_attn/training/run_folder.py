@@ -81,6 +81,8 @@ class RunFolder(CarriedOver):
         if self._started is not None:
             return
         self._started = time.perf_counter()
+        if os.environ.get("RANK", "0") != "0":  # of several processes the first one claims it
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.options.resume and (self.path / self.options.file_name).exists():
             self._adopt_unfinished(_mark_of_options(self.path / self.options.file_name))
