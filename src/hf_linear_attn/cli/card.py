@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ..training.files import write_whole
 from ..training.options import path
 from .parser import Parser
 from .result import show
@@ -56,7 +55,6 @@ def run(arguments: list[str]) -> int:
     about = {name: given[name] for name in ("repo", "license", "language", "dataset")}
     beside = output.resolve().parent == folder.resolve()
     card = build_card(folder, speed=not given["no_speed"], picture=beside, **about)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, str(card))
+    card.save(output)
     show({"card": str(output), "metadata": card.data.to_dict()}, f"card: {output}", given.get("json", False))
     return 0

@@ -1,8 +1,6 @@
 """`hf-linear-attn convert`: pretrained models and published checkpoints into our families, and our models into ONNX."""
 
-import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..training.options import key_values, path
@@ -102,10 +100,7 @@ def _convert(given: dict[str, Any], fields: dict[str, Any], output: Path) -> dic
     if given["to"] == "onnx":
         from ..exporting import save_onnx_step
 
-        with TemporaryDirectory(prefix=".saving-", dir=output) as part:
-            save_onnx_step(model, Path(part) / "step.onnx")
-            for written in sorted(Path(part).iterdir(), reverse=True):  # the program last: what it needs is there then
-                os.replace(written, output / written.name)
+        save_onnx_step(model, output / "step.onnx")
     else:
         model.save_pretrained(output)
     _copy_tokenizer(given["source"], output)

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from ..training.files import write_whole
 from ..training.options import OPTIONS_FILE, path
 from ..training.text_data import EXCERPT_FOLDER
 from .parser import Parser
@@ -187,7 +186,7 @@ def comparison(reports: dict[str, dict], output: Path) -> str:
         }
         for name, report in reports.items()
     ]
-    write_whole(output / COMPARISON, json.dumps(reports, indent=1) + "\n")
+    (output / "comparison.json").write_text(json.dumps(reports, indent=1) + "\n")
     return (
         f"validation loss (nats per token)\n{table(curve_rows, {name: name for name in ('step', *reports)})}\n\n"
         f"{table(rows, COLUMNS)}\n\ncurves: {', '.join(map(str, files))}"

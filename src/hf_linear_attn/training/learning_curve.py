@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import write_whole
-
 
 def curve_of(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
     """Trainer's log -> {"training": [{step, loss}], "validation":
@@ -28,7 +26,7 @@ def save_curve(
     curves: label -> what `curve_of` returns; several labels share the axes. tokens_per_step: None puts steps on the axis.
     """
     data = folder / "learning_curve.json"
-    write_whole(data, json.dumps(dict(curves), indent=1) + "\n")
+    data.write_text(json.dumps(dict(curves), indent=1) + "\n")
     try:
         import matplotlib
     except ImportError:
