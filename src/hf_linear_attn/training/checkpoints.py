@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
 
+from ..modeling.compat import add_loss_since_log, exportable_state, loss_since_log
 from .files import damage, model_files
 
 
@@ -46,7 +46,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return next((path for _, path in checkpoints(folder) if checkpoint_damage(path) is None), None)
 
 
-class CarriedOver(TrainerCallback, ExportableState):
+class CarriedOver(TrainerCallback, exportable_state()):  # type: ignore[misc]  # a class that is imported late
     """A callback whose values go through Trainer's checkpoints: a resumed run begins with those of the interrupted one."""
 
     def values(self) -> dict[str, Any]:
@@ -76,23 +76,18 @@ class LossSinceLog(CarriedOver):
     """
 
     def __init__(self, trainer: Trainer | None = None):
-        self.trainer = (
-            trainer  # None: made by Trainer itself from a checkpoint (restore_callback_states_from_checkpoint)
-        )
+        # None: made by Trainer itself from a checkpoint (restore_callback_states_from_checkpoint)
+        self.trainer = trainer
 
     def values(self) -> dict[str, Any]:
         """The sum, and the step of the last point. Nothing before the first step."""
-        if not hasattr(self.trainer, "_tr_loss"):
-            return {}
-        return {"loss_sum": self.trainer._tr_loss.item(), "last_logged": self.trainer._globalstep_last_logged}
+        found = None if self.trainer is None else loss_since_log(self.trainer)
+        return {} if found is None else dict(zip(("loss", "last_logged"), found, strict=True))
 
     def take_over(self, values: dict[str, Any]) -> None:
-        """Add to Trainer's new sum, and leave the added part out of the mean that it returns for this call of train()."""
-        if self.trainer is None or not values:
-            return
-        self.trainer._tr_loss += values["loss_sum"]
-        self.trainer._total_loss_scalar -= values["loss_sum"]
-        self.trainer._globalstep_last_logged = values["last_logged"]
+        """Let the next point count the losses of the interrupted run."""
+        if self.trainer is not None and values:
+            add_loss_since_log(self.trainer, **values)
 
 
 class StopOnSignal(TrainerCallback):
