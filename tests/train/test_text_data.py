@@ -122,6 +122,41 @@ def test_prepared_text_comes_from_the_cache_the_second_time(text_file, monkeypat
     assert same.num_bytes == text.num_bytes
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "ids.npz"])
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "other"])
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, capsys, name, how):
+    """Nothing of it reaches a run, also where the file can be read and belongs to another text; one line says so."""
+    monkeypatch.setenv("HF_LINEAR_ATTN_CACHE", str(tmp_path / "cache"))
+    made = []
+    for text in ("peace and work for the people of this country ", "debt of the western states "):
+        (tmp_path / "text.txt").write_text(text * 40)
+        data = text_data.load_files([str(tmp_path / "text.txt")])
+        made.append(
+            (tokenized_text.prepare_text(data, 280), {path.name: path for path in tmp_path.glob("cache/text/*/*")})
+        )
+    (tokenizer, text), files = made[1][0], {path.name: path for path in sorted(tmp_path.glob("cache/text/*"))}
+    (first,) = {path.parent for path in made[0][1].values()}
+    (second,) = set(files.values()) - {first}
+    whole, file = (second / name).read_bytes(), second / name
+    {
+        "missing": file.unlink,
+        "empty": lambda: file.write_bytes(b""),
+        "truncated": lambda: file.write_bytes(whole[: len(whole) // 2]),
+        "other": lambda: file.write_bytes((first / name).read_bytes().replace(b'"left"', b'"right"')),
+    }[how]()
+    capsys.readouterr()
+    again, same = tokenized_text.prepare_text(data, 280)
+    assert (name, how) == ("ids.npz", "missing") or capsys.readouterr().out.count("damaged: making them again") == 1
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.padding_side == "left"
+    for split in text_data.SPLITS:
+        np.testing.assert_array_equal(same.ids[split], text.ids[split])
+    assert file.read_bytes() == whole or name == "ids.npz"
+    capsys.readouterr()
+    tokenized_text.prepare_text(data, 280)
+    assert capsys.readouterr().out == ""
+
+
 def test_ids_decode_to_the_documents_and_count_their_bytes(text_file):
     data = text_data.load_files([str(text_file)])
     tokenizer, text = tokenized_text.prepare_text(data, 300)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..training.options import path
 from .parser import Parser, one_of
 from .result import show, words_aside
 
@@ -25,7 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn bench", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("checkpoints", nargs="*", help="folders or Hub names of causal language models")
+    made.add_argument("checkpoints", nargs="*", type=path, help="folders or Hub names of causal language models")
     made.add_argument(
         "--families", nargs="+", type=one_of(FAMILIES), default=None, metavar="NAME",
         help=f"fresh models instead, of {', '.join(FAMILIES)} (default: leap gpt2)",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..training.options import path
 from .parser import Parser
 from .result import show
 
@@ -23,8 +24,8 @@ examples:
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn card", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("checkpoint", help="folder of a saved model")
-    made.add_argument("--output", metavar="FILE", help="where to write (default: README.md in the folder)")
+    made.add_argument("checkpoint", type=path, help="folder of a saved model")
+    made.add_argument("--output", type=path, metavar="FILE", help="where to write (default: README.md in the folder)")
     made.add_argument("--repo", metavar="NAME", help="name on the Hub to load it by (default: the folder's name)")
     made.add_argument(
         "--license", default="apache-2.0", metavar="ID", help="licence as the Hub names it (default: apache-2.0)"

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..training.options import key_values, path
 from .parser import Parser, one_of
 from .result import show, words_aside
 
@@ -31,8 +32,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn convert", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("source", help="folder or Hub name of the checkpoint")
-    made.add_argument("output", help="folder for the converted one")
+    made.add_argument("source", type=path, help="folder or Hub name of the checkpoint")
+    made.add_argument("output", type=path, help="folder for the converted one")
     made.add_argument("--to", required=True, type=one_of(TARGETS), metavar="|".join(TARGETS), help="what to make of it")
     made.add_argument(
         "--set",
@@ -57,9 +58,10 @@ def run(arguments: list[str]) -> int:
         command.error(f"{output} is a file, not a folder")
     if output.is_dir() and any(output.iterdir()) and not given["overwrite"]:
         command.error(f"{output} is not empty; --overwrite writes into it")
+    if given["to"] != "onnx" and output.exists() and output.resolve() == Path(given["source"]).resolve():
+        command.error(f"{output} is the checkpoint itself, which the converted one would replace: name another folder")
     if given["to"] != "sea" and (given["set"] or given["task"]):
         command.error("--set and --task belong to --to sea")
-    from ..training.options import key_values
     from .quiet import quiet_libraries
 
     try:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..training.options import OPTIONS_FILE, path
 from ..training.text_data import EXCERPT_FOLDER
 from .parser import Parser
 from .result import show, words_aside
@@ -27,6 +28,7 @@ examples:
 Every step prints the `hf-linear-attn train` or `generate` command that does the same.
 """
 
+COMPARISON = "comparison.json"
 PROMPT = "The people of the United States"
 # All models: the same size, text, batches, schedule and seed. Only the family differs.
 SHARED = {
@@ -77,7 +79,11 @@ def parser() -> Parser:
         "--steps", type=int, default=560, metavar="INT", help="optimizer steps of each model (default: 560)"
     )
     made.add_argument(
-        "--output", default="outputs/demo", metavar="FOLDER", help="folder of the results (default: outputs/demo)"
+        "--output",
+        type=path,
+        default="outputs/demo",
+        metavar="FOLDER",
+        help="folder of the results (default: outputs/demo)",
     )
     made.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: all cores, at most 8)")
     made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of weights and batches (default: 0)")
@@ -94,6 +100,13 @@ def run(arguments: list[str]) -> int:
         command.error(f"--steps must be at least 1, got {given['steps']}")
     started = time.perf_counter()
     output = Path(given["output"])
+    found = [family for family in TITLES if (output / family / OPTIONS_FILE).exists()]
+    if found and not (output / COMPARISON).exists():
+        command.error(
+            f"{output / found[0]} holds a run that no demo has made, and the demo would replace it: name another --output"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / COMPARISON).touch()  # says that the runs in this folder are a demo's
     as_json = given.pop("json", False)
     with words_aside(as_json):
         code, reports = _compare_and_write(given, output)

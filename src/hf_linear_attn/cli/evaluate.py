@@ -1,5 +1,6 @@
 """`hf-linear-attn evaluate`: what a checkpoint scores on a text or on labelled rows."""
 
+from ..training.options import path
 from .parser import Parser, one_of
 from .result import show, words_aside
 
@@ -24,9 +25,9 @@ Tasks of the lm-evaluation-harness: lm_eval run --model hf --model_args pretrain
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn evaluate", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("checkpoint", help="folder or Hub name of a saved model with its tokenizer")
-    made.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .csv or .parquet")
-    made.add_argument("--dataset", metavar="NAME", help="data set of the Hub instead of files")
+    made.add_argument("checkpoint", type=path, help="folder or Hub name of a saved model with its tokenizer")
+    made.add_argument("--data", nargs="+", type=path, default=[], metavar="FILE", help=".txt, .jsonl, .csv or .parquet")
+    made.add_argument("--dataset", type=path, metavar="NAME", help="data set of the Hub instead of files")
     made.add_argument("--dataset-config", metavar="NAME", help="its configuration")
     made.add_argument(
         "--text-column", default="text", metavar="NAME", help="column that holds the text (default: text)"

@@ -2,6 +2,7 @@
 
 import sys
 
+from ..training.options import path
 from .parser import Parser, one_of
 from .result import show
 
@@ -23,14 +24,14 @@ METHODS = ("auto", "focus", "received", "rollout")
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn explain", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("checkpoint", help="folder or Hub name of a model of one of our families")
+    made.add_argument("checkpoint", type=path, help="folder or Hub name of a model of one of our families")
     made.add_argument("text", help="text to explain")
     made.add_argument(
         "--method", type=one_of(METHODS), default="auto", metavar="|".join(METHODS),
         help="focus weights, attention received, or its flow through all layers (default: what fits the model)",
     )  # fmt: skip
     made.add_argument("--top", type=int, default=10, metavar="INT", help="tokens in the list below (default: 10)")
-    made.add_argument("--html", metavar="FILE", help="also write a page")
+    made.add_argument("--html", type=path, metavar="FILE", help="also write a page")
     made.add_argument("--width", type=int, default=100, metavar="INT", help="columns of the terminal (default: 100)")
     made.add_device()
     made.add_json()

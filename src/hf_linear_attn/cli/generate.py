@@ -5,6 +5,7 @@ past costs.
 import time
 from pathlib import Path
 
+from ..training.options import path
 from .parser import Parser
 from .result import show, words_aside
 
@@ -33,6 +34,7 @@ def parser() -> Parser:
     made.add_argument(
         "checkpoint",
         nargs="?",
+        type=path,
         help="folder or Hub name of a causal language model (default: the small one in the package)",
     )
     made.add_argument("prompt", help="text to continue")

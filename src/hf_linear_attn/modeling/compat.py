@@ -221,6 +221,25 @@ def is_transformed(tensor: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def exportable_state() -> type:
+    """The base of callbacks whose state goes into Trainer's checkpoints. Imported when it is asked for: Trainer takes seconds."""
+    from transformers.trainer_callback import ExportableState
+
+    return ExportableState
+
+
+def loss_since_log(trainer) -> tuple[float, int] | None:
+    """Sum of the losses since Trainer's last log, which its state leaves out, and the step of that log; None before training."""
+    return (trainer._tr_loss.item(), trainer._globalstep_last_logged) if hasattr(trainer, "_tr_loss") else None
+
+
+def add_loss_since_log(trainer, loss: float, last_logged: int) -> None:
+    """Let Trainer's next log count what `loss_since_log` returned in an earlier run, and the loss that train() returns not."""
+    trainer._tr_loss += loss
+    trainer._total_loss_scalar -= loss
+    trainer._globalstep_last_logged = last_logged
+
+
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "CACHE_NAME",
@@ -239,6 +258,7 @@ __all__ = [
     "GradientCheckpointingLayer",
     "LinearAttentionLayer",
     "OutputRecorder",
+    "add_loss_since_log",
     "and_masks",
     "answer_to_both_names",
     "answering_to_both_names",
@@ -252,9 +272,11 @@ __all__ = [
     "create_sliding_window_causal_mask",
     "custom_object_save",
     "either_cache_name",
+    "exportable_state",
     "init",
     "is_transformed",
     "keep_logits",
+    "loss_since_log",
     "merge_with_config_defaults",
     "modeling_auto",
     "rebuilt_by",

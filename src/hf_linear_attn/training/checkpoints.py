@@ -1,36 +1,93 @@
-"""Stopping a Trainer run without losing a step, and finding where to go on."""
+"""Stopping a Trainer run without losing a step, finding where to go on, and what a checkpoint of Trainer's leaves out."""
 
 import json
-import logging
 import re
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
-logger = logging.getLogger(__name__)
+from ..modeling.compat import add_loss_since_log, exportable_state, loss_since_log
+from .files import damage, model_files
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Newest checkpoint-N in `folder` that was written to its end, or None.
-
-    Trainer writes trainer_state.json last, so a run that was killed while it saved leaves a checkpoint without a
-    readable one.
-    """
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoint-N in `folder` with their N, newest first, whole or not."""
     found = [
         (int(match[1]), path)
         for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     ]
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s is incomplete (the run was killed while it saved): going back to the one before", path)
-            continue
-        return path
-    return None
+    return sorted(found, reverse=True)
+
+
+def checkpoint_damage(checkpoint: Path, with_scaler: bool = False) -> str | None:
+    """Why a run cannot go on from `checkpoint` as if nothing had happened, as in "optimizer.pt is missing"; None where it can.
+
+    with_scaler: the run scales its losses (float16), which is a state, too.
+    """
+    files = [*model_files(checkpoint), "optimizer.pt", "scheduler.pt"]
+    files += sorted(path.name for path in checkpoint.glob("rng_state_*.pth")) or ["rng_state.pth"]
+    files += ["scaler.pt"] if with_scaler else []
+    wrong = damage(checkpoint, [*files, "trainer_state.json"])
+    if wrong is None:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if checkpoint.name != f"checkpoint-{state.get('global_step')}" or not isinstance(
+            state.get("log_history"), list
+        ):
+            return "trainer_state.json is damaged"
+    return wrong
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Newest checkpoint-N in `folder` of which every file is there and can be read, or None."""
+    return next((path for _, path in checkpoints(folder) if checkpoint_damage(path) is None), None)
+
+
+class CarriedOver(TrainerCallback, exportable_state()):  # type: ignore[misc]  # a class that is imported late
+    """A callback whose values go through Trainer's checkpoints: a resumed run begins with those of the interrupted one."""
+
+    def values(self) -> dict[str, Any]:
+        """The values, as JSON takes them."""
+        raise NotImplementedError
+
+    def take_over(self, values: dict[str, Any]) -> None:
+        """Go on from what `values` returned."""
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes into trainer_state.json."""
+        return {"args": {}, "attributes": self.values()}
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs):
+        """Take over what the checkpoint brought. One without an entry (of an older version) gets one, which Trainer expects."""
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            self.take_over(saved["attributes"])
+
+
+class LossSinceLog(CarriedOver):
+    """Carries the sum of the losses since the last point of the curve, which Trainer keeps outside its state.
+
+    Without it the first point after a resume is the mean over fewer steps than that of an undisturbed run.
+    """
+
+    def __init__(self, trainer: Trainer | None = None):
+        # None: made by Trainer itself from a checkpoint (restore_callback_states_from_checkpoint)
+        self.trainer = trainer
+
+    def values(self) -> dict[str, Any]:
+        """The sum, and the step of the last point. Nothing before the first step."""
+        found = None if self.trainer is None else loss_since_log(self.trainer)
+        return {} if found is None else dict(zip(("loss", "last_logged"), found, strict=True))
+
+    def take_over(self, values: dict[str, Any]) -> None:
+        """Let the next point count the losses of the interrupted run."""
+        if self.trainer is not None and values:
+            add_loss_since_log(self.trainer, **values)
 
 
 class StopOnSignal(TrainerCallback):

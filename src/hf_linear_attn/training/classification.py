@@ -19,12 +19,14 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, set_se
 from ..modeling.cross_entropy import cross_entropy
 from .checkpoints import StopOnSignal
 from .classification_data import describe_rows, load_classification
-from .language_modeling import REPORT_FILE, describe_machine, free_folder, run_trainer, start_folder, training_arguments
+from .files import write_whole
+from .language_modeling import REPORT_FILE, describe_machine, run_trainer, training_arguments
 from .learning_curve import curve_of, save_curve
-from .measuring import Throughput, peak_memory_mb
+from .measuring import Throughput
 from .model_choice import build_model
 from .options import TrainingOptions
 from .progress import TrainingProgress
+from .run_folder import RunFolder
 from .text_data import SPLITS
 from .tokenized_text import train_bpe_tokenizer
 
@@ -41,7 +43,9 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
     works. Raises ValueError for options that do not fit, FileNotFoundError for a set that is not installed, TrainingInterrupted
     after Ctrl-C or SIGTERM (a checkpoint has been written).
     """
-    folder = free_folder(options)
+    run = RunFolder(options, REPORT_FILE, sources=(options.from_checkpoint, options.tokenizer))
+    if (finished := run.finished_report()) is not None:
+        return finished
     if options.threads:
         torch.set_num_threads(options.threads)
     metrics = require_scikit_learn()
@@ -76,7 +80,7 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
     throughput, stop = Throughput(rows_per_step), StopOnSignal()
     trainer = Trainer(
         model=model,
-        args=training_arguments(options, folder, len(encoded["train"])),
+        args=training_arguments(options, run.path, len(encoded["train"])),
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
         processing_class=tokenizer,
@@ -86,8 +90,8 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
         callbacks=[throughput, stop],
     )
     TrainingProgress.replace_default(trainer, show_bar=not options.quiet)
-    start_folder(options, folder)
-    seconds = run_trainer(trainer, stop, folder, options.resume)
+    run_trainer(trainer, stop, run)
+    measured = run.values()  # before the final evaluation
     report = {
         "task": options.task,
         "family": family,
@@ -96,15 +100,15 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
         "labels": labels,
         "steps": trainer.state.global_step,
         "training_texts": trainer.state.global_step * rows_per_step,
-        "training_seconds": round(seconds, 1),
+        "training_seconds": round(measured["seconds"], 1),
         "texts_per_second": throughput.tokens_per_second,
-        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "peak_memory_mb": round(measured["peak_memory_mb"], 1),
         **{split: _evaluate(trainer, encoded[split], split) for split in SPLITS[1:]},
         "curve": curve_of(trainer.state.log_history),
         "options": asdict(options),
         "machine": describe_machine(),
     }
-    _save(trainer, tokenizer, report, folder)
+    _save(trainer, tokenizer, report, run.path)
     return report
 
 
@@ -173,5 +177,5 @@ def _tokenizer(options: TrainingOptions, rows: "DatasetDict"):
 def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> None:
     trainer.save_model(str(folder))
     tokenizer.save_pretrained(str(folder))
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     save_curve({report["family"]: report["curve"]}, folder, None, report["text"].split(":")[0])
+    write_whole(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")  # last: it says that the run has ended

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,14 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from ..conversion.linearize import linearize
 from ..hub.safe_weights import from_safetensors
-from .checkpoints import StopOnSignal, last_complete_checkpoint
+from .checkpoints import StopOnSignal
 from .classification_data import describe_rows, load_classification
 from .distill_example import example_teacher
-from .distill_options import OPTIONS_FILE, DistillOptions
-from .language_modeling import TrainingInterrupted, describe_machine, stack_blocks
-from .measuring import peak_memory_mb
+from .distill_options import DistillOptions
+from .files import write_whole
+from .language_modeling import TrainingInterrupted, describe_machine, run_trainer, stack_blocks
 from .progress import TrainingProgress
+from .run_folder import RunFolder
 from .sea_distillation import SeaDistillationArguments, SeaDistillationTrainer, add_lora, sea_model
 from .text_data import load_files, load_speeches
 from .tokenized_text import TokenBlocks, prepare_text
@@ -36,10 +35,24 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     Raises ValueError for options that do not fit, TrainingInterrupted after Ctrl-C or SIGTERM (a checkpoint is
     written).
     """
-    folder = _prepare_folder(options)
+    run = RunFolder(options, REPORT_FILE, sources=(options.teacher,))
+    if (finished := run.finished_report()) is not None:
+        return finished
     if options.threads:
         torch.set_num_threads(options.threads)
-    teacher_name = example_teacher(options, folder) if options.example else options.teacher
+    try:
+        return _distill(options, run)
+    except TrainingInterrupted:
+        raise
+    except Exception:
+        run.withdraw()
+        raise
+
+
+def _distill(options: DistillOptions, run: RunFolder) -> dict[str, Any]:
+    if options.example:
+        run.start()  # training the teacher is a part of the run that can be resumed
+    teacher_name = example_teacher(options, run.path) if options.example else options.teacher
     teacher = from_safetensors(getattr(transformers, AUTO_CLASSES[options.task]), teacher_name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(teacher_name)
     train, validation, collator = _data(options, tokenizer, teacher)
@@ -53,7 +66,7 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     trainer = SeaDistillationTrainer(
         add_lora(student, options.lora) if options.lora else student,
         teacher,
-        _arguments(options, folder),
+        _arguments(options, run.path),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -63,27 +76,20 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     trainer.add_callback(stop)
     TrainingProgress.replace_default(trainer, show_bar=not options.quiet)
     report: dict[str, Any] = {"before": evaluate(trainer, options.task), "added_parameters": added}
-    checkpoint = last_complete_checkpoint(folder) if options.resume else None
-    if options.resume:
-        print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the first step")
-    started = time.perf_counter()
-    with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise TrainingInterrupted(trainer.state.global_step, folder, stop.received)
+    run_trainer(trainer, stop, run)
     report |= {
         "after": evaluate(trainer, options.task),
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "seconds": round(run.values()["seconds"], 1),
+        "peak_memory_mb": round(run.values()["peak_memory_mb"], 1),
         "steps": trainer.state.global_step,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "options": asdict(options),
         "machine": describe_machine(),
     }
     model = trainer.model.merge_and_unload() if options.lora else sea_model(trainer.model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    model.save_pretrained(run.path)
+    tokenizer.save_pretrained(run.path)
+    write_whole(run.path / REPORT_FILE, json.dumps(report, indent=2) + "\n")  # last: it says that the run has ended
     return report
 
 
@@ -174,24 +180,7 @@ def _arguments(options: DistillOptions, folder: Path) -> SeaDistillationArgument
         logging_steps=options.log_every,
         logging_first_step=True,
         save_steps=options.save_every or max(1, options.steps // 10),
-        save_total_limit=options.keep_checkpoints,
         disable_tqdm=options.quiet,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available() and not options.cpu,
     )
-
-
-def _prepare_folder(options: DistillOptions) -> Path:
-    """Make the output folder, and refuse to mix two runs in it."""
-    folder = Path(options.output).expanduser()
-    if (folder / OPTIONS_FILE).exists() and not options.resume:
-        if not options.overwrite:
-            raise ValueError(
-                f"output={options.output!r} holds an earlier run: continue it with --resume, delete it with "
-                "--overwrite, or name another folder"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not options.resume:
-        options.save(folder)
-    return folder

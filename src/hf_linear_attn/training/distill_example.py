@@ -1,7 +1,11 @@
 """The teachers of `hf-linear-attn distill --example`: MiniLM that learns to tell topics apart, or a small GPT-2."""
 
 import importlib.util
+import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -15,7 +19,8 @@ from transformers import (
 
 from ..hub.safe_weights import from_safetensors
 from .distill_options import DistillOptions
-from .options import TrainingOptions
+from .files import damage, model_files, write_whole
+from .options import OPTIONS_FILE, TrainingOptions
 from .progress import TrainingProgress
 
 LANGUAGE_MODEL = {
@@ -30,6 +35,7 @@ LANGUAGE_MODEL = {
     "eval_tokens": 10_000,
 }
 TEACHER_STEPS, TEACHER_LEARNING_RATE = 40, 1e-4
+RECIPE_FILE = "example.json"
 
 
 def minilm_folder() -> Path | None:
@@ -45,22 +51,50 @@ def example_set() -> str:
 
 
 def example_teacher(options: DistillOptions, folder: Path) -> str:
-    """Train the example's teacher into `folder`/teacher, if it is not there yet; returns that path."""
-    name = folder / "teacher"
-    if (name / "config.json").exists():
-        return str(name)
+    """Train the example's teacher into `folder`/teacher, or go on with that, if it is not there yet; returns that path.
+
+    ValueError for something else at that place, which is not replaced: students of earlier runs may need it.
+    """
+    from .language_modeling import TrainingInterrupted, train_language_model
+
+    name, recipe = folder / "teacher", _recipe(options)
+    if name.exists() and any(name.iterdir()) and not options.resume and _saved_recipe(name) != recipe:
+        raise ValueError(
+            f"{str(name)!r} is not the teacher that this example would train, and is not replaced: name another output folder, "
+            "or move it away"
+        )
     if options.task == "classification":
-        _train_classifier(options, name)
+        if damage(name, model_files(name)):
+            _train_classifier(options, name, recipe)
+        return str(name)
+    name.mkdir(parents=True, exist_ok=True)
+    write_whole(name / RECIPE_FILE, json.dumps(recipe) + "\n")
+    more = {"output": str(name), "threads": options.threads, "quiet": options.quiet}
+    if (name / OPTIONS_FILE).exists():
+        teacher = TrainingOptions.for_resume(more)
     else:
         print("training the teacher: a small GPT-2 on the speeches")
-        from .language_modeling import train_language_model
-
-        more = {"threads": options.threads, "quiet": options.quiet, "cpu": options.cpu, "seed": options.seed}
-        train_language_model(TrainingOptions(**LANGUAGE_MODEL, output=str(name), overwrite=True, **more))
+        teacher = TrainingOptions(**LANGUAGE_MODEL, **more, cpu=options.cpu, seed=options.seed)
+    try:
+        train_language_model(teacher)
+    except TrainingInterrupted as stop:
+        raise TrainingInterrupted(stop.step, folder, stop.signal_number) from None
     return str(name)
 
 
-def _train_classifier(options: DistillOptions, name: Path) -> None:
+def _recipe(options: DistillOptions) -> dict[str, Any]:
+    """All that decides what the teacher becomes."""
+    names = ["task", "seed"]
+    if options.task == "classification":
+        names += ["data", "block_length", "batch_size"]
+    return {name: getattr(options, name) for name in names}
+
+
+def _saved_recipe(teacher: Path) -> Any:
+    return None if damage(teacher, [RECIPE_FILE]) else json.loads((teacher / RECIPE_FILE).read_text(encoding="utf-8"))
+
+
+def _train_classifier(options: DistillOptions, name: Path, recipe: dict[str, Any]) -> None:
     from .classification_data import describe_rows, load_classification
 
     source = minilm_folder()
@@ -72,6 +106,8 @@ def _train_classifier(options: DistillOptions, name: Path) -> None:
     texts = load_classification(options.data)
     names = texts["train"].features["label"].names
     print(f"fine-tuning the teacher: MiniLM, {TEACHER_STEPS} steps on {options.data[0]} ({describe_rows(texts)})")
+    part = name.with_name(".teacher")  # under its name only when it is complete
+    shutil.rmtree(part, ignore_errors=True)
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(source)
     numbered = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
@@ -83,7 +119,7 @@ def _train_classifier(options: DistillOptions, name: Path) -> None:
 
     rows = texts["train"].map(encode, batched=True, remove_columns=texts["train"].column_names)
     arguments = TrainingArguments(
-        str(name),
+        str(part),
         max_steps=TEACHER_STEPS,
         per_device_train_batch_size=options.batch_size,
         learning_rate=TEACHER_LEARNING_RATE,
@@ -101,5 +137,8 @@ def _train_classifier(options: DistillOptions, name: Path) -> None:
     )
     TrainingProgress.replace_default(trainer, show_bar=not options.quiet)
     trainer.train()
-    teacher.save_pretrained(name)
-    tokenizer.save_pretrained(name)
+    teacher.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    write_whole(part / RECIPE_FILE, json.dumps(recipe) + "\n")
+    shutil.rmtree(name, ignore_errors=True)
+    os.replace(part, name)

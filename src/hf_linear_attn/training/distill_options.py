@@ -2,12 +2,10 @@
 
 # ruff: noqa: RUF009  (`option` is `dataclasses.field` with a help text)
 
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
-from .options import PRECISIONS, option
+from .options import PRECISIONS, RunOptions, option, path
 
 OPTIONS_FILE = "distill_options.json"
 TASKS = ("causal-lm", "classification")
@@ -27,15 +25,19 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "causal-lm": {"k": 16, "predictor_length": 64, "block_length": 256, "steps": 200, "loss_rows": 64, "eval_rows": 16},
 }
 # What a resumed run may change: none of these alters the loss curve.
-FREE_ON_RESUME = {"output", "resume", "overwrite", "quiet", "threads", "keep_checkpoints", "save_every"}
+FREE_ON_RESUME = frozenset({"output", "resume", "overwrite", "quiet", "threads", "keep_checkpoints", "save_every"})
 
 
 @dataclass
-class DistillOptions:
+class DistillOptions(RunOptions):
     """Options of one distillation. Constructing them checks every value; ValueError names the field and its range."""
 
+    file_name = OPTIONS_FILE
+    command = "distill"
+    free_on_resume = FREE_ON_RESUME
+
     # The models.
-    teacher: str | None = option(None, "models", "folder or Hub name of the pretrained model", metavar="NAME")
+    teacher: str | None = option(None, "models", "folder or Hub name of the pretrained model", path, metavar="NAME")
     example: bool = option(False, "models", "fine-tune or train a small teacher first, then distil it", bool)
     task: str = option("causal-lm", "models", "what the teacher predicts", choices=TASKS)
     k: int = option(64, "models", "mean number of keys that a query attends to in a head", int)
@@ -49,9 +51,10 @@ class DistillOptions:
         [],
         "text",
         "training files; classification: with columns text and label, or a set: bbc, r8, spam-assassin, speeches",
+        path,
         metavar="FILE",
     )
-    validation_data: list[str] = option([], "text", "validation files (default: 5%% of the text)", metavar="FILE")
+    validation_data: list[str] = option([], "text", "validation files (default: 5%% of the text)", path, metavar="FILE")
     block_length: int = option(512, "text", "tokens in a row; classification: the most tokens of a text", int)
 
     # The optimisation.
@@ -71,9 +74,9 @@ class DistillOptions:
     seed: int = option(0, "optimisation", "seed of the weights and the order of the batches", int)
 
     # The run.
-    output: str = option("outputs/distill", "run", "folder for the student and its report", metavar="FOLDER")
+    output: str = option("outputs/distill", "run", "folder for the student and its report", path, metavar="FOLDER")
     resume: bool = option(False, "run", "continue the interrupted run in the output folder", bool)
-    overwrite: bool = option(False, "run", "delete an earlier run in the output folder first", bool)
+    overwrite: bool = option(False, "run", "replace an earlier run in the output folder", bool)
     log_every: int = option(20, "run", "steps between two lines of losses", int)
     eval_rows: int = option(64, "run", "validation rows of an evaluation", int)
     save_every: int | None = option(None, "run", "steps between checkpoints (default: a tenth of the run)", int)
@@ -81,6 +84,7 @@ class DistillOptions:
     quiet: bool = option(False, "run", "no progress bar", bool)
 
     def __post_init__(self):
+        self.expand_paths()
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value not in choices:
@@ -97,11 +101,7 @@ class DistillOptions:
         if self.task == "classification" and not self.data:
             raise ValueError("classification needs data: files with the columns text and label, or the name of a set")
         if self.resume and self.overwrite:
-            raise ValueError("resume continues the run that overwrite would delete: give one of the two")
-
-    def save(self, folder: Path) -> None:
-        """Write the options beside the run."""
-        (folder / OPTIONS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+            raise ValueError("resume continues the run that overwrite would replace: give one of the two")
 
     @classmethod
     def from_arguments(cls, given: dict[str, Any]) -> "DistillOptions":
@@ -113,21 +113,3 @@ class DistillOptions:
             data = {"data": [example_set()]} if task == "classification" else {}
             given = {**EXAMPLES.get(task, {}), **data, "task": task, **given}
         return cls(**given)
-
-    @classmethod
-    def for_resume(cls, given: dict[str, Any]) -> "DistillOptions":
-        """Options of the run in given["output"]; other given values must be equal to the run's, or harmless."""
-        folder = Path(given.get("output", cls.output))
-        file = folder / OPTIONS_FILE
-        if not file.exists():
-            raise ValueError(
-                f"there is no run to resume in {str(folder)!r} ({OPTIONS_FILE} is missing): distil without resume"
-            )
-        saved = json.loads(file.read_text())
-        for name, value in given.items():
-            if name not in FREE_ON_RESUME and value != saved[name]:
-                raise ValueError(
-                    f"the run in {str(folder)!r} has {name}={saved[name]!r}, so resuming with {name}={value!r} would "
-                    f"bend its loss curve: leave {name} out, or start a new run in another output folder"
-                )
-        return cls(**{**saved, "overwrite": False, **given, "resume": True})

@@ -11,8 +11,6 @@ print(report["test"]["perplexity"], report["tokens_per_second"])
 import json
 import math
 import platform
-import shutil
-import time
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ import torch
 import transformers
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .checkpoints import StopOnSignal, last_complete_checkpoint
+from .checkpoints import LossSinceLog, StopOnSignal
+from .files import write_whole
 from .learning_curve import curve_of, save_curve
 from .masked_words import (
     BlocksToMask,
@@ -30,10 +29,11 @@ from .masked_words import (
     MaskingCollator,
     NewMasksEachEpoch,
 )
-from .measuring import Throughput, peak_memory_mb
+from .measuring import Throughput
 from .model_choice import build_model
-from .options import OPTIONS_FILE, TrainingOptions
+from .options import TrainingOptions
 from .progress import TrainingProgress
+from .run_folder import RunFolder
 from .text_data import SPLITS, TextData, load_files, load_hub_dataset, load_speeches
 from .tokenized_text import TokenBlocks, TokenizedText, prepare_text
 
@@ -45,7 +45,7 @@ class TrainingInterrupted(RuntimeError):
 
     def __init__(self, step: int, folder: Path, signal_number: int):
         super().__init__(f"stopped after step {step}, which is saved: continue with --resume --output {folder}")
-        self.signal_number = signal_number
+        self.step, self.signal_number = step, signal_number
 
 
 def load_text(options: TrainingOptions) -> TextData:
@@ -69,7 +69,9 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
     Raises ValueError for options that do not fit, TrainingInterrupted after Ctrl-C or SIGTERM (a checkpoint has been
     written).
     """
-    folder = free_folder(options)
+    run = RunFolder(options, REPORT_FILE, sources=(options.from_checkpoint, options.tokenizer))
+    if (finished := run.finished_report()) is not None:
+        return finished
     if options.threads:
         torch.set_num_threads(options.threads)
     data = load_text(options)
@@ -89,14 +91,13 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
 
     tokens_per_step = options.batch_size * options.accumulate * options.block_length
     throughput, stop = Throughput(tokens_per_step), StopOnSignal()
-    trainer = _trainer(options, model, tokenizer, text, folder, [throughput, stop])
+    trainer = _trainer(options, model, tokenizer, text, run.path, [throughput, stop])
     limit = options.final_eval_tokens
     final = {split: TokenBlocks(text.ids[split], options.block_length, limit, name=split) for split in SPLITS[1:]}
     if masked:
         final = {split: MaskedOnce(blocks, trainer.data_collator) for split, blocks in final.items()}
-    start_folder(options, folder)
-    seconds = run_trainer(trainer, stop, folder, options.resume)
-    peak = peak_memory_mb()  # of training: before the final evaluation
+    run_trainer(trainer, stop, run)
+    measured = run.values()  # before the final evaluation
 
     report = {
         "task": options.task,
@@ -106,15 +107,15 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "tokens_per_step": tokens_per_step,
         "training_tokens": trainer.state.global_step * tokens_per_step,
-        "training_seconds": round(seconds, 1),
+        "training_seconds": round(measured["seconds"], 1),
         "tokens_per_second": throughput.tokens_per_second,
-        "peak_memory_mb": round(peak, 1),
+        "peak_memory_mb": round(measured["peak_memory_mb"], 1),
         **{split: evaluate_split(trainer, final[split], text, split) for split in final},
         "curve": curve_of(trainer.state.log_history),
         "options": asdict(options),
         "machine": describe_machine(),
     }
-    _save(trainer, tokenizer, report, folder)
+    _save(trainer, tokenizer, report, run.path)
     return report
 
 
@@ -142,17 +143,30 @@ def _trainer(options: TrainingOptions, model, tokenizer, text: TokenizedText, fo
     return trainer
 
 
-def run_trainer(trainer: Trainer, stop: StopOnSignal, folder: Path, resume: bool) -> float:
-    """Train from the start or from the last checkpoint; returns the seconds. TrainingInterrupted after a signal."""
-    checkpoint = last_complete_checkpoint(folder) if resume else None
-    if resume:
+def run_trainer(trainer: Trainer, stop: StopOnSignal, run: RunFolder) -> None:
+    """Train from the start or from the checkpoint of the run. TrainingInterrupted after a signal."""
+    args, max_steps, checkpoint = trainer.args, trainer.args.max_steps, run.checkpoint
+    if run.options.resume:
         print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the first step")
-    started = time.perf_counter()
-    with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise TrainingInterrupted(trainer.state.global_step, folder, stop.received)
-    return time.perf_counter() - started
+    if run.step >= max_steps:
+        print(f"all {run.step} steps are done: nothing is left to train")
+        args.max_steps, args.num_train_epochs = (
+            -1,
+            0,
+        )  # Trainer would take one step more, and so loads the checkpoint alone
+    trainer.add_callback(run)
+    if not any(isinstance(each, LossSinceLog) for each in trainer.callback_handler.callbacks):
+        trainer.add_callback(LossSinceLog(trainer))
+    run.start()
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception:
+        run.withdraw()
+        raise
+    args.max_steps = trainer.state.max_steps = max_steps
+    if stop.received is not None and trainer.state.global_step < max_steps:
+        raise TrainingInterrupted(trainer.state.global_step, run.path, stop.received)
 
 
 def training_arguments(options: TrainingOptions, folder: Path, rows: int) -> TrainingArguments:
@@ -185,7 +199,6 @@ def training_arguments(options: TrainingOptions, folder: Path, rows: int) -> Tra
         eval_steps=options.eval_every or tenth,
         prediction_loss_only=options.task == "causal-lm",
         save_steps=options.save_every or tenth,
-        save_total_limit=options.keep_checkpoints,
         disable_tqdm=options.quiet,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available() and not options.cpu,
@@ -227,37 +240,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def free_folder(options: TrainingOptions) -> Path:
-    """The output folder, after refusing to mix two runs in it. Nothing is written yet: a later error leaves no trace."""
-    folder = Path(options.output).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output={options.output!r} is a file, not a folder")
-    if (folder / OPTIONS_FILE).exists() and not (options.resume or options.overwrite):
-        raise ValueError(
-            f"output={options.output!r} holds an earlier run: continue it with --resume, replace it with "
-            "--overwrite, or name another folder"
-        )
-    return folder
-
-
-def start_folder(options: TrainingOptions, folder: Path) -> None:
-    """Make the folder and note the options in it; of an earlier run that is replaced, remove what could be taken for the new."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if options.resume:
-        return
-    if (folder / OPTIONS_FILE).exists():
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        for name in (REPORT_FILE, "learning_curve.json", "learning_curve.png", "model.safetensors"):
-            (folder / name).unlink(missing_ok=True)
-    options.save(folder)
-
-
 def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> None:
     if report["task"] == "causal-lm":
         trainer.model.config.use_cache = True  # Trainer switches it off for training, and would save it so
     trainer.save_model(str(folder))
     tokenizer.save_pretrained(str(folder))
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     label = report["family"]
     save_curve({label: report["curve"]}, folder, {label: report["tokens_per_step"]}, report["text"].split(":")[0])
+    write_whole(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")  # last: it says that the run has ended

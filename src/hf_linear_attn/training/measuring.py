@@ -2,9 +2,11 @@
 
 import sys
 import time
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+
+from .checkpoints import CarriedOver
 
 
 def peak_memory_mb() -> float:
@@ -21,7 +23,7 @@ def peak_memory_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
 
 
-class Throughput(TrainerCallback):
+class Throughput(CarriedOver):
     """Adds up the time of the optimizer steps: no evaluation, no saving, and not the first step, which warms up."""
 
     def __init__(self, tokens_per_step: int):
@@ -30,6 +32,10 @@ class Throughput(TrainerCallback):
         self.steps = 0
         self._first = True
         self._start = 0.0
+
+    def values(self) -> dict[str, Any]:
+        """What is measured so far."""
+        return {"seconds": self.seconds, "steps": self.steps}
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the clock."""

@@ -5,9 +5,12 @@ Light to import, so that `--help` answers at once.
 # ruff: noqa: RUF009  (`option` is `dataclasses.field` with a help text)
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+import os
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from .files import write_whole
 
 OPTIONS_FILE = "training_options.json"
 FAMILIES = ("leap", "fastformer", "danet", "gpt2", "bert")
@@ -17,16 +20,16 @@ ENCODERS = ("danet", "bert")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 # What a resumed run may change: none of these alters the loss curve.
-FREE_ON_RESUME = {
-    "output",
-    "resume",
-    "overwrite",
-    "quiet",
-    "threads",
-    "keep_checkpoints",
-    "save_every",
-    "final_eval_tokens",
-}
+FREE_ON_RESUME = frozenset(
+    {"output", "resume", "overwrite", "quiet", "threads", "keep_checkpoints", "save_every", "final_eval_tokens"}
+)
+
+
+def path(text: str) -> str:
+    """Kind of an option that names a file or folder, or may: `~` and `~user` become the home folder, which a shell leaves alone
+    in --output=~/run and within quotes.
+    """
+    return os.path.expanduser(text)
 
 
 def option(default: Any, group: str, help: str, kind: type = str, choices: tuple = (), metavar: str | None = None):
@@ -54,10 +57,83 @@ def key_values(pairs: list[str], name: str) -> dict[str, Any]:
 
 
 @dataclass
-class TrainingOptions:
+class RunOptions:
+    """What the options of `train` and `distill` have in common: they lie in the run's folder, where a resumed run finds them."""
+
+    # Without annotations, which would make fields of them.
+    file_name = ""
+    command = ""
+    free_on_resume = frozenset[str]()
+
+    def expand_paths(self) -> None:
+        """Put the home folder in the place of `~` in every path."""
+        for each in fields(self):
+            setattr(self, each.name, _expanded(each, getattr(self, each.name)))
+
+    def save(self, folder: Path, run_id: str | None = None) -> None:
+        """Write the options beside the run, for `resume` and for whoever wants to know later.
+
+        run_id: mark that the checkpoints of the run bear, too, so that they are not taken for those of another one.
+        """
+        mark = {} if run_id is None else {"run_id": run_id}
+        write_whole(folder / self.file_name, json.dumps(mark | asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load_marked(cls, folder: Path) -> tuple[Any, str | None]:
+        """What `save` wrote: options and mark (None in a folder of version 0.1.0). ValueError where the folder holds no run."""
+        file = folder / cls.file_name
+        if not file.exists():
+            raise ValueError(
+                f"there is no run to resume in {str(folder)!r} ({cls.file_name} is missing): {cls.command} without resume"
+            )
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            mark = saved.pop("run_id", None)
+            return cls(**saved), mark
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the options of the run in {str(folder)!r} cannot be used ({cls.file_name}: {error}): start it again with "
+                "overwrite, or name another folder"
+            ) from error
+
+    @classmethod
+    def load(cls, folder: Path) -> Any:
+        """The options that `save` wrote. ValueError where the folder holds no run."""
+        return cls.load_marked(folder)[0]
+
+    @classmethod
+    def for_resume(cls, given: dict[str, Any]) -> Any:
+        """Options of the run in given["output"]; other given values must be equal to the run's, or must not touch its
+        curve.
+        """
+        known = {each.name: each for each in fields(cls)}
+        given = {name: _expanded(known[name], value) if name in known else value for name, value in given.items()}
+        folder = Path(given.get("output", known["output"].default))
+        saved = asdict(cls.load(folder))
+        for name, value in given.items():
+            if name not in cls.free_on_resume and value != saved[name]:
+                raise ValueError(
+                    f"the run in {str(folder)!r} has {name}={saved[name]!r}, so resuming with {name}={value!r} would "
+                    f"bend its loss curve: leave {name} out, or start a new run in another output folder"
+                )
+        return cls(**{**saved, "overwrite": False, **given, "output": str(folder), "resume": True})
+
+
+def _expanded(each: Field, value: Any) -> Any:
+    if each.metadata["kind"] is not path or value is None:
+        return value
+    return [path(word) for word in value] if isinstance(value, list) else path(value)
+
+
+@dataclass
+class TrainingOptions(RunOptions):
     """Options of one training run. Constructing them checks every value;
     ValueError names the field and its legal range.
     """
+
+    file_name = OPTIONS_FILE
+    command = "train"
+    free_on_resume = FREE_ON_RESUME
 
     # The model.
     task: str = option(
@@ -70,7 +146,7 @@ class TrainingOptions:
         None, "model", "model family (default: leap; danet for mlm and classification)", choices=FAMILIES
     )
     from_checkpoint: str | None = option(
-        None, "model", "start from the weights, tokenizer and sizes of this trained model", metavar="FOLDER"
+        None, "model", "start from the weights, tokenizer and sizes of this trained model", path, metavar="FOLDER"
     )
     causal: bool = option(
         False,
@@ -99,21 +175,22 @@ class TrainingOptions:
         "text",
         "training files or folders: .txt, .jsonl, .csv, .parquet; for classification also a set: speeches, "
         "spam-assassin, r8, bbc",
+        path,
         metavar="FILE",
     )
     validation_data: list[str] = option(
-        [], "text", "validation files (default: 5%% of the training text)", metavar="FILE"
+        [], "text", "validation files (default: 5%% of the training text)", path, metavar="FILE"
     )
-    test_data: list[str] = option([], "text", "test files (default: 5%% of the training text)", metavar="FILE")
+    test_data: list[str] = option([], "text", "test files (default: 5%% of the training text)", path, metavar="FILE")
     dataset: str | None = option(
-        None, "text", "data set of the Hub instead of files, as in Salesforce/wikitext", metavar="NAME"
+        None, "text", "data set of the Hub instead of files, as in Salesforce/wikitext", path, metavar="NAME"
     )
     dataset_config: str | None = option(None, "text", "its configuration, as in wikitext-2-raw-v1", metavar="NAME")
     text_column: str = option("text", "text", "column that holds the text")
     label_column: str = option("label", "text", "column that holds the class of a text, for classification")
     join_rows: bool = option(False, "text", "rows are lines of one text, not documents", bool)
     tokenizer: str | None = option(
-        None, "text", "existing tokenizer, folder or Hub name (default: train a BPE)", metavar="NAME"
+        None, "text", "existing tokenizer, folder or Hub name (default: train a BPE)", path, metavar="NAME"
     )
     vocab_size: int = option(
         4096, "text", "size of the byte-level BPE that is trained on the training text, at least 259", int
@@ -142,7 +219,7 @@ class TrainingOptions:
 
     # The run.
     output: str = option(
-        "outputs/train", "run", "folder for the model, its checkpoints, curve and report", metavar="FOLDER"
+        "outputs/train", "run", "folder for the model, its checkpoints, curve and report", path, metavar="FOLDER"
     )
     resume: bool = option(False, "run", "continue the interrupted run in the output folder, with its own options", bool)
     overwrite: bool = option(False, "run", "replace an earlier run in the output folder", bool)
@@ -157,6 +234,7 @@ class TrainingOptions:
     quiet: bool = option(False, "run", "no progress bar", bool)
 
     def __post_init__(self):
+        self.expand_paths()
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value is not None and value not in choices:
@@ -264,32 +342,3 @@ class TrainingOptions:
     def config_fields(self) -> dict[str, Any]:
         """The KEY=VALUE pairs of `config`."""
         return key_values(self.config, "config")
-
-    def save(self, folder: Path) -> None:
-        """Write the options beside the run, for `resume` and for whoever wants to know later."""
-        (folder / OPTIONS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> "TrainingOptions":
-        """Read what `save` wrote. ValueError where the folder holds no run."""
-        file = folder / OPTIONS_FILE
-        if not file.exists():
-            raise ValueError(
-                f"there is no run to resume in {str(folder)!r} ({OPTIONS_FILE} is missing): train without resume"
-            )
-        return cls(**json.loads(file.read_text()))
-
-    @classmethod
-    def for_resume(cls, given: dict[str, Any]) -> "TrainingOptions":
-        """Options of the run in given["output"]; other given values must be equal to the run's, or must not touch its
-        curve.
-        """
-        folder = Path(given.get("output", cls.output))
-        saved = asdict(cls.load(folder))
-        for name, value in given.items():
-            if name not in FREE_ON_RESUME and value != saved[name]:
-                raise ValueError(
-                    f"the run in {str(folder)!r} has {name}={saved[name]!r}, so resuming with {name}={value!r} would "
-                    f"bend its loss curve: leave {name} out, or start a new run in another output folder"
-                )
-        return cls(**{**saved, **{"overwrite": False}, **given, "resume": True})

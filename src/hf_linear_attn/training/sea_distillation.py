@@ -29,6 +29,7 @@ from ..modeling.sea_hosts import HOSTS
 from ..modeling.sea_inputs import PACKING_KEYWORDS
 from ..modeling.sea_losses import TeacherTargets
 from ..modeling.sequence_inputs import SequenceInputs, prepare_sequence
+from .checkpoints import LossSinceLog
 
 SEA_MARK = ".sea."
 BLOCK_ELEMENTS = 1 << 24  # elements of the predictions that are compared together
@@ -114,6 +115,22 @@ class SaveAsTheTeacher(TrainerCallback):
         if self.published:
             student.generation_config._original_object_hash = hash(student.generation_config)
         check_can_be_saved(student)
+
+
+class DistillationSinceLog(LossSinceLog):
+    """Carries the terms of the loss since the last log through a checkpoint, as their sum."""
+
+    def values(self) -> dict[str, Any]:
+        """The sum of the losses, and each term of each batch."""
+        terms = {} if self.trainer is None else self.trainer._terms
+        return super().values() | {"terms": {name: [float(each) for each in found] for name, found in terms.items()}}
+
+    def take_over(self, values: dict[str, Any]) -> None:
+        """Begin with what the interrupted run had not logged."""
+        super().take_over({name: value for name, value in values.items() if name != "terms"})
+        if self.trainer is not None:
+            for name, found in values.get("terms", {}).items():
+                self.trainer._terms[name] = [torch.tensor(each, device=self.trainer.args.device) for each in found]
 
 
 def sea_model(model: nn.Module) -> SeaPreTrainedModel:
@@ -215,6 +232,7 @@ class SeaDistillationTrainer(Trainer):
         self._saving = SaveAsTheTeacher()
         self.add_callback(self._saving)
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.add_callback(DistillationSinceLog(self))
 
     def train(self, *args, **kwargs):
         """As Trainer's, after a look at what will be saved (ValueError if Transformers would refuse to)."""

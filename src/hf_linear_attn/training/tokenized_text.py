@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PAD, BOS, EOS, MASK = "<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>"
 SMALLEST_VOCABULARY = 256 + 3
+TOKENIZER_DIGEST = "tokenizer_digest"
 
 
 def cache_folder() -> Path:
@@ -91,15 +92,17 @@ class TokenizedText:
         """Mean loss in nats per token -> bits per byte of the text, which compares models with different tokenizers."""
         return loss / float(np.log(2)) * len(self.ids[split]) / self.num_bytes[split]
 
-    def save(self, path: Path) -> None:
-        """Write one compressed .npz: ids as uint16 (uint32 for vocabularies above 65536). Readers need NumPy alone."""
+    def save(self, path: Path, **more: np.ndarray) -> None:
+        """Write one compressed .npz: ids as uint16 (uint32 for vocabularies above 65536), and more arrays under their names.
+        Readers need NumPy alone.
+        """
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         arrays = {f"ids_{split}": ids.astype(dtype) for split, ids in self.ids.items()}
         arrays |= {f"bytes_{split}": np.array(count) for split, count in self.num_bytes.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         with part.open("wb") as file:
-            np.savez_compressed(file, vocab_size=np.array(self.vocab_size), **arrays)
+            np.savez_compressed(file, vocab_size=np.array(self.vocab_size), **arrays, **more)
         os.replace(part, path)  # an interrupted run leaves no half-written file under the final name
 
     @classmethod
@@ -138,12 +141,14 @@ def prepare_text(
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    kind = [1, vocab_size, tokenizer_name, *(["encoder"] if for_encoder else [])]
+    kind = [2, vocab_size, tokenizer_name, *(["encoder"] if for_encoder else [])]
     digest = hashlib.sha256(json.dumps(kind).encode())
+    num_bytes = dict.fromkeys(data.documents, 0)
     for split, documents in data.documents.items():
         digest.update(split.encode())
         for text in documents["text"]:
             digest.update(text.encode() + b"\0")
+            num_bytes[split] += len(text.encode())
     folder = cache_folder() / "text" / digest.hexdigest()[:16]
     ids_file = folder / "ids.npz"
     if tokenizer_name is not None:
@@ -151,12 +156,29 @@ def prepare_text(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
         return tokenizer, tokenize_documents(data, tokenizer)
     if ids_file.exists():
-        return PreTrainedTokenizerFast.from_pretrained(folder), TokenizedText.load(ids_file)
+        try:
+            kept = TokenizedText.load(ids_file)
+            with np.load(ids_file) as arrays:
+                if str(arrays[TOKENIZER_DIGEST]) != _digest_of_tokenizer(folder) or kept.num_bytes != num_bytes:
+                    raise ValueError("the tokens are not those of this text and tokenizer")
+            return PreTrainedTokenizerFast.from_pretrained(folder), kept
+        except Exception:  # whatever a broken file makes NumPy or the tokenizers library raise, both can be made again
+            print(f"the tokenizer or the tokens of this text in {folder} are damaged: making them again")
+            ids_file.unlink()
     tokenizer = train_bpe_tokenizer(data.documents["train"]["text"], vocab_size, for_encoder)
     text = tokenize_documents(data, tokenizer)
     tokenizer.save_pretrained(folder)
-    text.save(ids_file)  # last: its presence says that the folder is complete
+    # Last: its presence says that the folder is complete.
+    text.save(ids_file, **{TOKENIZER_DIGEST: np.array(_digest_of_tokenizer(folder))})
     return tokenizer, text
+
+
+def _digest_of_tokenizer(folder: Path) -> str:
+    """Digest of the files of the tokenizer in the cache, to which the tokens beside it belong."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.json")):
+        digest.update(f"{file.name}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 class TokenBlocks(torch.utils.data.Dataset):
