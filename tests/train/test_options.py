@@ -15,7 +15,7 @@ from hf_linear_attn.training.options import TrainingOptions
         ({"dropout": 1.0}, "dropout must be at least 0 and less than 1, got 1.0"),
         ({"learning_rate": 0.0}, "learning_rate must be greater than 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be greater than 0"),
-        ({"steps": 0}, "steps must be greater than 0"),
+        ({"steps": 0}, "steps must be at least 1"),
         ({"steps": 5, "epochs": 1.0}, "steps or epochs"),
         ({"block_length": 1}, "block_length must be at least 2"),
         ({"vocab_size": 100}, "vocab_size must be at least 259"),

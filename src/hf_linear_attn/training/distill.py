@@ -1,7 +1,6 @@
 """One distillation from a pretrained model to its SEA student on files of text, with a report; resumable."""
 
 import json
-import math
 import shutil
 import time
 from dataclasses import asdict
@@ -10,15 +9,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import DataCollatorWithPadding, set_seed
 
 from ..conversion.linearize import linearize
+from ..hub.loading import load_model, load_tokenizer
 from .checkpoints import StopOnSignal, last_complete_checkpoint
 from .classification_data import describe_rows, load_classification
 from .distill_example import example_teacher
 from .distill_options import OPTIONS_FILE, DistillOptions
 from .language_modeling import TrainingInterrupted, describe_machine, stack_blocks
-from .measuring import peak_memory_mb
+from .measuring import peak_memory_mb, perplexity
 from .progress import TrainingProgress
 from .sea_distillation import SeaDistillationArguments, SeaDistillationTrainer, add_lora, sea_model
 from .text_data import load_files, load_speeches
@@ -39,8 +39,8 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     teacher_name = example_teacher(options, folder) if options.example else options.teacher
-    teacher = getattr(transformers, AUTO_CLASSES[options.task]).from_pretrained(teacher_name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_name)
+    teacher = load_model(getattr(transformers, AUTO_CLASSES[options.task]), teacher_name, dtype=torch.float32)
+    tokenizer = load_tokenizer(teacher_name)
     train, validation, collator = _data(options, tokenizer, teacher)
     set_seed(options.seed)
     student = linearize(
@@ -102,8 +102,8 @@ def evaluate(trainer: SeaDistillationTrainer, task: str) -> dict[str, float]:
         metrics["eval_teacher_accuracy"] = right / len(labels)
     else:
         metrics = trainer.evaluate()
-        metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
-        metrics["eval_teacher_perplexity"] = math.exp(metrics["eval_teacher_loss"])
+        metrics["eval_perplexity"] = perplexity(metrics["eval_loss"])
+        metrics["eval_teacher_perplexity"] = perplexity(metrics["eval_teacher_loss"])
     unwanted = ("runtime", "per_second", "preparation_time")
     return {
         name.removeprefix("eval_"): value

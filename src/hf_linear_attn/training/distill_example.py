@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
+from ..hub.loading import load_model, load_tokenizer
 from .distill_options import DistillOptions
 from .options import TrainingOptions
 from .progress import TrainingProgress
@@ -72,9 +72,9 @@ def _train_classifier(options: DistillOptions, name: Path) -> None:
     names = texts["train"].features["label"].names
     print(f"fine-tuning the teacher: MiniLM, {TEACHER_STEPS} steps on {options.data[0]} ({describe_rows(texts)})")
     set_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     numbered = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
-    teacher = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, **numbered)
+    teacher = load_model(AutoModelForSequenceClassification, source, new_head=True, dtype=torch.float32, **numbered)
 
     def encode(batch):
         found = tokenizer(batch["text"], truncation=True, max_length=options.block_length)
