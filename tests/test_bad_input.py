@@ -40,6 +40,11 @@ def lm(**arguments):
     return lambda row: row.causal_lm()(**{"input_ids": tokens(2, 9), **arguments})
 
 
+def writing(**arguments):
+    """Likewise of `generate()`."""
+    return lambda row: row.causal_lm().generate(tokens(2, 9), max_new_tokens=2, **arguments)
+
+
 def body(**arguments):
     """Likewise of the body, which encoders have, too."""
     return lambda row: row.build("AutoModel")(**{"input_ids": tokens(2, 9), **arguments})
@@ -242,6 +247,11 @@ TOKENS = [
     Case("not-causal", body(is_causal=False), ("is_causal=False", "earlier")),
 ]
 MASKS_AND_POSITIONS = [
+    Case("mask-of-generate-too-short", writing(attention_mask=ones(2, 8)), ("attention_mask", "(2, 8)", "(2, 9)")),
+    Case(
+        "mask-of-generate-of-another-batch", writing(attention_mask=ones(3, 9)), ("attention_mask", "(3, 9)", "(2, 9)")
+    ),
+    Case("mask-of-generate-no-tensor", writing(attention_mask=[[1] * 9] * 2), ("attention_mask", "list", "(2, 9)")),
     Case("mask-too-long", body(attention_mask=ones(2, 11)), ("attention_mask", "11", "9"), names=EVERY_BODY),
     Case("mask-too-short", body(attention_mask=ones(2, 8)), ("attention_mask", "(2, 8)", "(2, 9)"), names=EVERY_BODY),
     Case("mask-of-another-batch", body(attention_mask=ones(3, 9)), ("attention_mask", "(3, 9)"), names=EVERY_BODY),

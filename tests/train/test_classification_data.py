@@ -158,7 +158,7 @@ def test_own_files_with_words_or_numbers_as_labels(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text,topic\na,b\n", r"lacks the column\(s\) \['label'\]"),
+        ("text,topic\na,b\n", "lacks the column label_column='label'"),
         ("text,label\na,x\nb,x\n", "one class only, 'x'"),
         ("text,label\na,x\nb,y\n", "too few to hold out"),
     ],

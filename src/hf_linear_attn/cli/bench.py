@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..training.number_range import COUNT, LARGEST_INT, THREADS, NumberRange
 from ..training.options import path
 from .parser import Parser, one_of
 from .result import show, words_aside
@@ -34,19 +35,20 @@ def parser() -> Parser:
     numbers = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 4096}
     for name, default in numbers.items():
         about = f"of the fresh models (default: {default})"
-        made.add_argument("--" + name.replace("_", "-"), type=int, default=default, metavar="INT", help=about)
-    made.add_argument(
-        "--lengths", nargs="+", type=int, default=[128, 512, 2048], metavar="INT", help="tokens (default: 128 512 2048)"
-    )
-    made.add_argument("--new-tokens", type=int, default=32, metavar="INT", help="tokens to write (default: 32)")
-    made.add_argument("--batch-size", type=int, default=1, metavar="INT", help="texts at a time (default: 1)")
-    made.add_argument("--rounds", type=int, default=3, metavar="INT", help="how often to measure (default: 3)")
+        made.add_number("--" + name.replace("_", "-"), int, COUNT, about, default)
+    made.add_number(
+        "--lengths", int, NumberRange(least=2, most=LARGEST_INT), "tokens (default: 128 512 2048)", [128, 512, 2048],
+        nargs="+",
+    )  # fmt: skip
+    made.add_number("--new-tokens", int, COUNT, "tokens to write (default: 32)", 32)
+    made.add_number("--batch-size", int, COUNT, "texts at a time (default: 1)", 1)
+    made.add_number("--rounds", int, COUNT, "how often to measure (default: 3)", 3)
     made.add_argument("--no-train", action="store_true", help="leave out the training step")
     made.add_device()
     made.add_argument(
         "--dtype", type=one_of(DTYPES), default="float32", metavar="|".join(DTYPES), help="numbers (default: float32)"
     )
-    made.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: PyTorch's choice)")
+    made.add_number("--threads", int, THREADS, "CPU threads (default: PyTorch's choice)")
     made.add_json()
     return made
 
@@ -55,11 +57,6 @@ def run(arguments: list[str]) -> int:
     """Parse, measure, print a table. Exit codes: 0, 1 for a model that cannot be measured, 2 for a wrong call."""
     command = parser()
     given = command.parse(arguments)
-    for name in ("new_tokens", "batch_size", "rounds", "threads"):
-        if given[name] is not None and given[name] < 1:
-            command.error(f"--{name.replace('_', '-')} must be at least 1, got {given[name]}")
-    if min(given["lengths"]) < 2:
-        command.error(f"--lengths must be at least 2, got {min(given['lengths'])}")
     if given["checkpoints"] and given["families"]:
         command.error("give checkpoints or --families, not both")
     import torch
@@ -94,14 +91,12 @@ def _models(given: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import hf_linear_attn  # noqa: F401  (registers our families)
-
-    from ..hub.safe_weights import from_safetensors
+    from ..hub.loading import load_model
 
     dtype = getattr(torch, given["dtype"])
     if given["checkpoints"]:
         return {
-            name: from_safetensors(AutoModelForCausalLM, name, dtype=dtype).to(given["device"])
+            name: load_model(AutoModelForCausalLM, name, dtype=dtype).to(given["device"])
             for name in given["checkpoints"]
         }
     return {name: _fresh(name, given).to(given["device"], dtype) for name in given["families"] or ("leap", "gpt2")}

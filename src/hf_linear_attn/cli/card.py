@@ -1,6 +1,10 @@
 """`hf-linear-attn card`: a model card for a checkpoint, from its own data."""
 
+import os
 from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..training.options import path
 from .parser import Parser
@@ -43,11 +47,16 @@ def run(arguments: list[str]) -> int:
     command = parser()
     given = command.parse(arguments)
     folder = Path(given["checkpoint"])
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         command.error(f"there is no config.json in {str(folder)!r}: give the folder of a saved model")
     output = Path(given["output"] or folder / "README.md")
     if output.exists() and not given["overwrite"]:
         command.error(f"{output} is there already; --overwrite replaces it")
+    if given["repo"]:
+        try:
+            validate_repo_id(given["repo"])
+        except HFValidationError as error:
+            command.error(f"--repo is no name on the Hub: {error}")
     from ..hub.cards import build_card
     from .quiet import quiet_libraries
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..terminal_text import printable
 from ..training.options import key_values, path
 from .parser import Parser, one_of
 from .result import show, words_aside
@@ -62,10 +63,12 @@ def run(arguments: list[str]) -> int:
         command.error(f"{output} is the checkpoint itself, which the converted one would replace: name another folder")
     if given["to"] != "sea" and (given["set"] or given["task"]):
         command.error("--set and --task belong to --to sea")
+    from ..modeling.configuration_sea import SeaConfig
+    from ..training.model_choice import fitting_values
     from .quiet import quiet_libraries
 
     try:
-        fields = key_values(given["set"], "--set")
+        fields = fitting_values(SeaConfig, key_values(given["set"], "--set"), "--set") if given["set"] else {}
     except ValueError as error:
         command.error(str(error))
     quiet_libraries()
@@ -90,9 +93,9 @@ def _convert(given: dict[str, Any], fields: dict[str, Any], output: Path) -> dic
     elif given["to"] == "onnx":
         from transformers import AutoModelForCausalLM
 
-        from ..hub.safe_weights import from_safetensors
+        from ..hub.loading import load_model
 
-        model = from_safetensors(AutoModelForCausalLM, given["source"], dtype=dtype or torch.float32).eval()
+        model = load_model(AutoModelForCausalLM, given["source"], dtype=dtype or torch.float32).eval()
     else:
         from ..conversion.published import load_published
 
@@ -117,9 +120,10 @@ def _convert(given: dict[str, Any], fields: dict[str, Any], output: Path) -> dic
 
 def _copy_tokenizer(source: str, output: Path) -> None:
     """The source's tokenizer beside the model; a checkpoint without one is no error."""
-    from transformers import AutoTokenizer
+    from ..hub.loading import load_tokenizer
 
     try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(output)
-    except (OSError, ValueError, KeyError, AttributeError):
-        print(f"{source} has no tokenizer that could be copied")
+        load_tokenizer(source).save_pretrained(output)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        print(printable(f"{source} has no tokenizer that could be copied ({reason})"))

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..training.number_range import COUNT, SEED, THREADS
 from ..training.options import OPTIONS_FILE, path
 from ..training.text_data import EXCERPT_FOLDER
 from .parser import Parser
@@ -75,9 +76,7 @@ COLUMNS = {
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn demo", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument(
-        "--steps", type=int, default=560, metavar="INT", help="optimizer steps of each model (default: 560)"
-    )
+    made.add_number("--steps", int, COUNT, "optimizer steps of each model (default: 560)", 560)
     made.add_argument(
         "--output",
         type=path,
@@ -85,8 +84,8 @@ def parser() -> Parser:
         metavar="FOLDER",
         help="folder of the results (default: outputs/demo)",
     )
-    made.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: all cores, at most 8)")
-    made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of weights and batches (default: 0)")
+    made.add_number("--threads", int, THREADS, "CPU threads (default: all cores, at most 8)")
+    made.add_number("--seed", int, SEED, "seed of weights and batches (default: 0)", 0)
     made.add_argument("--tiny", action="store_true", help="models and a text so small that it takes half a minute")
     made.add_json()
     return made
@@ -96,8 +95,6 @@ def run(arguments: list[str]) -> int:
     """Run the demo; returns the exit code of the first training that did not end well, else 0."""
     command = parser()
     given = command.parse(arguments)
-    if given["steps"] < 1:
-        command.error(f"--steps must be at least 1, got {given['steps']}")
     started = time.perf_counter()
     output = Path(given["output"])
     found = [family for family in TITLES if (output / family / OPTIONS_FILE).exists()]

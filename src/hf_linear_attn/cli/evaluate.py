@@ -1,5 +1,6 @@
 """`hf-linear-attn evaluate`: what a checkpoint scores on a text or on labelled rows."""
 
+from ..training.number_range import COUNT, LARGEST_INT, SEED, NumberRange
 from ..training.options import path
 from .parser import Parser, one_of
 from .result import show, words_aside
@@ -39,13 +40,17 @@ def parser() -> Parser:
         help="which part (default: test of the speeches and of --dataset, all of the files of --data)",
     )
     made.add_argument(
-        "--block-length", type=int, metavar="INT", help="tokens in a row (default: the model's, at most 512)"
+        "--label-column", default="label", metavar="NAME", help="column that holds the class (default: label)"
     )
-    made.add_argument("--batch-size", type=int, default=4, metavar="INT", help="rows at a time (default: 4)")
-    made.add_argument(
-        "--max-tokens", type=int, metavar="INT", help="measure a sample of that many tokens (default: all)"
+    made.add_number(
+        "--block-length",
+        int,
+        NumberRange(least=2, most=LARGEST_INT),
+        "tokens in a row (default: the model's, at most 512)",
     )
-    made.add_argument("--seed", type=int, default=0, metavar="INT", help="which words are masked (default: 0)")
+    made.add_number("--batch-size", int, COUNT, "rows at a time (default: 4)", 4)
+    made.add_number("--max-tokens", int, COUNT, "measure a sample of that many tokens (default: all)")
+    made.add_number("--seed", int, SEED, "which words are masked (default: 0)", 0)
     made.add_device()
     made.add_json()
     return made
@@ -55,10 +60,6 @@ def run(arguments: list[str]) -> int:
     """Parse, load, measure. Exit codes: 0, 1 for a model or data that cannot be used, 2 for a wrong call."""
     command = parser()
     given = command.parse(arguments)
-    for name in ("block_length", "batch_size", "max_tokens"):
-        least = 2 if name == "block_length" else 1
-        if given[name] is not None and given[name] < least:
-            command.error(f"--{name.replace('_', '-')} must be at least {least}, got {given[name]}")
     if given["data"] and given["dataset"]:
         command.error("give --data or --dataset, not both")
     as_json = given.pop("json", False)

@@ -2,6 +2,8 @@
 
 import sys
 
+from ..terminal_text import printable
+from ..training.number_range import COUNT, NumberRange
 from ..training.options import path
 from .parser import Parser, one_of
 from .result import show
@@ -25,14 +27,14 @@ def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn explain", description=DESCRIPTION, epilog=EXAMPLES)
     made.add_argument("checkpoint", type=path, help="folder or Hub name of a model of one of our families")
-    made.add_argument("text", help="text to explain")
+    made.add_text("text", help="text to explain")
     made.add_argument(
         "--method", type=one_of(METHODS), default="auto", metavar="|".join(METHODS),
         help="focus weights, attention received, or its flow through all layers (default: what fits the model)",
     )  # fmt: skip
-    made.add_argument("--top", type=int, default=10, metavar="INT", help="tokens in the list below (default: 10)")
+    made.add_number("--top", int, COUNT, "tokens in the list below (default: 10)", 10)
     made.add_argument("--html", type=path, metavar="FILE", help="also write a page")
-    made.add_argument("--width", type=int, default=100, metavar="INT", help="columns of the terminal (default: 100)")
+    made.add_number("--width", int, NumberRange(least=24, most=10_000), "columns of the terminal (default: 100)", 100)
     made.add_device()
     made.add_json()
     return made
@@ -42,19 +44,14 @@ def run(arguments: list[str]) -> int:
     """Parse, load, explain. Exit codes: 0, 1 for a model or text that cannot be explained, 2 for a wrong call."""
     command = parser()
     given = command.parse(arguments)
-    if given["top"] < 1:
-        command.error(f"--top must be at least 1, got {given['top']}")
-    if given["width"] < 24:
-        command.error(f"--width must be at least 24, got {given['width']}")
-    from transformers import AutoTokenizer
-
     from ..explain import importance
     from ..hub.cards import load_with_its_head
+    from ..hub.loading import load_tokenizer
     from .quiet import quiet_libraries
 
     quiet_libraries()
     model = load_with_its_head(given["checkpoint"]).to(given["device"]).eval()
-    found = importance(model, AutoTokenizer.from_pretrained(given["checkpoint"]), given["text"], method=given["method"])
+    found = importance(model, load_tokenizer(given["checkpoint"]), given["text"], method=given["method"])
     result = {
         "method": found.method,
         "tokens": found.tokens,
@@ -63,8 +60,8 @@ def run(arguments: list[str]) -> int:
     }
     if given["html"]:
         result["html"] = str(found.save_html(given["html"]))
-    best = "\n".join(f"{each['score']:8.2f}  {each['token']}" for each in result["top"])
-    page = f"\n\npage: {result['html']}" if given["html"] else ""
+    best = "\n".join(f"{each['score']:8.2f}  {printable(each['token'])}" for each in result["top"])
+    page = f"\n\npage: {printable(result['html'])}" if given["html"] else ""
     text = f"{found.to_terminal(given['width'], color=sys.stdout.isatty())}\n\n{best}{page}"
-    show(result, text, given.get("json", False))
+    show(result, text, given.get("json", False), coloured=True)
     return 0

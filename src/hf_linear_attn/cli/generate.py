@@ -2,9 +2,12 @@
 past costs.
 """
 
+import os
 import time
 from pathlib import Path
 
+from ..terminal_text import printable
+from ..training.number_range import COUNT, SEED, NumberRange
 from ..training.options import path
 from .parser import Parser
 from .result import show, words_aside
@@ -26,6 +29,8 @@ examples:
 
 # Two million parameters, trained on the presidents' speeches by model_cards/tiny_leap.py.
 PACKAGED = Path(__file__).parents[1] / "tiny_leap"
+# Classes saved for something else than writing; their body alone would write, without having learnt it.
+ANSWER_HEADS = ("Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForMaskedLM")
 
 
 def parser() -> Parser:
@@ -37,19 +42,18 @@ def parser() -> Parser:
         type=path,
         help="folder or Hub name of a causal language model (default: the small one in the package)",
     )
-    made.add_argument("prompt", help="text to continue")
-    made.add_argument("--max-new-tokens", type=int, default=120, metavar="INT", help="tokens to write (default: 120)")
-    made.add_argument(
-        "--temperature", type=float, metavar="FLOAT", help="lower is safer (default: the model's own, else 0.8)"
-    )
-    made.add_argument(
-        "--top-p",
-        type=float,
-        metavar="FLOAT",
-        help="share of the probability to draw from (default: the model's own, else 0.95)",
-    )
+    made.add_text("prompt", help="text to continue")
+    made.add_number("--max-new-tokens", int, COUNT, "tokens to write (default: 120)", 120)
+    made.add_number(
+        "--temperature", float, NumberRange(least=1e-4, most=1e4, reason="--greedy takes the likeliest token"),
+        "lower is safer (default: the model's own, else 0.8)",
+    )  # fmt: skip
+    made.add_number(
+        "--top-p", float, NumberRange(above=0, most=1),
+        "share of the probability to draw from (default: the model's own, else 0.95)",
+    )  # fmt: skip
     made.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    made.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the draws (default: 0)")
+    made.add_number("--seed", int, SEED, "seed of the draws (default: 0)", 0)
     made.add_device()
     made.add_json()
     return made
@@ -59,21 +63,14 @@ def run(arguments: list[str]) -> int:
     """Parse, load, generate. Exit codes: 0, or 2 for a wrong value."""
     command = parser()
     given = command.parse(arguments)
-    if given["max_new_tokens"] < 1:
-        command.error(f"--max-new-tokens must be at least 1, got {given['max_new_tokens']}")
-    if given["temperature"] is not None and not given["temperature"] > 0:
-        command.error(
-            f"--temperature must be greater than 0, got {given['temperature']}; --greedy takes the likeliest token"
-        )
-    if given["top_p"] is not None and not 0 < given["top_p"] <= 1:
-        command.error(f"--top-p must be greater than 0 and at most 1, got {given['top_p']}")
     as_json = given.pop("json", False)
     checkpoint = given.pop("checkpoint")
     if checkpoint is None:
-        if (Path(given["prompt"]) / "config.json").is_file():
+        # os.path answers for any text; Path asks the system, which refuses a long one.
+        if os.path.isfile(os.path.join(given["prompt"], "config.json")):
             command.error(f"{given['prompt']!r} is the folder of a model: give the text to continue after it")
         checkpoint = str(PACKAGED)
-    elif ("/" in checkpoint or "." in checkpoint) and not Path(checkpoint).exists() and checkpoint.count("/") != 1:
+    elif ("/" in checkpoint or "." in checkpoint) and not os.path.exists(checkpoint) and checkpoint.count("/") != 1:
         command.error(f"there is no folder {checkpoint!r}")
     from .quiet import quiet_libraries
 
@@ -86,15 +83,18 @@ def run(arguments: list[str]) -> int:
 
 
 def load(checkpoint: str, device: str):
-    """Model and tokenizer through Transformers' Auto classes, as anyone would load them."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Model and tokenizer through Transformers' Auto classes."""
+    from transformers import AutoModelForCausalLM
 
-    import hf_linear_attn  # noqa: F401  (registers our families)
+    from ..hub.loading import load_config, load_model, load_tokenizer, saved_class
 
-    from ..hub.safe_weights import from_safetensors
-
-    model = from_safetensors(AutoModelForCausalLM, checkpoint).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(checkpoint)
+    saved = saved_class(load_config(checkpoint)) or ""
+    if saved.endswith(ANSWER_HEADS):
+        raise ValueError(
+            f"{checkpoint} holds a {saved}, which writes no text: give a causal language model, or call this one with "
+            "`transformers.pipeline`"
+        )
+    return load_model(AutoModelForCausalLM, checkpoint).to(device).eval(), load_tokenizer(checkpoint)
 
 
 def write_text(
@@ -119,7 +119,10 @@ def write_text(
     from ..modeling.compat import cache_keyword
     from ..modeling.recurrent_cache import RecurrentCache
 
-    inputs = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
+    prompt = prompt or tokenizer.bos_token
+    if not prompt:
+        raise ValueError("the prompt is empty, and this tokenizer has no token that begins a text: give some words")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
     limit = position_limit(model.config)
     if limit is not None and length + max_new_tokens > limit:
@@ -139,7 +142,12 @@ def write_text(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     if greedy:
         sampling = {"do_sample": False, "temperature": None, "top_p": None}
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+
+    class Printed(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    streamer = Printed(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()
     ids = model.generate(
         **inputs,

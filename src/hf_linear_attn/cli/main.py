@@ -1,11 +1,20 @@
 """The commands of `hf-linear-attn`: finds the one that is called, and turns errors that a user can mend into one message."""
 
+import csv
 import importlib
+import os
 import re
 import sys
-from pathlib import Path
+import tarfile
+import zlib
+from zipfile import BadZipFile
 
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
+
+from ..terminal_text import printable
 from .parser import did_you_mean
+from .quiet import held_back
 
 # command -> (module with `run(arguments) -> exit code`, what it does)
 COMMANDS = {
@@ -19,6 +28,9 @@ COMMANDS = {
     "bench": ("bench", "speed and state of models on this machine, side by side"),
     "card": ("card", "write the model card of a checkpoint"),
 }
+CLOSED_PIPE = 128 + 13  # as of any program that SIGPIPE ends
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Invalid buffer size", re.I)
+NOT_WRITTEN = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed|No space left on device")
 
 
 def usage() -> str:
@@ -33,7 +45,9 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (2 for a wrong call, 1 for an error, 130 after Ctrl-C)."""
+    """Run one command; returns its exit code (2 for a wrong call, 1 for an error, 130 after Ctrl-C, 141
+    where the reader of the output has gone).
+    """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage(), end="")
@@ -50,25 +64,55 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that the terminal does not have is no error
+            stream.reconfigure(errors="replace")
     try:
         command = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
-        return command.run(words[1:])
+        code = command.run(words[1:])
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except (ValueError, ImportError, OSError) as error:
-        # What a user can put right: say what is wrong, without the stack of our own calls.
-        print(f"hf-linear-attn {name}: error: {error}{_looked_up(words[1:], error)}", file=sys.stderr)
+    except BrokenPipeError:
+        # Whoever read our output has stopped, as `| head` does. Nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except Exception as error:
+        message = user_message(error)
+        if message is None:  # a fault of ours: its stack is what we need to see
+            print(held_back(), end="", file=sys.stderr)
+            raise
+        print(printable(f"hf-linear-attn {name}: error: {message}"), file=sys.stderr)
         return 1
 
 
-def _looked_up(words: list[str], error: Exception) -> str:
-    """Which word was taken for a name on the Hub, where the Hub could not be reached: mostly a folder with a wrong name."""
-    if not isinstance(error, OSError) or "huggingface.co" not in str(error):
-        return ""
-    names = [word for word in words if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", word) and not Path(word).exists()]
-    names = [word for word in names if word[0] != "-" and word not in str(error)]
-    return f"\nThere is no folder {names[0]!r} here, so the Hub was asked for it." if names else ""
+def user_message(error: BaseException) -> str | None:
+    """What a user can put right, in words without the stack of our calls; None for an error that is a fault of this package.
+
+    The one place that knows which classes are a user's: Python's for values, files and missing packages, and those of the
+    libraries that say the same and derive from none of these.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename!r}: {error.strerror}"
+    if isinstance(error, ValueError | ImportError | OSError):
+        return str(error)
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        return f"there is not enough memory: {text or 'take smaller sizes'}"
+    if isinstance(error, RuntimeError) and NOT_WRITTEN.search(text):  # torch.save names neither the file nor the reason
+        return f"a file could not be written ({text}): is the disk full?"
+    if isinstance(error, BadZipFile | tarfile.TarError | zlib.error | EOFError | csv.Error):
+        return f"a file is damaged or cut short: {text}"
+    if isinstance(error, SafetensorError):
+        return f"a file of weights could not be read or written: {text}"
+    if isinstance(error, StrictDataclassError | EntryNotFoundError):
+        return text
+    # These libraries are imported only where text is read.
+    if any(base.__module__.partition(".")[0] in ("datasets", "pyarrow") for base in type(error).__mro__):
+        return user_message(error.__cause__) if error.__cause__ is not None else text
+    return None
 
 
 if __name__ == "__main__":

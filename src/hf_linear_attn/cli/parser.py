@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from ..terminal_text import printable
+from ..training.number_range import NumberRange
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest known word, or nothing."""
@@ -19,6 +22,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.ranges: dict[str, NumberRange] = {}
+        self.texts: set[str] = set()
 
     def parse(self, arguments: list[str]) -> dict[str, Any]:
         """Parsed values by name; options that were not given and have no default are absent."""
@@ -29,11 +34,40 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown option {name!r}{did_you_mean(name, self._option_names())}")
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
+        for action in self._actions:
+            self._check(action, getattr(values, action.dest, None))
         return vars(values)
+
+    def _check(self, action: argparse.Action, given: Any) -> None:
+        """Refuse a number out of its range, a name or path that is empty, and a word that is no text."""
+        name = action.option_strings[0] if action.option_strings else action.dest
+        for value in given if isinstance(given, list) else [given]:
+            if (
+                action.dest in self.ranges
+                and value is not None
+                and (problem := self.ranges[action.dest].problem(value))
+            ):
+                self.error(f"{name} {problem}")
+            if isinstance(value, str) and not is_text(value):
+                self.error(f"{name} holds bytes that are not UTF-8 text")
+            if value == "" and action.dest not in self.texts:
+                self.error(f"{name} is empty: give a value, or leave it out")
+
+    def add_text(self, name: str, help: str) -> None:
+        """A positional argument that is a text, which may be empty, and not a name or a path."""
+        self.texts.add(name)
+        self.add_argument(name, help=help)
+
+    def add_number(
+        self, name: str, kind: type, allowed: NumberRange, help: str, default: Any = None, **more: Any
+    ) -> None:
+        """An option that takes numbers in a range, which its error names."""
+        self.ranges[name.removeprefix("--").replace("-", "_")] = allowed
+        self.add_argument(name, type=kind, default=default, metavar=kind.__name__.upper(), help=help, **more)
 
     def error(self, message: str) -> NoReturn:
         """Print the message alone (the full usage would bury it) and where help is; exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help\n")
+        self.exit(2, printable(f"{self.prog}: error: {message}\nSee {self.prog} --help\n"))
 
     def add_json(self) -> None:
         """The option `--json`, which every command has."""
@@ -70,6 +104,15 @@ class Parser(argparse.ArgumentParser):
             keywords["type"] = one_of(choices) if choices else about["kind"]
             keywords["metavar"] = about["metavar"] or ("|".join(choices) if choices else about["kind"].__name__.upper())
             group.add_argument(flag, help=about["help"] + default, **keywords)
+
+
+def is_text(word: str) -> bool:
+    """Whether a word from the command line is text: bytes that are not UTF-8 come as surrogates, which no library takes."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def usable_device(name: str) -> str:

@@ -1,9 +1,41 @@
-"""What the libraries print on their own, and a user of the command line need not read."""
+"""What the libraries print on their own, and a user of the command line need not read unless something goes wrong."""
+
+import logging
+import sys
+from collections import deque
+
+KEPT = 20
+
+
+class HeldBack(logging.Handler):
+    """Keeps the latest warnings of a library for the case that an error refers to them; errors are printed at once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: deque[str] = deque(maxlen=KEPT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print or keep one message."""
+        if record.levelno >= logging.ERROR:
+            print(self.format(record), file=sys.stderr)
+        else:
+            self.messages.append(record.getMessage())
+
+
+_held = HeldBack()
 
 
 def quiet_libraries() -> None:
     """Errors only from Transformers, and none of its bars for files (the bar of a training run is ours and stays)."""
-    from transformers.utils import logging
+    from transformers.utils import logging as library
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    library.set_verbosity_warning()
+    library.disable_default_handler()
+    library.add_handler(_held)  # a handler that is there already is not added again
+    library.disable_progress_bar()
+    _held.messages.clear()
+
+
+def held_back() -> str:
+    """The warnings since the command began, a line each: an error may say "see above" and mean them."""
+    return "".join(f"{message}\n" for message in _held.messages)

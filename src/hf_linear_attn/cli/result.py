@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+from ..terminal_text import printable
 
 
 @contextlib.contextmanager
@@ -14,6 +17,18 @@ def words_aside(as_json: bool) -> Iterator[None]:
         yield
 
 
-def show(result: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print the result: as JSON, or the text that says the same."""
-    print(json.dumps(result, default=str) if as_json else text)
+def show(result: dict[str, Any], text: str, as_json: bool, coloured: bool = False) -> None:
+    """Print the result: as JSON, or the text that says the same; `coloured`: it is safe for a terminal, and has colours."""
+    if as_json:
+        print(json.dumps(_finite(result), default=str, allow_nan=False))
+    else:
+        print(text if coloured else printable(text))
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -24,7 +24,7 @@ examples:
   hf-linear-attn train --family danet --causal --num-hidden-layers 5 --steps 300 --output outputs/danet
       a causal DANet of the same size on the same batches
   hf-linear-attn train --task mlm --family danet --block-length 128 --batch-size 16 --output outputs/danet-mlm
-  hf-linear-attn train --task classification --data r8 --from-checkpoint outputs/danet-mlm --block-length 128 \
+  hf-linear-attn train --task classification --data r8 --from-checkpoint outputs/danet-mlm --block-length 128 \\
       --batch-size 16 --epochs 3 --output outputs/danet-r8
       masked words on the speeches, then topics of Reuters messages; --family bert gives BERT's figures
   hf-linear-attn train --data book.txt --hidden-size 256 --num-hidden-layers 6 --num-attention-heads 4 \\

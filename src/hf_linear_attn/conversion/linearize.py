@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..hub.safe_weights import from_safetensors
+from ..hub.loading import load_config, load_model, saved_class
 from ..modeling.compat import modeling_auto
 from ..modeling.configuration_sea import SeaConfig
 from ..modeling.modeling_sea import (
@@ -59,7 +59,8 @@ def linearize(
 
     Raises:
         ValueError: another family, an unsupported host, a class of the host that has no SEA counterpart, an unknown
-            option, a `generation_config` that Transformers refuses to save.
+            option, weights that are missing in the path or do not fit, a `generation_config` that Transformers refuses to
+            save.
     """
     if family != "sea":
         raise ValueError(f'`family` is {family!r}; a pretrained model can be turned into "sea" only')
@@ -120,10 +121,11 @@ def check_can_be_saved(model: PreTrainedModel) -> None:
 
 
 def _load(path, task: str | None, dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(path)
+    config = load_config(path)
     find_host(config)
+    new_head = task is not None  # whoever names a task may want a head that is yet to be trained
     if task is None:
-        architecture = (config.architectures or [None])[0]
+        architecture = saved_class(config)
         names = {name: task_name for task_name in TASKS for name in [_class_name(task_name, config.model_type)] if name}
         if architecture not in names:
             raise ValueError(
@@ -133,7 +135,9 @@ def _load(path, task: str | None, dtype) -> PreTrainedModel:
         task = names[architecture]
     if task not in TASKS:
         raise ValueError(f"`task` is {task!r}, expected one of {', '.join(TASKS)}")
-    return from_safetensors(getattr(transformers, task), path, dtype=dtype or torch.float32)
+    if _class_name(task, config.model_type) is None:
+        raise ValueError(f"a {config.model_type} has no {task}: `task` must be one that the host has")
+    return load_model(getattr(transformers, task), path, new_head=new_head, dtype=dtype or torch.float32)
 
 
 def _shown(path) -> str:

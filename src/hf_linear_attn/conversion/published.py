@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # family -> module here whose `from_published(config, state_dict)` builds the model
@@ -51,11 +52,16 @@ def load_published(family: str, folder: str | os.PathLike):
             "them again with safetensors.torch.save_file"
         )
     config = json.loads((folder / "config.json").read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"the config.json in {str(folder)!r} holds a {type(config).__name__}, not an object")
     if config.get("model_type") in CONVERTERS and "auto_map" in config:
         raise ValueError(f"{str(folder)!r} is a checkpoint of this package already: AutoModel loads it")
     weights: dict[str, torch.Tensor] = {}
     for file in files:
-        weights |= load_file(file)
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged or cut short ({error}): download or copy it again") from error
     return from_published(family, config, weights)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..terminal_text import printable
 from .reading import ReadText
 
 # White to orange. Black letters keep a contrast of at least 5 on every shade.
@@ -96,7 +97,10 @@ def to_page(fragment: str, title: str) -> str:
 
 def to_terminal(read: ReadText, scores: torch.Tensor, caption: str, width: int, color: bool) -> str:
     """Lines of at most `width` columns. Without colour the top fifth of the tokens stands in [brackets]."""
-    scale, pieces = Scale.of(scores), list(_pieces(read, scores))
+    scale = Scale.of(scores)
+    pieces = [
+        (printable(part), score, special and printable(special)) for part, score, special in _pieces(read, scores)
+    ]
     if not color:
         bound = float(torch.quantile(scores.float(), 0.8))
         pieces = [_bracketed(piece) if piece[1] is not None and piece[1] >= bound else piece for piece in pieces]

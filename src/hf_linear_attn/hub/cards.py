@@ -1,17 +1,22 @@
 """Model cards from a run's own data: what the model is, how it was trained, what it scores, costs and cannot do."""
 
+import html
 import json
+import logging
+import math
 import os
+import re
 import types
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..modeling.portable_checkpoint import PortableCheckpointMixin
+from ..terminal_text import printable
 from .card_facts import FAMILY_TEXTS, describe, head_of, machine, measure, position_limit
+from .loading import load_config, load_model, saved_class
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 REPORT_FILE = "training_report.json"  # what `hf-linear-attn train` leaves in its folder
@@ -28,6 +33,11 @@ EXAMPLE_TEACHERS = {  # of `hf-linear-attn distill --example`
     "causal-lm": "a small GPT-2 that was trained for it first",
 }
 CURVE_ROWS = 12
+LARGEST_REPORT = 100_000_000  # bytes
+LONGEST_TEXT = 500  # letters of a report's text in the card
+# What a damaged report or one of another program makes the functions here raise.
+UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
+logger = logging.getLogger(__name__)
 PICTURE = "learning_curve.png"
 
 
@@ -69,9 +79,13 @@ def build_card(
         raise ValueError(f"cards are for {', '.join(map(repr, FAMILY_TEXTS))}, not for model type {family!r}")
     if report is None:
         report = {} if folder is None else read_report(folder)
+    try:
+        training = _training_facts(report, head_of(model)[1], dataset)
+    except UNUSABLE as error:
+        logger.warning("what is recorded about the training is left out of the card: %s", _reason(error))
+        training = _training_facts({}, head_of(model)[1], dataset)
     name = repo or (folder.resolve().name if folder is not None else f"{family}-model")
     auto_class, pipeline_tag = head_of(model)
-    scores = _scores(report)
     data = ModelCardData(
         language=language,
         license=license,
@@ -80,61 +94,116 @@ def build_card(
         tags=["hf-linear-attn", "linear-attention", family],
         datasets=None if dataset is None else [dataset],
         model_name=name.rpartition("/")[2],
-        eval_results=_eval_results(scores, pipeline_tag, dataset, report) or None,
+        eval_results=training.pop("eval_results") or None,
     )
     summary, citation = FAMILY_TEXTS[family]
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=name.rpartition("/")[2],
-        repo=name,
+        name=markdown(name.rpartition("/")[2]),
+        repo=python_literal(name),
         summary=summary,
         facts=describe(model),
         auto_class=auto_class,
-        training=_training_text(report),
-        curve=_curve_rows(report),
+        **training,
         picture=PICTURE if picture and folder is not None and (folder / PICTURE).is_file() else None,
-        results=_results_text(scores, pipeline_tag),
         speed=measure(model) if speed else None,
         machine=machine(),
         carries_code=isinstance(model, PortableCheckpointMixin),
         limits=limits or _limits_text(model, pipeline_tag),
-        licence=f"{license}. The code of the model is Apache-2.0.",
+        licence=f"{markdown(license)}. The code of the model is Apache-2.0.",
         citation=citation,
     )
 
 
 def load_with_its_head(folder: Path) -> PreTrainedModel:
     """The saved model, with the head that it was saved with."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or [""])[0]
+    config = load_config(folder)
+    name = saved_class(config)
     from .. import registration
 
     heads: dict[str, Any] = registration.FAMILIES.get(config.model_type, (None, {}))[1]
     model_class = next((c for c in heads.values() if c.__name__ == name), heads.get("AutoModel"))
     if model_class is None:
         raise ValueError(
-            f"{folder} is of model type {config.model_type!r}; cards are for {', '.join(map(repr, FAMILY_TEXTS))}"
+            f"{folder} is of model type {config.model_type!r}, and this is for {', '.join(map(repr, FAMILY_TEXTS))}"
         )
-    return model_class.from_pretrained(folder)
+    return load_model(model_class, folder)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What a folder tells of its training: our report, else the newest Trainer log, else nothing."""
-    if (folder / REPORT_FILE).is_file():
-        return json.loads((folder / REPORT_FILE).read_text())
-    if (folder / DISTILLATION_FILE).is_file():
-        report = json.loads((folder / DISTILLATION_FILE).read_text())
-        scores = {metric: value for metric, value in report["after"].items() if metric in METRICS}
-        options = report["options"]
-        files = ", ".join(Path(name).name for name in options.get("data") or [])
-        text = report.get("text") or files or "State of the Union speeches"
-        return {"distillation": report, "validation": scores, "text": text, "log_history": report.get("log", [])}
+    """What a folder tells of its training: our report, else the newest Trainer log, else nothing.
+
+    A file that cannot be read, or is no report, is left out, and a warning says so.
+    """
+    places = [folder / REPORT_FILE, folder / DISTILLATION_FILE, folder / STATE_FILE]
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for place in (folder, *checkpoints):
-        if (place / STATE_FILE).is_file():
-            return json.loads((place / STATE_FILE).read_text())
+    for path in [*places, *(checkpoint / STATE_FILE for checkpoint in checkpoints)]:
+        if not path.is_file():
+            continue
+        try:
+            report = _read_json(path)
+            report = _report_of_distillation(report) if path.name == DISTILLATION_FILE else report
+            _training_facts(report, "", None)
+        except UNUSABLE as error:
+            logger.warning("%s is left out of the card: %s", path, _reason(error))
+            continue
+        return report
     return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > LARGEST_REPORT:
+        raise ValueError(f"it has more than {LARGEST_REPORT:,} bytes")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(report, dict):
+        raise ValueError(f"it holds a {type(report).__name__}, not an object")
+    return report
+
+
+def _report_of_distillation(report: dict[str, Any]) -> dict[str, Any]:
+    scores = {metric: value for metric, value in report["after"].items() if metric in METRICS}
+    options = report["options"]
+    files = ", ".join(Path(name).name for name in options.get("data") or [])
+    text = report.get("text") or files or "State of the Union speeches"
+    return {"distillation": report, "validation": scores, "text": text, "log_history": report.get("log", [])}
+
+
+def _training_facts(report: dict[str, Any], task: str, dataset: str | None) -> dict[str, Any]:
+    """What the card says of a report. One that is no report raises one of `UNUSABLE`."""
+    scores = _scores(report)
+    return {
+        "training": _training_text(report),
+        "curve": _curve_rows(report),
+        "results": _results_text(scores, task),
+        "eval_results": _eval_results(scores, task, dataset, report),
+    }
+
+
+def _reason(error: Exception) -> str:
+    """Why a report cannot be used, in one line."""
+    text = " ".join(str(error).split())[:200]
+    return f"it lacks {text}" if isinstance(error, KeyError) else f"{type(error).__name__}: {text}"
+
+
+def markdown(value: Any) -> str:
+    """A word or number of a report as text of one line, in which no markup acts: neither Markdown's nor HTML's."""
+    text = " ".join(printable(str(value)).split())
+    text = text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
+    text = re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+    return html.escape(text, quote=False)
+
+
+def python_literal(name: str) -> str:
+    """A name as a Python string inside of a code block or of code in a line."""
+    return json.dumps(printable(name), ensure_ascii=False).replace("`", "\\x60")
+
+
+def _number(value: Any) -> Any:
+    """A number of a report; TypeError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{str(value)[:40]!r} stands where a number should")
+    return value
 
 
 def _scores(report) -> list[tuple[str, str, float]]:
@@ -159,7 +228,7 @@ def _scores(report) -> list[tuple[str, str, float]]:
 
 
 def _eval_results(scores, task, dataset, report) -> list[EvalResult]:
-    named = dataset or str(report.get("text", "unnamed data")).split(":")[0]
+    named = dataset or str(report.get("text", "unnamed data")).split(":")[0][:LONGEST_TEXT]
     return [
         EvalResult(
             task_type=task,
@@ -171,17 +240,19 @@ def _eval_results(scores, task, dataset, report) -> list[EvalResult]:
             metric_value=round(value, 4),
         )
         for split, metric, value in scores
+        if math.isfinite(value)  # of a run that diverged: the Hub takes numbers alone
     ]
 
 
 def _training_text(report) -> str:
     if "steps" in report:
-        options, speed = report.get("options", {}), report.get("tokens_per_second")
-        where = ", ".join(f"{key} {value}" for key, value in report.get("machine", {}).items())
+        unit = "texts" if "training_texts" in report else "tokens"  # a classifier's
+        options, speed = report.get("options", {}), report.get(f"{unit}_per_second")
+        where = ", ".join(markdown(f"{key} {value}") for key, value in report.get("machine", {}).items())
         lines = [
-            f"Data: {report.get('text', 'not recorded')}.",
-            f"{report['steps']} steps, {report['training_tokens']:,} tokens in {report['training_seconds']:.0f} s"
-            + (f", {speed:,.0f} tokens per second" if speed else "")
+            f"Data: {markdown(report.get('text', 'not recorded'))}.",
+            f"{_number(report['steps'])} steps, {report[f'training_{unit}']:,} {unit} in {report['training_seconds']:.0f} s"
+            + (f", {speed:,.0f} {unit} per second" if speed else "")
             + f", peak memory {report['peak_memory_mb']:.0f} MiB ({where}).",
         ]
         used = [
@@ -194,22 +265,24 @@ def _training_text(report) -> str:
             "precision",
             "seed",
         ]
-        settings = ", ".join(f"{key} {options[key]}" for key in used if key in options)
+        settings = ", ".join(markdown(f"{key} {options[key]}") for key in used if key in options)
         return "\n\n".join([*lines, f"Settings: {settings}."] if settings else lines)
     if "distillation" in report:
         return _distillation_text(report["distillation"])
     if report.get("log_history"):
-        return f"{report['global_step']} steps with Transformers' Trainer."
+        return f"{_number(report['global_step'])} steps with Transformers' Trainer."
     return "Nothing is recorded about the training of this checkpoint."
 
 
 def _distillation_text(report) -> str:
     options, after = report["options"], report["after"]
     teacher = EXAMPLE_TEACHERS[options["task"]] if options["example"] else options["teacher"]
-    if Path(teacher).is_dir():  # a folder of this machine means nothing elsewhere
+    if os.path.isdir(teacher):  # a folder of this machine means nothing elsewhere
         teacher = Path(teacher).resolve().name
-    scores = [f"{name.removeprefix('teacher_')} {after[name]:.4g}" for name in after if name.startswith("teacher_")]
-    where = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    scores = [
+        f"{markdown(name.removeprefix('teacher_'))} {after[name]:.4g}" for name in after if name.startswith("teacher_")
+    ]
+    where = ", ".join(markdown(f"{key} {value}") for key, value in report["machine"].items())
     used = [
         "k",
         "predictor_length",
@@ -223,9 +296,10 @@ def _distillation_text(report) -> str:
     losses = "Training losses below are the sums that distillation minimises, not nats per token."
     return "\n\n".join(
         [
-            f"Distilled from {teacher} (on the validation rows: {', '.join(scores)}).",
-            f"{report['steps']} steps in {report['seconds']:.0f} s, peak memory {report['peak_memory_mb']:.0f} MiB ({where}).",
-            f"Settings: {', '.join(f'{key} {options[key]}' for key in used if key in options)}.",
+            f"Distilled from {markdown(teacher)} (on the validation rows: {', '.join(scores)}).",
+            f"{_number(report['steps'])} steps in {report['seconds']:.0f} s, peak memory {report['peak_memory_mb']:.0f} MiB "
+            f"({where}).",
+            f"Settings: {', '.join(markdown(f'{key} {options[key]}') for key in used if key in options)}.",
             losses,
         ]
     )
@@ -240,8 +314,8 @@ def _curve_rows(report) -> list[dict[str, Any]]:
         from ..training.learning_curve import curve_of
 
         curve = curve_of(report.get("log_history", []))
-    training = {point["step"]: point["loss"] for point in curve["training"]}
-    validation = {point["step"]: point["loss"] for point in curve["validation"]}
+    training = {_number(point["step"]): _number(point["loss"]) for point in curve["training"]}
+    validation = {_number(point["step"]): _number(point["loss"]) for point in curve["validation"]}
     steps = sorted(validation or training)
     if len(steps) > CURVE_ROWS:
         steps = [steps[round(i * (len(steps) - 1) / (CURVE_ROWS - 1))] for i in range(CURVE_ROWS)]
@@ -260,7 +334,7 @@ def _metric_name(metric: str, task: str) -> str:
 def _results_text(scores, task: str) -> str:
     if not scores:
         return "No results are recorded."
-    rows = [f"| {split} | {_metric_name(metric, task)} | {value:.4g} |" for split, metric, value in scores]
+    rows = [f"| {split} | {markdown(_metric_name(metric, task))} | {value:.4g} |" for split, metric, value in scores]
     return "\n".join(["| split | metric | value |", "| --- | --- | ---: |", *rows])
 
 

@@ -4,10 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
 
-
-def from_safetensors(auto_class: Any, source: str | os.PathLike, **arguments: Any) -> PreTrainedModel:
+def from_safetensors(auto_class: Any, source: str | os.PathLike, **arguments: Any) -> Any:
     """`auto_class.from_pretrained(source, **arguments)`, which opens no pickled weights.
 
     Raises:

@@ -459,6 +459,7 @@ class RecurrentGenerationMixin:
 
     def generate(self, *args, **kwargs):
         """Transformers' `generate()`; a cache to go on from may be called `cache` or `past_key_values`."""
+        _check_mask_of_prompt(kwargs.get("attention_mask"), kwargs, *args[:1])
         config = self.base_model.config
         layers = config.num_hidden_layers
         try:
@@ -546,3 +547,19 @@ class RecurrentGenerationMixin:
     def _is_on_one_gpu(self) -> bool:
         devices = getattr(self, "hf_device_map", {}).values()
         return self.device.type == "cuda" and len(set(map(str, devices))) <= 1
+
+
+def _check_mask_of_prompt(mask, kwargs: dict, inputs=None) -> None:
+    """Refuse a mask that does not cover the prompt: generate() makes positions of it, which would be blamed instead."""
+    given = [kwargs.get(name) for name in ("inputs_embeds", "inputs", "input_ids")]
+    prompt = next((each for each in (*given, inputs) if isinstance(each, torch.Tensor) and each.dim() > 1), None)
+    if mask is None or prompt is None:
+        return
+    batch, length = prompt.shape[:2]
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"`attention_mask` is a {type(mask).__name__}, expected a tensor of shape ({batch}, {length})")
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(mask.shape)}, expected ({batch}, {length}) for this prompt, or more where "
+            "a cache holds the text before it: one 1 (keep) or 0 (padding) a token"
+        )

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, set_seed
+from transformers import DataCollatorWithPadding, Trainer, set_seed
 
+from ..hub.loading import load_tokenizer
 from ..modeling.cross_entropy import cross_entropy
 from .checkpoints import StopOnSignal
 from .classification_data import describe_rows, load_classification
@@ -165,7 +166,7 @@ def _tokenizer(options: TrainingOptions, rows: "DatasetDict"):
     """That of the checkpoint, the one named, or a BPE trained on the training texts."""
     named = options.from_checkpoint or options.tokenizer
     tokenizer = (
-        AutoTokenizer.from_pretrained(named)
+        load_tokenizer(named)
         if named is not None
         else train_bpe_tokenizer(rows["train"]["text"], options.vocab_size, for_encoder=True)
     )

@@ -16,6 +16,7 @@ import email
 import email.policy
 import html
 import importlib.util
+import os
 import re
 import tarfile
 import zipfile
@@ -23,14 +24,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..terminal_text import printable
 from .text_data import (
     EXCERPT_FOLDER,
     SPLITS,
     files_of_one_format,
+    need_column,
+    read_rows,
     require_datasets,
     speeches_folder,
     split_of_speech,
-    without_progress_bars,
+    text_of_rows,
 )
 from .tokenized_text import cache_folder
 
@@ -67,7 +71,7 @@ def load_classification(
         if validation or test:
             raise ValueError(f"the set {name!r} has its own validation and test split: leave the files out")
         return SETS[name](Path(path).expanduser() if path else None)
-    missing = [each for each in names if not Path(each).expanduser().exists()]
+    missing = [each for each in names if not os.path.exists(os.path.expanduser(each))]
     if missing:
         raise ValueError(f"{missing[0]!r} is neither a file nor one of the sets {', '.join(SETS)}")
     return load_labelled_files(names, validation, test, text_column, label_column)
@@ -77,7 +81,8 @@ def describe_rows(rows: "DatasetDict") -> str:
     """Sizes and classes in one line."""
     names = rows["train"].features["label"].names
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"{'/'.join(f'{len(rows[s]):,}' for s in SPLITS)} texts for train/validation/test, {len(names)} classes: {shown}"
+    sizes = "/".join(f"{len(rows[s]):,}" for s in SPLITS)
+    return printable(f"{sizes} texts for train/validation/test, {len(names)} classes: {shown}")
 
 
 def load_speech_paragraphs(path: Path | None = None) -> "DatasetDict":
@@ -194,18 +199,8 @@ def load_labelled_files(
     for split, names in {"train": train, "validation": validation, "test": test}.items():
         if not names:
             continue
-        files, builder = files_of_one_format(split, names)
-        if builder == "text":
-            raise ValueError(f"the {split} data must be .csv, .jsonl or .parquet with labels, got {list(names)}")
-        with without_progress_bars():
-            table = datasets.load_dataset(builder, data_files={split: files}, split=split)
-        absent = {text_column, label_column} - set(table.column_names)
-        if absent:
-            raise ValueError(f"the {split} data lacks the column(s) {sorted(absent)}; it has {table.column_names}")
-        loaded[split] = list(zip(map(str, table[text_column]), table[label_column], strict=True))
+        loaded[split] = read_labelled_rows(f"the {split} data", names, text_column, label_column)
     labels = {label for _, label in loaded["train"]}
-    if None in labels:
-        raise ValueError(f"the training data has rows without a value in label_column={label_column!r}")
     if len(labels) < 2:
         raise ValueError(f"the training data has one class only, {next(iter(labels), None)!r}: nothing can be learnt")
     # Numbers in their order, words in theirs.
@@ -224,6 +219,30 @@ def load_labelled_files(
         for split, table in zip(absent, [drawn["test"], *([drawn["validation"]] if len(absent) == 2 else [])]):
             made[split] = table
     return datasets.DatasetDict({split: made[split] for split in SPLITS})
+
+
+def read_labelled_rows(
+    title: str, names: Sequence[str], text_column: str, label_column: str
+) -> list[tuple[str, str | int | float | bool]]:
+    """(text, label) of every row of a user's .csv, .jsonl or .parquet files.
+
+    title: how an error calls them. ValueError for a column that is missing, and for the first row without a text or a label.
+    """
+    files, builder = files_of_one_format(title, names)
+    if builder == "text":
+        raise ValueError(f"{title} must be .csv, .jsonl or .parquet with labels, got {', '.join(map(repr, names))}")
+    table = read_rows(title, files, builder)
+    texts = text_of_rows(table, text_column, title)["text"]
+    need_column(table, "label_column", label_column, title)
+    labels = table[label_column]
+    for number, label in enumerate(labels, 1):
+        if not isinstance(label, str | int | float) or label != label:
+            empty = label is None or label != label
+            shown = "no label" if empty else f"no word or number but {type(label).__name__}"
+            raise ValueError(
+                f"{title}: row {number} has {shown} in the column {label_column!r}: mend it or take it out"
+            )
+    return list(zip(texts, labels, strict=True))
 
 
 def _tables(rows: dict[str, list[tuple[str, int]]], names: list[str]) -> "DatasetDict":

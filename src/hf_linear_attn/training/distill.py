@@ -1,23 +1,23 @@
 """One distillation from a pretrained model to its SEA student on files of text, with a report; resumable."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import DataCollatorWithPadding, set_seed
 
 from ..conversion.linearize import linearize
-from ..hub.safe_weights import from_safetensors
+from ..hub.loading import load_model, load_tokenizer
 from .checkpoints import StopOnSignal
 from .classification_data import describe_rows, load_classification
 from .distill_example import example_teacher
 from .distill_options import DistillOptions
 from .files import write_whole
 from .language_modeling import TrainingInterrupted, describe_machine, run_trainer, stack_blocks
+from .measuring import perplexity
 from .progress import TrainingProgress
 from .run_folder import RunFolder
 from .sea_distillation import SeaDistillationArguments, SeaDistillationTrainer, add_lora, sea_model
@@ -53,8 +53,8 @@ def _distill(options: DistillOptions, run: RunFolder) -> dict[str, Any]:
     if options.example:
         run.start()  # training the teacher is a part of the run that can be resumed
     teacher_name = example_teacher(options, run.path) if options.example else options.teacher
-    teacher = from_safetensors(getattr(transformers, AUTO_CLASSES[options.task]), teacher_name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_name)
+    teacher = load_model(getattr(transformers, AUTO_CLASSES[options.task]), teacher_name, dtype=torch.float32)
+    tokenizer = load_tokenizer(teacher_name)
     train, validation, collator = _data(options, tokenizer, teacher)
     set_seed(options.seed)
     student = linearize(
@@ -109,8 +109,8 @@ def evaluate(trainer: SeaDistillationTrainer, task: str) -> dict[str, float]:
         metrics["eval_teacher_accuracy"] = right / len(labels)
     else:
         metrics = trainer.evaluate()
-        metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
-        metrics["eval_teacher_perplexity"] = math.exp(metrics["eval_teacher_loss"])
+        metrics["eval_perplexity"] = perplexity(metrics["eval_loss"])
+        metrics["eval_teacher_perplexity"] = perplexity(metrics["eval_teacher_loss"])
     unwanted = ("runtime", "per_second", "preparation_time")
     return {
         name.removeprefix("eval_"): value

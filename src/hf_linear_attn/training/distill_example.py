@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from ..hub.safe_weights import from_safetensors
+from ..hub.loading import load_model, load_tokenizer
 from .distill_options import DistillOptions
 from .files import damage, model_files, write_whole
 from .options import OPTIONS_FILE, TrainingOptions
@@ -109,9 +108,9 @@ def _train_classifier(options: DistillOptions, name: Path, recipe: dict[str, Any
     part = name.with_name(".teacher")  # under its name only when it is complete
     shutil.rmtree(part, ignore_errors=True)
     set_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     numbered = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
-    teacher = from_safetensors(AutoModelForSequenceClassification, source, dtype=torch.float32, **numbered)
+    teacher = load_model(AutoModelForSequenceClassification, source, new_head=True, dtype=torch.float32, **numbered)
 
     def encode(batch):
         found = tokenizer(batch["text"], truncation=True, max_length=options.block_length)

@@ -2,10 +2,11 @@
 
 # ruff: noqa: RUF009  (`option` is `dataclasses.field` with a help text)
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from .options import PRECISIONS, RunOptions, option, path
+from .number_range import LARGEST_INT, NOT_NEGATIVE, SEED, THREADS, NumberRange
+from .options import PRECISIONS, RunOptions, check_values, option, path
 
 OPTIONS_FILE = "distill_options.json"
 TASKS = ("causal-lm", "classification")
@@ -42,7 +43,14 @@ class DistillOptions(RunOptions):
     task: str = option("causal-lm", "models", "what the teacher predicts", choices=TASKS)
     k: int = option(64, "models", "mean number of keys that a query attends to in a head", int)
     predictor_length: int = option(128, "models", "width of the compressed attention", int)
-    softmax_layers: list[int] = option([], "models", "layers that keep softmax attention", int, metavar="LAYER")
+    softmax_layers: list[int] = option(
+        [],
+        "models",
+        "layers that keep softmax attention",
+        int,
+        metavar="LAYER",
+        range=NumberRange(least=0, most=LARGEST_INT),
+    )
     lora: int | None = option(None, "models", "rank of adapters; trains them and SEA, freezes the rest", int)
     freeze_host: bool = option(False, "models", "train what SEA adds, and nothing else", bool)
 
@@ -55,7 +63,13 @@ class DistillOptions(RunOptions):
         metavar="FILE",
     )
     validation_data: list[str] = option([], "text", "validation files (default: 5%% of the text)", path, metavar="FILE")
-    block_length: int = option(512, "text", "tokens in a row; classification: the most tokens of a text", int)
+    block_length: int = option(
+        512,
+        "text",
+        "tokens in a row; classification: the most tokens of a text",
+        int,
+        range=NumberRange(least=2, most=LARGEST_INT),
+    )
 
     # The optimisation.
     steps: int = option(1000, "optimisation", "optimizer steps", int)
@@ -63,15 +77,17 @@ class DistillOptions(RunOptions):
     accumulate: int = option(1, "optimisation", "batches added up before an optimizer step", int)
     learning_rate: float = option(1e-5, "optimisation", "learning rate of the teacher's weights", float)
     sea_learning_rate: float = option(1e-3, "optimisation", "learning rate of what SEA adds", float)
-    task_weight: float = option(0.1, "optimisation", "weight of the task's own loss", float)
-    hidden_weight: float = option(10.0, "optimisation", "weight of the hidden states' error", float)
-    logits_weight: float = option(0.1, "optimisation", "weight of the KL of the predictions", float)
-    attention_weight: float = option(1.0, "optimisation", "weight of the attention layers' losses", float)
+    task_weight: float = option(0.1, "optimisation", "weight of the task's own loss", float, range=NOT_NEGATIVE)
+    hidden_weight: float = option(10.0, "optimisation", "weight of the hidden states' error", float, range=NOT_NEGATIVE)
+    logits_weight: float = option(0.1, "optimisation", "weight of the KL of the predictions", float, range=NOT_NEGATIVE)
+    attention_weight: float = option(
+        1.0, "optimisation", "weight of the attention layers' losses", float, range=NOT_NEGATIVE
+    )
     loss_rows: int | None = option(None, "optimisation", "query rows that these look at (default: all)", int)
     precision: str = option("float32", "optimisation", "arithmetic of the forward pass", choices=PRECISIONS)
     cpu: bool = option(False, "optimisation", "stay on the CPU even if there is an accelerator", bool)
-    threads: int | None = option(None, "optimisation", "CPU threads (default: PyTorch's choice)", int)
-    seed: int = option(0, "optimisation", "seed of the weights and the order of the batches", int)
+    threads: int | None = option(None, "optimisation", "CPU threads (default: PyTorch's choice)", int, range=THREADS)
+    seed: int = option(0, "optimisation", "seed of the weights and the order of the batches", int, range=SEED)
 
     # The run.
     output: str = option("outputs/distill", "run", "folder for the student and its report", path, metavar="FOLDER")
@@ -85,15 +101,7 @@ class DistillOptions(RunOptions):
 
     def __post_init__(self):
         self.expand_paths()
-        for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"{each.name} must be one of {', '.join(choices)}, got {value!r}")
-            if each.metadata["kind"] is int and isinstance(value, int) and value < (0 if each.name == "seed" else 1):
-                raise ValueError(f"{each.name} must be greater than 0, got {value}")
-        for name in ("learning_rate", "sea_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        check_values(self)
         if (self.teacher is None) == (not self.example):
             raise ValueError("give either teacher, a pretrained model, or example, which trains a small one")
         if self.example and self.task == "causal-lm" and self.data:

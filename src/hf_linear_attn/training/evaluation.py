@@ -1,17 +1,17 @@
 """What a saved model scores: perplexity and bits per byte of a text, masked words, or classes of labelled rows."""
 
-import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
-from ..hub.safe_weights import from_safetensors
-from .text_data import FILE_FORMATS, TextData, load_hub_dataset, load_speeches, load_whole_files, require_datasets
+from ..hub.loading import load_config, load_model, load_tokenizer, saved_class
+from .classification_data import read_labelled_rows
+from .measuring import perplexity
+from .text_data import TextData, load_hub_dataset, load_speeches, load_whole_files
 from .tokenized_text import TokenBlocks, tokenize_documents
 
 MASKED_SHARE = 0.15
@@ -30,6 +30,7 @@ def evaluate_checkpoint(
     max_tokens: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    label_column: str = "label",
 ) -> dict[str, Any]:
     """Load a model with the head it was saved with, and measure it on the text that is named (the speeches if none is).
 
@@ -39,12 +40,8 @@ def evaluate_checkpoint(
         ValueError: a head that is not measured here, a text shorter than a block, labels that the model does not have.
         OSError: no such checkpoint.
     """
-    import transformers
-
-    import hf_linear_attn  # noqa: F401  (registers our families)
-
-    config = AutoConfig.from_pretrained(checkpoint)
-    name = (config.architectures or ["(none)"])[0]
+    config = load_config(checkpoint)
+    name = saved_class(config) or "(none)"
     measures = {
         "ForCausalLM": ("AutoModelForCausalLM", evaluate_language_model),
         "LMHeadModel": ("AutoModelForCausalLM", evaluate_language_model),
@@ -58,11 +55,11 @@ def evaluate_checkpoint(
             "here; for other heads use Trainer(compute_metrics=...).evaluate()"
         )
     auto_class, measure = found
-    model = from_safetensors(getattr(transformers, auto_class), checkpoint).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = load_model(getattr(transformers, auto_class), checkpoint).to(device).eval()
+    tokenizer = load_tokenizer(checkpoint)
     started = time.perf_counter()
     if measure is evaluate_classes:
-        result = evaluate_classes(model, tokenizer, list(data), text_column, batch_size, block_length)
+        result = evaluate_classes(model, tokenizer, list(data), text_column, batch_size, block_length, label_column)
         result["data"] = ", ".join(map(str, data))
     else:
         text = _text(data, dataset, dataset_config, text_column)
@@ -113,7 +110,7 @@ def evaluate_language_model(
     loss = total / count
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": encoded.bits_per_byte(split, loss),
         "predicted_tokens": count,
         "block_length": block_length,
@@ -156,7 +153,7 @@ def evaluate_masked_words(
     loss = total / count
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "accuracy": right / count,
         "masked_tokens": count,
         "block_length": block_length,
@@ -165,34 +162,26 @@ def evaluate_masked_words(
 
 @torch.no_grad()
 def evaluate_classes(
-    model, tokenizer, files: list[str], text_column: str = "text", batch_size: int = 4, max_length: int | None = None
+    model,
+    tokenizer,
+    files: list[str],
+    text_column: str = "text",
+    batch_size: int = 4,
+    max_length: int | None = None,
+    label_column: str = "label",
 ) -> dict[str, float]:
-    """Accuracy and macro F1 (scikit-learn's) on .csv or .jsonl rows with a text and a column `label` (number or name)."""
+    """Accuracy and macro F1 (scikit-learn's) on .csv or .jsonl rows with a text and a label (number or name of a class)."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    datasets = require_datasets()
     if not files:
         raise ValueError(
             "a classifier needs labelled rows: give --data with a .csv or .jsonl of the columns text and label"
         )
-    builder = FILE_FORMATS.get(Path(files[0]).suffix.lower())
-    if builder not in ("csv", "json", "parquet"):
-        raise ValueError(f"labelled rows must be .csv, .jsonl or .parquet, got {files[0]!r}")
-    for file in files:
-        if not Path(file).exists():
-            raise ValueError(f"the data {file!r} does not exist")
-    rows = datasets.load_dataset(builder, data_files=files, split="train")
-    missing = {text_column, "label"} - set(rows.column_names)
-    if missing:
-        raise ValueError(f"{files[0]!r} lacks the columns {sorted(missing)}; it has {rows.column_names}")
-    names = model.config.label2id or {}
-    labels = [names[x] if x in names else int(x) for x in rows["label"]]
-    wrong = sorted({label for label in labels if not 0 <= label < model.config.num_labels})
-    if wrong:
-        raise ValueError(f"labels {wrong[:5]} are outside 0 to {model.config.num_labels - 1}, the model's classes")
+    rows = read_labelled_rows("the data", files, text_column, label_column)
+    labels = [_class_of(label, model.config) for _, label in rows]
     predicted: list[int] = []
     longest = max_length or getattr(model.config, "max_position_embeddings", None) or LONGEST_BLOCK
-    texts = list(rows[text_column])
+    texts = [text for text, _ in rows]
     for first in tqdm(range(0, len(texts), batch_size), desc="evaluating", unit="batch", leave=False):
         batch = tokenizer(
             texts[first : first + batch_size], padding=True, truncation=True, max_length=longest, return_tensors="pt",
@@ -204,3 +193,22 @@ def evaluate_classes(
         "macro_f1": float(f1_score(labels, predicted, average="macro")),
         "rows": len(labels),
     }
+
+
+def _class_of(label: str | float, config) -> int:
+    """The class that a label names or numbers."""
+    names, count = config.label2id or {}, config.num_labels
+    if label in names:
+        return names[label]
+    try:
+        number = int(label)
+    except (ValueError, OverflowError):
+        number = -1
+    if number != label and str(number) != str(label).strip():
+        number = -1
+    if not 0 <= number < count:
+        known = ", ".join(map(str, list(names)[:8]))
+        raise ValueError(
+            f"label {label!r} is outside 0 to {count - 1}, the model's classes, and none of their names ({known})"
+        )
+    return number

@@ -9,7 +9,6 @@ print(report["test"]["perplexity"], report["tokens_per_second"])
 """
 
 import json
-import math
 import platform
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,7 +28,7 @@ from .masked_words import (
     MaskingCollator,
     NewMasksEachEpoch,
 )
-from .measuring import Throughput
+from .measuring import Throughput, perplexity
 from .model_choice import build_model
 from .options import TrainingOptions
 from .progress import TrainingProgress
@@ -222,7 +221,7 @@ def evaluate_split(trainer: Trainer, blocks: TokenBlocks, text: TokenizedText, s
     """Mean loss (nats per token) and perplexity over all blocks of a split; bits per byte, or share of masked words guessed."""
     metrics = trainer.evaluate(blocks, metric_key_prefix=split)
     loss = metrics[f"{split}_loss"]
-    found = {"loss": loss, "perplexity": math.exp(loss)}
+    found = {"loss": loss, "perplexity": perplexity(loss)}
     if f"{split}_accuracy" in metrics:
         return found | {"accuracy": metrics[f"{split}_accuracy"]}
     return found | {"bits_per_byte": text.bits_per_byte(split, loss)}

@@ -1,5 +1,6 @@
-"""Tokens per second and peak memory of a training run."""
+"""Perplexity, tokens per second and peak memory of a training run."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -21,6 +22,11 @@ def peak_memory_mb() -> float:
         return psutil.Process().memory_info().peak_wset / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it: a model that diverged is measured like any other."""
+    return math.exp(loss) if not loss > 709 else math.inf
 
 
 class Throughput(CarriedOver):

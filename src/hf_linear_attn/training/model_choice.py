@@ -1,10 +1,10 @@
 """From training options to a fresh model: the one place that knows how each family spells its config."""
 
 import difflib
+import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
-from ..hub.safe_weights import from_safetensors
 from .options import ENCODERS, TrainingOptions
 
 # Families whose layers can look through windows.
@@ -30,6 +30,8 @@ def build_model(options: TrainingOptions, tokenizer, labels: Sequence[str] = ())
     """
     import transformers
 
+    from ..hub.loading import load_model
+
     head = getattr(transformers, AUTO_CLASSES[options.task])
     classes = (
         {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}} if labels else {}
@@ -38,17 +40,15 @@ def build_model(options: TrainingOptions, tokenizer, labels: Sequence[str] = ())
         config = build_config(options, tokenizer)
         for name, value in classes.items():
             setattr(config, name, value)
-        return head.from_config(config)
-    return from_safetensors(head, options.from_checkpoint, **_checkpoint_fields(options), **classes)
+        return _fresh_model(head, config, options)
+    return load_model(head, options.from_checkpoint, new_head=True, **_checkpoint_fields(options), **classes)
 
 
 def _checkpoint_fields(options: TrainingOptions) -> dict[str, Any]:
     """Changes to a checkpoint's config that the options ask for or the task wants, after a look at whether it fits them."""
-    from transformers import AutoConfig
+    from ..hub.loading import load_config, saved_class
 
-    import hf_linear_attn  # noqa: F401  (registers our families)
-
-    config = AutoConfig.from_pretrained(options.from_checkpoint)
+    config = load_config(options.from_checkpoint)
     if options.family not in (None, config.model_type):
         raise ValueError(
             f"family is {options.family!r}, and {options.from_checkpoint} holds a {config.model_type!r} model"
@@ -63,13 +63,27 @@ def _checkpoint_fields(options: TrainingOptions) -> dict[str, Any]:
         raise ValueError(
             f"block_length={options.block_length} is more than the {limit} positions of {options.from_checkpoint}"
         )
-    for key in options.config_fields():
-        _check_field(config, key, config.model_type)
-    values = _dropout_fields(config.model_type, options.dropout)
-    trained = any("SequenceClassification" in name for name in config.architectures or ())
+    given = fitting_values(type(config), options.config_fields(), "config")
+    fields = config.to_dict()
+    values = {k: v for k, v in _dropout_fields(config.model_type, options.dropout).items() if k in fields}
+    if options.dropout and not values:
+        raise ValueError(f"dropout is no field of a {config.model_type} model: leave it out")
+    trained = "SequenceClassification" in (saved_class(config) or "")
     if config.model_type == "danet" and options.task == "classification" and not trained and config.pooler_norm is None:
         values["pooler_norm"] = DANET_POOLER_NORM
-    return values | options.config_fields()
+    return values | given
+
+
+def _fresh_model(head: Any, config: Any, options: TrainingOptions) -> Any:
+    """A model with new weights. Where the user gave fields of the configuration, a failure to build it is theirs."""
+    try:
+        return head.from_config(config)
+    except (KeyError, TypeError, RuntimeError, AssertionError, ZeroDivisionError, OverflowError) as error:
+        if not options.config:
+            raise
+        raise ValueError(
+            f"a {options.family} with config {' '.join(options.config)} cannot be built ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _dropout_fields(family: str, dropout: float) -> dict[str, float]:
@@ -111,10 +125,18 @@ def build_config(options: TrainingOptions, tokenizer) -> Any:
         if options.family not in ("leap", "danet"):
             raise ValueError(f"position_embedding is a choice of leap and danet, not of {options.family}")
         values["position_embedding_type"] = options.position_embedding
-    default = AutoConfig.for_model(options.family)
-    for key in options.config_fields():
-        _check_field(default, key, options.family)
-    return AutoConfig.for_model(options.family, **(values | options.config_fields()))
+    given = fitting_values(type(AutoConfig.for_model(options.family)), options.config_fields(), "config")
+    config = AutoConfig.for_model(options.family, **(values | given))
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"config: vocab_size={config.vocab_size} is less than the {len(tokenizer)} tokens of the tokenizer"
+        )
+    absolute = getattr(config, "position_embedding_type", "absolute") in ("absolute", "learned")
+    if absolute and config.max_position_embeddings < options.block_length:
+        raise ValueError(
+            f"config: max_position_embeddings={config.max_position_embeddings} is less than block_length={options.block_length}"
+        )
+    return config
 
 
 def _danet_fields(options: TrainingOptions) -> dict[str, Any]:
@@ -141,9 +163,39 @@ def _window_fields(options: TrainingOptions) -> dict[str, Any]:
     return {"use_local_attention": False} if options.all_global else {"layer_windows": options.layer_windows()}
 
 
-def _check_field(config: Any, key: str, family: str) -> None:
-    known = set(config.to_dict()) | set(config.attribute_map)
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"config: the config of {family} has no field {key!r}{hint}")
+def fitting_values(config_class: Any, given: dict[str, Any], name: str) -> dict[str, Any]:
+    """Fields of a configuration as a user types them: 1 is taken where a float is wanted, and 1e3 where an int is.
+
+    Raises:
+        ValueError: a field that the configuration does not have, or a value of another type; `name` is the option's.
+    """
+    aliases = getattr(config_class, "attribute_map", {})
+    declared = {each: field.type for each, field in config_class.__dataclass_fields__.items()}
+    known = set(config_class().to_dict()) | set(aliases) | set(declared)
+    found = dict(given)
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{name}: {config_class.__name__} has no field {key!r}{_did_you_mean(key, known)}")
+        wanted = declared.get(aliases.get(key, key))
+        types = set(get_args(wanted) or (wanted,))
+        if isinstance(value, int) and not isinstance(value, bool) and float in types and int not in types:
+            found[key] = _as_float(value, f"{name}: {key}")
+        elif isinstance(value, float) and value.is_integer() and int in types and float not in types:
+            found[key] = int(value)
+        simple = types <= {int, float, bool, str, type(None)}
+        if simple and type(found[key]) not in types:
+            words = " or ".join(sorted("null" if each is type(None) else each.__name__ for each in types))
+            raise ValueError(f"{name}: {key} must be {words}, got {json.dumps(value)}")
+    return found
+
+
+def _as_float(value: int, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large a number") from None
+
+
+def _did_you_mean(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

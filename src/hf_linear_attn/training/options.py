@@ -11,6 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_whole
+from .number_range import (
+    COUNT,
+    EPOCHS,
+    LARGEST_INT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    THREADS,
+    VOCABULARY,
+    NumberRange,
+)
 
 OPTIONS_FILE = "training_options.json"
 FAMILIES = ("leap", "fastformer", "danet", "gpt2", "bert")
@@ -32,11 +44,20 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def option(default: Any, group: str, help: str, kind: type = str, choices: tuple = (), metavar: str | None = None):
+def option(
+    default: Any,
+    group: str,
+    help: str,
+    kind: type = str,
+    choices: tuple = (),
+    metavar: str | None = None,
+    range: NumberRange | None = None,
+):
     """Declare a field of the options together with what the command line shows for it.
-    A list default takes several values.
+    A list default takes several values; a number without a range is a count, at least 1.
     """
-    about = {"group": group, "help": help, "kind": kind, "choices": choices, "metavar": metavar}
+    range = range or (COUNT if kind is int else POSITIVE if kind is float else None)
+    about = {"group": group, "help": help, "kind": kind, "choices": choices, "metavar": metavar, "range": range}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)
     return field(default=default, metadata=about)
@@ -50,10 +71,34 @@ def key_values(pairs: list[str], name: str) -> dict[str, Any]:
         if not separator or not key.isidentifier():
             raise ValueError(f"{name} takes KEY=VALUE, as in initializer_range=0.02, got {pair!r}")
         try:
-            found[key] = json.loads(text)
+            found[key] = json.loads(text, parse_constant=_no_number)
         except json.JSONDecodeError:
             found[key] = text
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: the value of {key} cannot be used: {error}") from None
     return found
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number to compute with")
+
+
+def check_values(options: Any) -> None:
+    """Refuse what the fields of an options dataclass do not allow: ValueError names the field, its range and the value."""
+    for each in fields(options):
+        value, about = getattr(options, each.name), each.metadata
+        several = isinstance(value, list | tuple)
+        for one in value if several else [value]:
+            if one is None and not several:
+                continue
+            if about["choices"] and one not in about["choices"]:
+                raise ValueError(f"{each.name} must be one of {', '.join(about['choices'])}, got {one!r}")
+            if about["range"] is not None and isinstance(one, int | float):
+                problem = about["range"].problem(one)
+                if problem:
+                    raise ValueError(f"{each.name} {problem}")
+            if about["kind"] in (str, path) and one == "":
+                raise ValueError(f"{each.name} is empty: give a value, or leave it out")
 
 
 @dataclass
@@ -164,7 +209,7 @@ class TrainingOptions(RunOptions):
     position_embedding: str | None = option(
         None, "model", "how positions enter (leap: learned by default; danet: rotary)", choices=("learned", "rotary")
     )
-    dropout: float = option(0.0, "model", "dropout probability everywhere in the model, 0 <= p < 1", float)
+    dropout: float = option(0.0, "model", "dropout probability everywhere in the model, 0 <= p < 1", float, range=SHARE)
     config: list[str] = option(
         [], "model", "any other field of the model's config, as in initializer_range=0.02", metavar="KEY=VALUE"
     )
@@ -193,29 +238,47 @@ class TrainingOptions(RunOptions):
         None, "text", "existing tokenizer, folder or Hub name (default: train a BPE)", path, metavar="NAME"
     )
     vocab_size: int = option(
-        4096, "text", "size of the byte-level BPE that is trained on the training text, at least 259", int
+        4096,
+        "text",
+        "size of the byte-level BPE that is trained on the training text, at least 259",
+        int,
+        range=VOCABULARY,
     )
-    block_length: int = option(512, "text", "tokens in one training row; of a longer classified text, the first", int)
-    mask_share: float = option(0.15, "text", "share of the tokens that mlm hides, 0 < p < 1", float)
+    block_length: int = option(
+        512,
+        "text",
+        "tokens in one training row; of a longer classified text, the first",
+        int,
+        range=NumberRange(least=2, most=LARGEST_INT, reason="a token and its successor at least"),
+    )
+    mask_share: float = option(
+        0.15, "text", "share of the tokens that mlm hides, 0 < p < 1", float, range=NumberRange(above=0, below=1)
+    )
 
     # The optimisation.
     steps: int | None = option(None, "optimisation", "optimizer steps (default: one epoch)", int)
-    epochs: float | None = option(None, "optimisation", "passes over the training text, instead of --steps", float)
+    epochs: float | None = option(
+        None, "optimisation", "passes over the training text, instead of --steps", float, range=EPOCHS
+    )
     batch_size: int = option(2, "optimisation", "rows in one step on a device", int)
     accumulate: int = option(1, "optimisation", "batches added up before an optimizer step", int)
     learning_rate: float | None = option(
         None, "optimisation", "peak learning rate of AdamW (default: 3e-3; 5e-4 for classification)", float
     )
     schedule: str = option("linear", "optimisation", "decay of the learning rate", choices=SCHEDULES)
-    warmup: float = option(0.05, "optimisation", "share of the steps in which the rate rises, 0 <= w < 1", float)
-    weight_decay: float = option(0.01, "optimisation", "weight decay of AdamW", float)
+    warmup: float = option(
+        0.05, "optimisation", "share of the steps in which the rate rises, 0 <= w < 1", float, range=SHARE
+    )
+    weight_decay: float = option(0.01, "optimisation", "weight decay of AdamW", float, range=NOT_NEGATIVE)
     clip: float = option(1.0, "optimisation", "largest gradient norm", float)
     precision: str = option("float32", "optimisation", "arithmetic of the forward pass (autocast)", choices=PRECISIONS)
     gradient_checkpointing: bool = option(False, "optimisation", "recompute activations: less memory, more time", bool)
     compile: bool = option(False, "optimisation", "torch.compile the model", bool)
     cpu: bool = option(False, "optimisation", "stay on the CPU even if there is an accelerator", bool)
-    threads: int | None = option(None, "optimisation", "CPU threads (default: PyTorch's choice)", int)
-    seed: int = option(0, "optimisation", "seed of the weights, the dropout and the order of the batches", int)
+    threads: int | None = option(None, "optimisation", "CPU threads (default: PyTorch's choice)", int, range=THREADS)
+    seed: int = option(
+        0, "optimisation", "seed of the weights, the dropout and the order of the batches", int, range=SEED
+    )
 
     # The run.
     output: str = option(
@@ -235,45 +298,9 @@ class TrainingOptions(RunOptions):
 
     def __post_init__(self):
         self.expand_paths()
-        for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata["choices"]
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"{each.name} must be one of {', '.join(choices)}, got {value!r}")
+        check_values(self)
         if self.learning_rate is None:
             self.learning_rate = 5e-4 if self.task == "classification" else 3e-3
-        positive = (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "batch_size",
-            "accumulate",
-            "learning_rate",
-            "clip",
-        )
-        positive += (
-            "steps",
-            "epochs",
-            "threads",
-            "log_every",
-            "eval_every",
-            "eval_tokens",
-            "final_eval_tokens",
-            "save_every",
-        )
-        positive += ("keep_checkpoints",)
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be greater than 0, got {value}")
-        for name in ("dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if self.block_length < 2:
-            raise ValueError(f"block_length must be at least 2 (a token and its successor), got {self.block_length}")
-        if self.vocab_size < 259:
-            raise ValueError(f"vocab_size must be at least 259 (256 bytes and 3 special tokens), got {self.vocab_size}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}"
@@ -317,8 +344,6 @@ class TrainingOptions(RunOptions):
             )
         if self.task == "causal-lm" and self.family == "bert":
             raise ValueError("bert is an encoder: give task mlm or classification, or another family")
-        if not 0 < self.mask_share < 1:
-            raise ValueError(f"mask_share must be greater than 0 and less than 1, got {self.mask_share}")
         if self.task == "classification" and (self.dataset or self.join_rows):
             raise ValueError("classification reads data (files or a named set), neither dataset nor join_rows")
 
@@ -331,10 +356,12 @@ class TrainingOptions(RunOptions):
             word = word.strip().lower()
             if word in ("global", "none"):
                 parsed.append(None)
-            elif word.isdigit() and int(word) > 0:
+            elif word.isdecimal() and len(word) <= 10 and 0 < int(word) <= LARGEST_INT:
                 parsed.append(int(word))
             else:
-                raise ValueError(f"windows must list 'global' or positive sizes, as in global,4,8,16, got {word!r}")
+                raise ValueError(
+                    f"windows must list 'global' or sizes from 1 to {LARGEST_INT:,}, as in global,4,8,16, got {word!r}"
+                )
         if len(parsed) != self.num_hidden_layers:
             raise ValueError(f"windows lists {len(parsed)} layers, and num_hidden_layers is {self.num_hidden_layers}")
         return parsed

@@ -4,12 +4,17 @@ Every loader returns a `datasets.DatasetDict` with the splits train, validation 
 column `text`.
 """
 
+import codecs
 import contextlib
 import importlib.util
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..terminal_text import printable
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -19,6 +24,7 @@ EXCERPT_FOLDER = Path(__file__).parent / "speeches"
 FILE_FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Of a text without its own validation and test part, this share of the end goes to each of the two.
 HELD_OUT_SHARE = 0.05
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -111,24 +117,21 @@ def load_files(
     for split, names in given.items():
         if not names:
             continue
-        files, builder = files_of_one_format(split, names)
-        options = {"sample_by": "document"} if builder == "text" else {}
-        with without_progress_bars():
-            rows = datasets.load_dataset(builder, data_files={split: files}, split=split, **options)
-        loaded[split] = _one_text_column(rows, "text" if builder == "text" else text_column, join_rows)
+        title = f"the {split} data"
+        files, builder = files_of_one_format(title, names)
+        rows = read_rows(title, files, builder)
+        loaded[split] = _one_text_column(rows, "text" if builder == "text" else text_column, join_rows, title)
     documents = with_held_out_splits(datasets.DatasetDict(loaded))
-    return TextData(documents, f"{', '.join(map(str, train))}: {_sizes(documents)}")
+    return TextData(documents, printable(f"{', '.join(map(str, train))}: {_sizes(documents)}"))
 
 
 def load_whole_files(names: Sequence[str], text_column: str = "text") -> TextData:
     """A user's own files as one split, `train`: nothing of them is held out. Formats and errors are those of `load_files`."""
     datasets = require_datasets()
-    files, builder = files_of_one_format("train", names)
-    options = {"sample_by": "document"} if builder == "text" else {}
-    with without_progress_bars():
-        rows = datasets.load_dataset(builder, data_files=files, split="train", **options)
-    rows = _one_text_column(rows, "text" if builder == "text" else text_column, join_rows=False)
-    return TextData(datasets.DatasetDict({"train": rows}), ", ".join(map(str, names)))
+    files, builder = files_of_one_format("the data", names)
+    rows = read_rows("the data", files, builder)
+    rows = _one_text_column(rows, "text" if builder == "text" else text_column, False, "the data")
+    return TextData(datasets.DatasetDict({"train": rows}), printable(", ".join(map(str, names))))
 
 
 def load_hub_dataset(
@@ -140,10 +143,18 @@ def load_hub_dataset(
     `join_rows` glues the rows of a split to one document: for sets whose rows are lines of a text.
     """
     datasets = require_datasets()
-    found = datasets.load_dataset(name, config)
+    try:
+        found = datasets.load_dataset(name, config)
+    except (OSError, ValueError) as error:
+        place = "" if os.path.exists(name) else f"\nThere is no folder {name!r} here, so the Hub was asked for it."
+        raise ValueError(f"the data set {name!r} cannot be loaded: {error}{place}") from error
     if "train" not in found:
         raise ValueError(f"data set {name!r} has the splits {sorted(found)}, and none is called 'train'")
-    kept = {split: _one_text_column(found[split], text_column, join_rows) for split in SPLITS if split in found}
+    kept = {
+        split: _one_text_column(found[split], text_column, join_rows, f"{name}, {split}")
+        for split in SPLITS
+        if split in found
+    }
     documents = with_held_out_splits(datasets.DatasetDict(kept))
     return TextData(documents, f"{name}{f' ({config})' if config else ''}: {_sizes(documents)}")
 
@@ -170,30 +181,143 @@ def with_held_out_splits(documents: "DatasetDict") -> "DatasetDict":
     return datasets.DatasetDict({split: made.get(split, documents.get(split)) for split in SPLITS})
 
 
-def files_of_one_format(split: str, names: Sequence[str]) -> tuple[list[str], str]:
-    """Existing files behind `names` and the loader that reads them."""
+def files_of_one_format(title: str, names: Sequence[str]) -> tuple[list[str], str]:
+    """Existing files behind `names` and the loader that reads them. title: how an error calls them."""
     files: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
-        if not path.exists():
-            raise ValueError(f"the {split} data {name!r} does not exist")
+        if not os.path.exists(path):
+            raise ValueError(f"{title}: {name!r} does not exist")
         files += sorted(p for p in path.rglob("*") if p.suffix.lower() in FILE_FORMATS) if path.is_dir() else [path]
     builders = {FILE_FORMATS.get(file.suffix.lower()) for file in files}
     if len(builders) != 1 or None in builders:
         found = ", ".join(sorted({file.suffix or "no suffix" for file in files})) or "no files"
         raise ValueError(
-            f"the {split} data must be files of one format out of {', '.join(FILE_FORMATS)}, "
-            f"got {found} in {list(names)}"
+            f"{title} must be files of one format out of {', '.join(FILE_FORMATS)}, "
+            f"got {found} in {', '.join(map(repr, names))}"
         )
     return [str(file) for file in files], builders.pop()  # type: ignore[return-value]
 
 
-def _one_text_column(rows, text_column: str, join_rows: bool):
-    if text_column not in rows.column_names:
-        raise ValueError(f"text_column={text_column!r} is not a column of the data, which has {rows.column_names}")
-    rows = rows.select_columns([text_column])
-    if text_column != "text":
-        rows = rows.rename_column(text_column, "text")
+def read_rows(title: str, files: Sequence[str], builder: str):
+    """The rows of files of one format. title: how an error calls them.
+
+    Raises:
+        ValueError: a file that is empty, not UTF-8, or not what its name says: with the place where that shows.
+        OSError: a file that cannot be opened.
+    """
+    datasets = require_datasets()
+    for file in files:
+        _check_readable(title, Path(file), builder)
+    # A byte order mark is no part of a text.
+    options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
+    try:
+        with without_progress_bars():
+            rows = datasets.load_dataset(builder, data_files=list(files), split="train", **options)
+    except (datasets.exceptions.DatasetsError, ValueError, TypeError, StopIteration) as error:
+        if builder == "json":
+            for file in files:
+                _check_json_lines(title, Path(file))
+        causes = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        if any(isinstance(cause, OSError) for cause in causes):
+            raise OSError(f"{title} cannot be read: {causes[-1]}") from error
+        reason = " ".join(str(causes[-1]).split())
+        if "corresponds to no data" in reason:
+            raise ValueError(f"{title} has no rows: {', '.join(map(repr, files))}") from error
+        raise ValueError(f"{title} cannot be read as {builder} from {', '.join(map(repr, files))}: {reason}") from error
+    if len(rows) == 0:
+        raise ValueError(f"{title} has no rows: {', '.join(map(repr, files))}")
+    return rows
+
+
+def _check_readable(title: str, file: Path, builder: str) -> None:
+    """Refuse a file that is empty, or whose bytes are not UTF-8 where its format is text."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with file.open("rb") as stream:  # an OSError names the file by itself
+        first = stream.read(READ_BYTES)
+        if not first:
+            raise ValueError(f"{title}: {str(file)!r} is empty")
+        if builder == "parquet":
+            return
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{title}: {str(file)!r} is UTF-16, not UTF-8: save it as UTF-8")
+        if b"\0" in first:
+            raise ValueError(f"{title}: {str(file)!r} is no text (it holds zero bytes)")
+        place, piece = 0, first
+        while True:
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                at = place - pending + error.start
+                raise ValueError(
+                    f"{title}: {str(file)!r} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {at:,}): save it as UTF-8"
+                ) from None
+            if not piece:
+                return
+            place += len(piece)
+            piece = stream.read(READ_BYTES)
+
+
+def _check_json_lines(title: str, file: Path) -> None:
+    """Name the first line of a .jsonl that is no JSON object, or whose fields are of other types than those before."""
+    types: dict[str, type] = {}
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if number == 1 and line.lstrip()[0] in "[{" and file.suffix.lower() == ".json":
+                    return  # one value over several lines
+                raise ValueError(f"{title}: {str(file)!r}, line {number} is no JSON: {error}") from None
+            if not isinstance(row, dict):
+                if number == 1 and isinstance(row, list):
+                    return
+                raise ValueError(
+                    f'{title}: {str(file)!r}, line {number} is no JSON object such as {{"text": "..."}}: {line.strip()[:40]!r}'
+                )
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{title}: {str(file)!r}, line {number} holds half of a surrogate pair, which is no text"
+                ) from None
+            for name, value in row.items():
+                if value is not None and types.setdefault(name, type(value)) is not type(value):
+                    raise ValueError(
+                        f"{title}: {str(file)!r}, line {number} has a {type(value).__name__} in {name!r}, and earlier lines a "
+                        f"{types[name].__name__}"
+                    )
+
+
+def need_column(rows, option: str, column: str, title: str) -> None:
+    """ValueError where the rows lack a column, with those they have."""
+    if column not in rows.column_names:
+        only = rows.column_names[0] if len(rows.column_names) == 1 else ""
+        found = next((mark for mark in (";", "\t", "|") if mark in only), None)
+        hint = f". Is {found!r} its separator? Columns are separated by commas here" if found else ""
+        raise ValueError(f"{title} lacks the column {option}={column!r}; it has {rows.column_names}{hint}")
+
+
+def text_of_rows(rows, column: str, title: str):
+    """The rows with their text alone, in the column `text`. ValueError for the first row that has none."""
+    need_column(rows, "text_column", column, title)
+    rows = rows.select_columns([column])
+    if column != "text":
+        rows = rows.rename_column(column, "text")
+    for number, text in enumerate(rows["text"], 1):
+        if not isinstance(text, str):
+            found = "no text" if text is None else f"no text but {type(text).__name__}"
+            raise ValueError(f"{title}: row {number} has {found} in the column {column!r}: mend it or take it out")
+    return rows
+
+
+def _one_text_column(rows, text_column: str, join_rows: bool, title: str):
+    rows = text_of_rows(rows, text_column, title)
     if join_rows:
         return type(rows).from_dict({"text": ["\n".join(line.rstrip("\n") for line in rows["text"])]})
     return rows

@@ -139,7 +139,9 @@ def prepare_text(
     tokenizer_name: folder or Hub name of an existing tokenizer;
     without it a BPE of `vocab_size` is trained on the training split (for_encoder: with a mask token).
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+
+    from ..hub.loading import load_tokenizer
 
     kind = [2, vocab_size, tokenizer_name, *(["encoder"] if for_encoder else [])]
     digest = hashlib.sha256(json.dumps(kind).encode())
@@ -153,7 +155,7 @@ def prepare_text(
     ids_file = folder / "ids.npz"
     if tokenizer_name is not None:
         # A tokenizer can change under its name, so only its own training is worth a cache.
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+        tokenizer = load_tokenizer(tokenizer_name)
         return tokenizer, tokenize_documents(data, tokenizer)
     if ids_file.exists():
         try:
