@@ -48,12 +48,13 @@ def run(arguments: list[str]) -> int:
     if output.exists() and not given["overwrite"]:
         command.error(f"{output} is there already; --overwrite replaces it")
     from ..hub.cards import build_card
+    from ..modeling.whole_files import write_whole
     from .quiet import quiet_libraries
 
     quiet_libraries()
     about = {name: given[name] for name in ("repo", "license", "language", "dataset")}
     beside = output.resolve().parent == folder.resolve()
     card = build_card(folder, speed=not given["no_speed"], picture=beside, **about)
-    card.save(output)
+    write_whole(output, card.save)
     show({"card": str(output), "metadata": card.data.to_dict()}, f"card: {output}", given.get("json", False))
     return 0

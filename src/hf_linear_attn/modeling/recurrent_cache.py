@@ -30,6 +30,7 @@ from .compat import (
 from .decoding_graph import DecodingGraph
 from .past_columns import PastColumns, count_tokens, making_buffers
 from .sequence_inputs import GENERATION_KEYWORDS
+from .whole_files import write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -314,7 +315,8 @@ class RecurrentCache(DynamicCache):
         if not tensors:
             raise ValueError("nothing to save: this cache has not seen a token yet; run the model on a prompt first")
         lengths = [int(layer.get_seq_length()) for layer in self.layers]
-        save_file(tensors, path, metadata={"format": FORMAT, "lengths": json.dumps(lengths)})
+        metadata = {"format": FORMAT, "lengths": json.dumps(lengths)}
+        write_whole(path, lambda part: save_file(tensors, part, metadata=metadata))
 
     @classmethod
     def load(cls, path, config, device: str | torch.device | None = None) -> "RecurrentCache":

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .configuration_common import FORMAT_FIELD
-
 try:
     import fcntl
 except ImportError:  # no such locks on this system
@@ -106,8 +104,10 @@ def put_in_place(staging: Path, folder: Path) -> None:
                 errno.EISDIR, "a folder stands where a file is to be written", str(folder / taken[0])
             )
         stale = _stale(folder, written)
-        flush([*(staging / name for name in changed), staging])
-        if len(changed) + len(stale) > 1 and CONFIG_NAME in written and (folder / CONFIG_NAME).is_file():
+        fresh = not (folder / CONFIG_NAME).is_file()
+        # Code in a new folder can be had again from who saved it, and flushing forty files takes as long as all the rest.
+        flush([*(staging / name for name in changed if not (fresh and name.endswith(".py"))), staging])
+        if len(changed) + len(stale) > 1 and CONFIG_NAME in written and not fresh:
             _prepare_switch(staging, written, changed, stale)
             os.replace(staging / SWITCH, folder / CONFIG_NAME)
             try:
@@ -237,12 +237,15 @@ def _stale(folder: Path, written: set[str]) -> list[str]:
     if CONFIG_NAME in written and (folder / CONFIG_NAME).is_file():
         if replaced:
             stale |= there & {GENERATION_CONFIG_NAME}
-        stale |= there & _code_of(folder)
+        if any(name.endswith(".py") for name in there):
+            stale |= there & _code_of(folder)
     return sorted(stale)
 
 
 def _code_of(folder: Path) -> set[str]:
     """The code files of the checkpoint in `folder`, if it is of this package: those in its `auto_map`, and their imports."""
+    from .configuration_common import FORMAT_FIELD  # here, since it imports torch, and writing a file needs none
+
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except ValueError:

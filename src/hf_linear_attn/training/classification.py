@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, set_seed
 
+from ..modeling.whole_files import write_whole
 from .checkpoints import StopOnSignal
 from .classification_data import describe_rows, load_classification
 from .language_modeling import REPORT_FILE, describe_machine, free_folder, run_trainer, start_folder, training_arguments
@@ -162,5 +163,5 @@ def _tokenizer(options: TrainingOptions, rows: "DatasetDict"):
 def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> None:
     trainer.save_model(str(folder))
     tokenizer.save_pretrained(str(folder))
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    write_whole(folder / REPORT_FILE, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
     save_curve({report["family"]: report["curve"]}, folder, None, report["text"].split(":")[0])

@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from ..conversion.linearize import linearize
+from ..modeling.whole_files import write_whole
 from .checkpoints import StopOnSignal, last_complete_checkpoint
 from .classification_data import describe_rows, load_classification
 from .distill_example import example_teacher
@@ -82,7 +83,7 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     model = trainer.model.merge_and_unload() if options.lora else sea_model(trainer.model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    write_whole(folder / REPORT_FILE, lambda part: part.write_text(json.dumps(report, indent=2) + "\n"))
     return report
 
 

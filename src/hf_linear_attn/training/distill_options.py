@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..modeling.whole_files import write_whole
 from .options import PRECISIONS, option
 
 OPTIONS_FILE = "distill_options.json"
@@ -101,7 +102,7 @@ class DistillOptions:
 
     def save(self, folder: Path) -> None:
         """Write the options beside the run."""
-        (folder / OPTIONS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(folder / OPTIONS_FILE, lambda part: part.write_text(json.dumps(asdict(self), indent=2) + "\n"))
 
     @classmethod
     def from_arguments(cls, given: dict[str, Any]) -> "DistillOptions":

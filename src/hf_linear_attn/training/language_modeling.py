@@ -21,6 +21,7 @@ import torch
 import transformers
 from transformers import Trainer, TrainingArguments, set_seed
 
+from ..modeling.whole_files import write_whole
 from .checkpoints import StopOnSignal, last_complete_checkpoint
 from .learning_curve import curve_of, save_curve
 from .masked_words import (
@@ -260,6 +261,6 @@ def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> 
         trainer.model.config.use_cache = True  # Trainer switches it off for training, and would save it so
     trainer.save_model(str(folder))
     tokenizer.save_pretrained(str(folder))
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    write_whole(folder / REPORT_FILE, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
     label = report["family"]
     save_curve({label: report["curve"]}, folder, {label: report["tokens_per_step"]}, report["text"].split(":")[0])

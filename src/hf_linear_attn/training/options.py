@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..modeling.whole_files import write_whole
+
 OPTIONS_FILE = "training_options.json"
 FAMILIES = ("leap", "fastformer", "danet", "gpt2", "bert")
 TASKS = ("causal-lm", "mlm", "classification")
@@ -267,7 +269,7 @@ class TrainingOptions:
 
     def save(self, folder: Path) -> None:
         """Write the options beside the run, for `resume` and for whoever wants to know later."""
-        (folder / OPTIONS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(folder / OPTIONS_FILE, lambda part: part.write_text(json.dumps(asdict(self), indent=2) + "\n"))
 
     @classmethod
     def load(cls, folder: Path) -> "TrainingOptions":
