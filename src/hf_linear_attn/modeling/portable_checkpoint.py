@@ -18,13 +18,14 @@ import torch
 import transformers
 from huggingface_hub import create_repo, upload_folder
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .compat import create_and_tag_model_card, custom_object_save
 from .configuration_common import FORMAT_FIELD, FORMAT_VERSION, fields_read, saved_fields
 from .whole_files import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
+    PREFIX,
     OnlyPartlyInPlace,
     put_in_place,
     staging_folder,
@@ -236,20 +237,24 @@ def _as_it_is_now(folder: Path, name, kwargs: dict) -> dict:
     changed: dict[str, Any] = {}
     config, weights = kwargs.get("config"), fields.get("transformers_weights")
     read = fields_read(config)
-    if read is not None and str(config.name_or_path) == str(name):
-        if read != saved_fields(fields):
-            raise OSError(
-                f"the checkpoint in {folder} was saved over after its configuration was read, and has another one now: "
-                "load both again"
-            )
-        if weights != getattr(config, "transformers_weights", None):
-            changed["config"] = copy.deepcopy(config)
-            changed["config"].transformers_weights = weights
-    if weights is not None and "generation_config" not in kwargs:
+    if read not in (None, saved_fields(fields)) and str(config.name_or_path) == str(name):
+        raise OSError(
+            f"the checkpoint in {folder} was saved over after its configuration was read, and has another one now: load "
+            "both again"
+        )
+    named = getattr(config, "transformers_weights", None)
+    if isinstance(config, PreTrainedConfig) and weights != named and (_of_a_save(weights) or _of_a_save(named)):
+        changed["config"] = copy.deepcopy(config)
+        changed["config"].transformers_weights = weights
+    if _of_a_save(weights) and "generation_config" not in kwargs:
         settings = folder / Path(weights).with_name(GENERATION_CONFIG_NAME)
         if settings.is_file():
             changed["generation_config"] = GenerationConfig.from_pretrained(settings.parent)
     return changed
+
+
+def _of_a_save(weights: str | None) -> bool:
+    return weights is not None and weights.startswith(PREFIX)
 
 
 def _refuse_pickle_alone(folder: Path) -> None:
