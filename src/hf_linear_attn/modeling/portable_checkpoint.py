@@ -69,6 +69,9 @@ class PortableCheckpointMixin:
     """Placed before `PreTrainedModel`: `save_pretrained`, `push_to_hub` and `from_pretrained` as the module describes."""
 
     config: Any
+    model_tags: Any
+    should_save_on_this_rank: Callable[[bool], bool]
+    barrier_after_gathered_checkpoint_save: Callable[[Any], None]
 
     def save_pretrained(
         self,
