@@ -274,7 +274,7 @@ def test_a_set_by_name_with_other_classes_is_refused(tmp_path, capsys):
     [
         ([], "give either teacher"),
         (["--teacher", "x", "--example"], "give either teacher"),
-        (["--teacher", "x", "--k", "0"], "k must be greater than 0"),
+        (["--teacher", "x", "--k", "0"], "k must be at least 1"),
         (["--teacher", "x", "--task", "classification"], "classification needs data"),
         (["--teacher", "x", "--taks", "classification"], "did you mean '--task'"),
         (["--resume", "--output", "nowhere"], "no run to resume"),

@@ -58,12 +58,13 @@ def run(arguments: list[str]) -> int:
         except HFValidationError as error:
             command.error(f"--repo is no name on the Hub: {error}")
     from ..hub.cards import build_card
+    from ..modeling.whole_files import write_whole
     from .quiet import quiet_libraries
 
     quiet_libraries()
     about = {name: given[name] for name in ("repo", "license", "language", "dataset")}
     beside = output.resolve().parent == folder.resolve()
     card = build_card(folder, speed=not given["no_speed"], picture=beside, **about)
-    card.save(output)
+    write_whole(output, card.save)
     show({"card": str(output), "metadata": card.data.to_dict()}, f"card: {output}", given.get("json", False))
     return 0

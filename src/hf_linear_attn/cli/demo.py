@@ -158,6 +158,7 @@ def run_as_process(words: list[str]) -> int:
 
 def comparison(reports: dict[str, dict], output: Path) -> str:
     """The curves as a table and a picture, and the figures of each model."""
+    from ..training.files import write_text_whole
     from ..training.learning_curve import save_curve, table
 
     curves = {name: report["curve"] for name, report in reports.items()}
@@ -183,7 +184,7 @@ def comparison(reports: dict[str, dict], output: Path) -> str:
         }
         for name, report in reports.items()
     ]
-    (output / "comparison.json").write_text(json.dumps(reports, indent=1) + "\n")
+    write_text_whole(output / COMPARISON, json.dumps(reports, indent=1) + "\n")
     return (
         f"validation loss (nats per token)\n{table(curve_rows, {name: name for name in ('step', *reports)})}\n\n"
         f"{table(rows, COLUMNS)}\n\ncurves: {', '.join(map(str, files))}"

@@ -16,6 +16,7 @@ from ..modeling.modeling_danet import DanetPreTrainedModel
 from ..modeling.modeling_fastformer import FastformerModel
 from ..modeling.modeling_leap import LeapModel
 from ..modeling.modeling_sea import SeaPreTrainedModel
+from ..modeling.whole_files import write_whole
 from . import coloured_text
 from .family_rows import AttentionRows, attention_rows, find_part, reads_from_the_left, rollout
 from .reading import ReadText, evaluating, on_device_of, read_text
@@ -69,7 +70,7 @@ class Importance:
         """Write the page; folders are made. Returns the path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_html(), encoding="utf-8")
+        write_whole(path, lambda part: part.write_text(self.to_html(), encoding="utf-8"))
         return path
 
     def to_terminal(self, width: int = 100, color: bool = True) -> str:

@@ -1,11 +1,13 @@
 """ONNX of the decode step, and a decoder that runs it with onnxruntime and NumPy alone."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..modeling.whole_files import write_whole
 from .decoding import DecodeStep, empty_state, state_names
 
 INSTALL = "pip install 'hf-linear-attn[onnx]'"
@@ -47,9 +49,13 @@ def save_onnx_step(model: PreTrainedModel, path: str | os.PathLike) -> None:
             output_names=["logits", *(f"next_{name}" for name in names)],
             dynamic_shapes={"input_ids": {0: batch}, "state": tuple({0: batch} for _ in state)},
         )
-    program.save(os.fspath(path))
     first = {name: tensor[:1].cpu().numpy() for name, tensor in zip(names, state)}
-    np.savez(f"{os.fspath(path)}.state.npz", **first)
+
+    def write(part: Path) -> None:
+        program.save(os.fspath(part))
+        np.savez(f"{os.fspath(part)}.state.npz", **first)
+
+    write_whole(path, write)
     model.train(training)
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..modeling.portable_checkpoint import PortableCheckpointMixin
+from ..modeling.whole_files import write_whole
 from ..terminal_text import printable
 from .card_facts import FAMILY_TEXTS, describe, head_of, machine, measure, position_limit
 from .loading import load_config, load_model, saved_class
@@ -387,7 +388,7 @@ class ModelCardCallback(TrainerCallback):
         report = {"log_history": state.log_history, "global_step": state.global_step}
         about = {"repo": args.hub_model_id or Path(args.output_dir).name} | self.about | about
         os.makedirs(args.output_dir, exist_ok=True)
-        build_card(model, report, **about).save(Path(args.output_dir) / "README.md")
+        write_whole(Path(args.output_dir) / "README.md", build_card(model, report, **about).save)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Write the card."""

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from ..modeling.configuration_common import FORMAT_FIELD, FORMAT_VERSION
 from ..modeling.portable_checkpoint import auto_map, copy_code
+from ..modeling.whole_files import put_in_place, staging_folder
 from ..registration import FAMILIES
 
 
@@ -24,17 +25,19 @@ def add_code(folder: str | os.PathLike) -> None:
         FileNotFoundError: no `config.json` in `folder`.
         ValueError: the configuration is of another family.
     """
-    path = Path(folder) / "config.json"
+    folder = Path(folder)
+    path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: give the folder of a saved model")
-    config = json.loads(path.read_text())
-    family = config.get("model_type")
+    family = json.loads(path.read_text()).get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{path} is of model type {family!r}; code can be added for {', '.join(map(repr, FAMILIES))}")
     body = FAMILIES[family][1]["AutoModel"]
-    copy_code(body, folder)
-    config |= {"auto_map": auto_map(body), FORMAT_FIELD: FORMAT_VERSION}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with staging_folder(folder) as staging:
+        copy_code(body, staging)
+        config = json.loads(path.read_text()) | {"auto_map": auto_map(body), FORMAT_FIELD: FORMAT_VERSION}
+        (staging / path.name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        put_in_place(staging, folder)
 
 
 class PushCodeCallback(TrainerCallback):
@@ -47,5 +50,8 @@ class PushCodeCallback(TrainerCallback):
     def on_push_begin(self, args, state, control, model=None, **kwargs):
         """Put the code where Trainer uploads from."""
         if state.is_world_process_zero and hasattr(type(model), "config_class"):
-            os.makedirs(args.output_dir, exist_ok=True)
-            copy_code(type(model), args.output_dir)
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with staging_folder(folder) as staging:
+                copy_code(type(model), staging)
+                put_in_place(staging, folder)

@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.hub import create_and_tag_model_card
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .releases import RELEASE
@@ -268,6 +269,7 @@ __all__ = [
     "can_return_tuple",
     "capture_outputs",
     "check_when_run",
+    "create_and_tag_model_card",
     "create_causal_mask",
     "create_sliding_window_causal_mask",
     "custom_object_save",

@@ -1,6 +1,8 @@
 """Checks that the families' configurations share."""
 
+import json
 import math
+import weakref
 
 from transformers.activations import ACT2FN
 
@@ -24,11 +26,36 @@ def check_format(config, kwargs: dict) -> None:
         )
 
 
+_read: dict[int, str] = {}  # of configurations read from a file, by id: what was in it
+
+
+def saved_fields(fields: dict) -> str:
+    """What a `config.json` says about the model, as a text to compare: without the names of other files in it."""
+    kept = {name: value for name, value in fields.items() if name not in ("auto_map", "transformers_weights")}
+    return json.dumps({name: value for name, value in kept.items() if name[0] != "_"}, sort_keys=True, default=str)
+
+
+def fields_read(config) -> str | None:
+    """`saved_fields` of the file that this very object was read from; None where it was made otherwise, or is a copy."""
+    return _read.get(id(config))
+
+
 class DerivedLayerTypes:
     """Placed before `PreTrainedConfig`: keeps `layer_types`, which other fields decide, out of saved configurations.
 
     Trainer reads the configuration of a checkpoint with the base class, which knows only Transformers' own layer types.
+    It also notes what was in the file, so that a model can be refused the configuration of a checkpoint since replaced.
     """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Build a configuration from the fields of a file, as in Transformers."""
+        fields = saved_fields(config_dict)
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        _read[id(config)] = fields
+        weakref.finalize(config, _read.pop, id(config), None).atexit = False
+        return made
 
     def to_dict(self) -> dict:
         """Every field that a configuration is built from."""

@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from .whole_files import write_whole
+
 logger = logging.get_logger(__name__)
 
 FORMAT = "hf_linear_attn.cache.v2"
@@ -101,7 +103,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def write_state(path, config, lengths: list[int], tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors `layers.i.name` as a file that `read_state` reads.
+    """Write tensors `layers.i.name` as a file that `read_state` reads; an earlier one is replaced when it is whole.
 
     Raises:
         ValueError: `read_state` would refuse the file.
@@ -113,7 +115,7 @@ def write_state(path, config, lengths: list[int], tensors: dict[str, torch.Tenso
     tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     _check_tensors("this cache", config, batch, lengths, tensors)
     metadata = {"format": FORMAT, "schema": written, "digest": _digest(written, tensors)}
-    save_file(tensors, path, metadata=metadata)
+    write_whole(path, lambda part: save_file(tensors, part, metadata=metadata))
 
 
 def read_state(path, config) -> tuple[list[int], list[dict[str, torch.Tensor]]]:

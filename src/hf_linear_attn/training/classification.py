@@ -20,7 +20,7 @@ from ..hub.loading import load_tokenizer
 from ..modeling.cross_entropy import cross_entropy
 from .checkpoints import StopOnSignal
 from .classification_data import describe_rows, load_classification
-from .files import write_whole
+from .files import write_text_whole
 from .language_modeling import REPORT_FILE, describe_machine, run_trainer, training_arguments
 from .learning_curve import curve_of, save_curve
 from .measuring import Throughput
@@ -179,4 +179,4 @@ def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> 
     trainer.save_model(str(folder))
     tokenizer.save_pretrained(str(folder))
     save_curve({report["family"]: report["curve"]}, folder, None, report["text"].split(":")[0])
-    write_whole(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")  # last: it says that the run has ended
+    write_text_whole(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")  # last: it says that the run has ended

@@ -15,7 +15,7 @@ from .checkpoints import StopOnSignal
 from .classification_data import describe_rows, load_classification
 from .distill_example import example_teacher
 from .distill_options import DistillOptions
-from .files import write_whole
+from .files import write_text_whole
 from .language_modeling import TrainingInterrupted, describe_machine, run_trainer, stack_blocks
 from .measuring import perplexity
 from .progress import TrainingProgress
@@ -89,7 +89,9 @@ def _distill(options: DistillOptions, run: RunFolder) -> dict[str, Any]:
     model = trainer.model.merge_and_unload() if options.lora else sea_model(trainer.model)
     model.save_pretrained(run.path)
     tokenizer.save_pretrained(run.path)
-    write_whole(run.path / REPORT_FILE, json.dumps(report, indent=2) + "\n")  # last: it says that the run has ended
+    write_text_whole(
+        run.path / REPORT_FILE, json.dumps(report, indent=2) + "\n"
+    )  # last: it says that the run has ended
     return report
 
 

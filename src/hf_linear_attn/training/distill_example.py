@@ -18,7 +18,7 @@ from transformers import (
 
 from ..hub.loading import load_model, load_tokenizer
 from .distill_options import DistillOptions
-from .files import damage, model_files, write_whole
+from .files import damage, model_files, write_text_whole
 from .options import OPTIONS_FILE, TrainingOptions
 from .progress import TrainingProgress
 
@@ -67,7 +67,7 @@ def example_teacher(options: DistillOptions, folder: Path) -> str:
             _train_classifier(options, name, recipe)
         return str(name)
     name.mkdir(parents=True, exist_ok=True)
-    write_whole(name / RECIPE_FILE, json.dumps(recipe) + "\n")
+    write_text_whole(name / RECIPE_FILE, json.dumps(recipe) + "\n")
     more = {"output": str(name), "threads": options.threads, "quiet": options.quiet}
     if (name / OPTIONS_FILE).exists():
         teacher = TrainingOptions.for_resume(more)
@@ -138,6 +138,6 @@ def _train_classifier(options: DistillOptions, name: Path, recipe: dict[str, Any
     trainer.train()
     teacher.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    write_whole(part / RECIPE_FILE, json.dumps(recipe) + "\n")
+    write_text_whole(part / RECIPE_FILE, json.dumps(recipe) + "\n")
     shutil.rmtree(name, ignore_errors=True)
     os.replace(part, name)

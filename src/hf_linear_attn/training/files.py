@@ -1,35 +1,20 @@
 """Files that are whole or not there: texts written in one step, and a check of what Trainer and Transformers have saved."""
 
 import json
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from ..modeling.whole_files import write_whole
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text_whole(path: Path, text: str) -> None:
     """Write a text file so that whoever looks, even after a power cut, finds the old one or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def model_files(folder: Path) -> list[str]:

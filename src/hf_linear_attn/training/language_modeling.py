@@ -19,7 +19,7 @@ import transformers
 from transformers import Trainer, TrainingArguments, set_seed
 
 from .checkpoints import LossSinceLog, StopOnSignal
-from .files import write_whole
+from .files import write_text_whole
 from .learning_curve import curve_of, save_curve
 from .masked_words import (
     BlocksToMask,
@@ -246,4 +246,4 @@ def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> 
     tokenizer.save_pretrained(str(folder))
     label = report["family"]
     save_curve({label: report["curve"]}, folder, {label: report["tokens_per_step"]}, report["text"].split(":")[0])
-    write_whole(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")  # last: it says that the run has ended
+    write_text_whole(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")  # last: it says that the run has ended

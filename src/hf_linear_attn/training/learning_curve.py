@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..modeling.whole_files import write_whole
+from .files import write_text_whole
+
 
 def curve_of(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
     """Trainer's log -> {"training": [{step, loss}], "validation":
@@ -26,7 +29,7 @@ def save_curve(
     curves: label -> what `curve_of` returns; several labels share the axes. tokens_per_step: None puts steps on the axis.
     """
     data = folder / "learning_curve.json"
-    data.write_text(json.dumps(dict(curves), indent=1) + "\n")
+    write_text_whole(data, json.dumps(dict(curves), indent=1) + "\n")
     try:
         import matplotlib
     except ImportError:
@@ -57,7 +60,7 @@ def save_curve(
     axes.grid(alpha=0.3)
     axes.legend()
     picture = folder / "learning_curve.png"
-    figure.savefig(picture, dpi=130)
+    write_whole(picture, lambda part: figure.savefig(part, dpi=130))
     plt.close(figure)
     return [data, picture]
 

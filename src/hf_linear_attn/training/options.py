@@ -10,7 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import write_whole
+from .files import write_text_whole
 from .number_range import (
     COUNT,
     EPOCHS,
@@ -121,7 +121,7 @@ class RunOptions:
         run_id: mark that the checkpoints of the run bear, too, so that they are not taken for those of another one.
         """
         mark = {} if run_id is None else {"run_id": run_id}
-        write_whole(folder / self.file_name, json.dumps(mark | asdict(self), indent=2) + "\n")
+        write_text_whole(folder / self.file_name, json.dumps(mark | asdict(self), indent=2) + "\n")
 
     @classmethod
     def load_marked(cls, folder: Path) -> tuple[Any, str | None]:

@@ -19,9 +19,10 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerState
 
+from ..modeling.whole_files import flush
 from .checkpoints import CarriedOver, checkpoint_damage, checkpoints
 from .distill_options import DistillOptions
-from .files import WEIGHTS, WEIGHTS_INDEX, damage, model_files, sync
+from .files import WEIGHTS, WEIGHTS_INDEX, damage, model_files
 from .measuring import peak_memory_mb
 from .options import TrainingOptions
 
@@ -133,8 +134,7 @@ class RunFolder(CarriedOver):
         written = self.unfinished / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero or not written.is_dir():
             return
-        for path in [*written.rglob("*"), written]:
-            sync(path)
+        flush([*written.rglob("*"), written])
         if not self._holds_ours:
             # Without its report the earlier run is one that has yet to end; with the new options it is gone.
             (self.path / self.report_file).unlink(missing_ok=True)
@@ -158,7 +158,7 @@ class RunFolder(CarriedOver):
         if place.exists():
             shutil.rmtree(place)
         os.replace(written, place)
-        sync(self.path)
+        flush([self.path])
         return place
 
     def _remove_earlier(self) -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..modeling.whole_files import write_whole
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -100,10 +102,12 @@ class TokenizedText:
         arrays = {f"ids_{split}": ids.astype(dtype) for split, ids in self.ids.items()}
         arrays |= {f"bytes_{split}": np.array(count) for split, count in self.num_bytes.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with part.open("wb") as file:
-            np.savez_compressed(file, vocab_size=np.array(self.vocab_size), **arrays, **more)
-        os.replace(part, path)  # an interrupted run leaves no half-written file under the final name
+
+        def write(part: Path) -> None:
+            with part.open("wb") as file:  # NumPy would add its ending to another name
+                np.savez_compressed(file, vocab_size=np.array(self.vocab_size), **arrays, **more)
+
+        write_whole(path, write)
 
     @classmethod
     def load(cls, path: Path) -> "TokenizedText":
