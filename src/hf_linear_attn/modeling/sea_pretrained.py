@@ -22,9 +22,9 @@ from .sea_cache import SeaCacheLayer
 from .sea_documents import PackedRows
 from .sea_host_attention import ATTENTION_NAME, LayerResults, SeaCall, register_attention
 from .sea_hosts import attention_layers, find_host, head_size
-from .sea_inputs import check_call, check_targets, pooling_real_tokens
+from .sea_inputs import check_call, check_targets, without_padding
 from .sea_output import extend_output
-from .sequence_inputs import SequenceInputs, prepare_sequence
+from .sequence_inputs import SequenceInputs, blank_padding, prepare_sequence
 
 
 class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
@@ -141,7 +141,8 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         kwargs |= {"return_dict": True, "position_ids": sequence.position_ids}
         if past == 0:  # what hosts do with the mask besides attention: warn
             kwargs["attention_mask"] = attention_mask
-        with pooling_real_tokens(self.host_model, call.mask):
+        inputs_embeds = None if inputs_embeds is None else blank_padding(inputs_embeds, call.mask)
+        with without_padding(self.host_model, call.mask):
             output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
         if causal and cache is None and CACHE_NAME in output:
             output[CACHE_NAME] = None
