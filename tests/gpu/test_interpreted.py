@@ -27,6 +27,7 @@ QUICK = {
     "test_cross_entropy_kernels": "test",
     "test_launches": "test",
     "test_leap_block_training": "recomputed-4",
+    "test_second_derivatives": "test and not mechanism and not padded",
 }
 
 RUN_EVERY_FAMILY = """

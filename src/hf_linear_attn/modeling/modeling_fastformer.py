@@ -49,7 +49,9 @@ LARGEST_PLAIN_LOGIT = 60.0
 
 def normalize_features(x: torch.Tensor) -> torch.Tensor:
     """(x - mean) / (std + 1e-5) over the last dimension, with the unbiased standard deviation."""
-    std, mean = torch.std_mean(x, dim=-1, keepdim=True, correction=1)
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=1)
+    # A row of equal numbers (padding) gives 0; the root of 0 has no derivatives, a constant's are 0.
+    std = variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
     return (x - mean) / (std + EPS)
 
 
