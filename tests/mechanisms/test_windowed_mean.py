@@ -193,9 +193,7 @@ def test_a_loud_document_changes_nothing_in_a_quiet_one(monkeypatch, window, kin
         cut = sum(lengths) // 2
         begun, left = windowed_mean(values[:, :cut], weights[:, :cut], segment_ids=documents[:, :cut], **arguments)
         rest = documents[:, cut:] - documents[:, cut - 1 : cut]  # 0 goes on with the state's document
-        went_on, _ = windowed_mean(
-            values[:, cut:], weights[:, cut:], segment_ids=rest, initial_state=left, **arguments
-        )
+        went_on, _ = windowed_mean(values[:, cut:], weights[:, cut:], segment_ids=rest, initial_state=left, **arguments)
         grads = torch.autograd.grad(mean.float().sin().sum(), (values, weights))
         parts = (values, weights, mean, torch.cat([begun, went_on], 1), *grads)
         pieces = zip(*(x.split(lengths, 1) for x in parts), strict=True)
