@@ -69,6 +69,21 @@ def test_fused_step(static, sizes, positions, dtype, monkeypatch):
     assert_as_accurate(ours, plain, exact, ("logits", "states"))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("position", [10**6, 10**7])
+def test_a_step_turns_by_exact_angles_far_out(position):
+    """Queries and keys of the fused step at large positions: within float32 of the layer in float64."""
+    from hf_linear_attn.modeling.leap_step_triton import _mix
+
+    attention = build(position_embedding_type="rotary", layer_windows=[4] * 4).model.layers[0].attention
+    hidden, state = torch.randn(1, 1, 48, device=DEVICE), [torch.randn(1, 3, 2, 2, 24), torch.rand(1, 3, 2)]
+    state, positions = [x.to(DEVICE) for x in state], torch.tensor([[position]], device=DEVICE)
+    wanted = attention.double()(hidden.double(), position_ids=positions, state=[x.double() for x in state])
+    projected, counts = attention.float().qfkv_proj(hidden)[:, 0], torch.full((1,), position, device=DEVICE)
+    found = _mix(attention, projected, torch.zeros_like(hidden[:, 0]), positions, state, counts, None)
+    torch.testing.assert_close(found.double(), wanted.hidden_states[:, 0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("positions", ["learned", "rotary", "cosine"])
 @pytest.mark.parametrize("pattern", ["g_sw", "l_sl"])

@@ -27,6 +27,7 @@ from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sequence_inputs import (
     DOCUMENT_KEYWORDS,
     SequenceInputs,
+    blank_padding,
     check_token_ids,
     padding_mask,
     passes_on,
@@ -68,7 +69,11 @@ def embed_inputs(model, input_ids, inputs_embeds) -> torch.Tensor:
 
 
 def add_positions(hidden_states: torch.Tensor, embed_positions: torch.nn.Embedding | None, sequence) -> torch.Tensor:
-    """(B, T, d) with learned positions added, if the model has them; padding, whose position means nothing, takes the first."""
+    """What a body begins with: (B, T, d), 0 at padding, with learned positions added if the model has them.
+
+    Padding, whose position means nothing, takes the first.
+    """
+    hidden_states = blank_padding(hidden_states, sequence.mask)
     if embed_positions is None:
         return hidden_states
     positions = sequence.position_ids

@@ -53,7 +53,7 @@ from .danet_stream import can_stream, stream_blocks
 from .portable_checkpoint import PortableCheckpointMixin
 from .recurrent_cache import LAYER_TYPE, RecurrentCache
 from .relative_positions import sinusoidal_embeddings
-from .sequence_inputs import DOCUMENT_KEYWORDS, check_token_types, passes_on
+from .sequence_inputs import DOCUMENT_KEYWORDS, blank_padding, check_token_types, passes_on
 from .task_heads import (
     QuestionAnsweringMixin,
     TextClassifierOutput,
@@ -223,6 +223,8 @@ class DanetModel(DanetPreTrainedModel):
 
     def _embed(self, hidden_states, sequence, token_type_ids) -> torch.Tensor:
         """Token, position and type embeddings, normalised: (B, T, d)."""
+        if self.config.pooler_mask_padding:  # else the published model's pooler looks at what stands at padding
+            hidden_states = blank_padding(hidden_states, sequence.mask)
         positions = sequence.position_ids
         if sequence.mask is not None:
             # Any legal position would do for padding; its column is what the published model pools over.

@@ -37,7 +37,7 @@ from .compat import (
     merge_with_config_defaults,
 )
 from .configuration_fastformer import LARGEST_PLAIN_LOGIT, FastformerConfig
-from .layer_output import LayerOutput, check_state, refuse_maps_after
+from .layer_output import LayerOutput, check_state, refuse_maps_after, shown_weights
 from .portable_checkpoint import PortableCheckpointMixin
 from .sequence_inputs import DOCUMENT_KEYWORDS, check_layer_inputs, passes_on, prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
@@ -46,7 +46,9 @@ from .windowed_mean import EPS, attention_rows, compute_dtype, state_shapes, win
 
 def normalize_features(x: torch.Tensor) -> torch.Tensor:
     """(x - mean) / (std + 1e-5) over the last dimension, with the unbiased standard deviation."""
-    std, mean = torch.std_mean(x, dim=-1, keepdim=True, correction=1)
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=1)
+    # A row of equal numbers (padding) gives 0; the root of 0 has no derivatives, a constant's are 0.
+    std = variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
     return (x - mean) / (std + EPS)
 
 
@@ -80,7 +82,7 @@ class FastformerAttention(nn.Module):
         state: tuple[torch.Tensor, ...] | None = None,
         return_state: bool = False,
         output_attentions: bool = False,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
     ) -> LayerOutput:
         """Mix tokens causally.
 
@@ -91,7 +93,8 @@ class FastformerAttention(nn.Module):
             cache (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
             state, return_state: the tensors an earlier call returned, and whether to return them.
             output_attentions (`bool`): also build the (B, H, T, T) rows with which keys are pooled; O(T^2).
-            output_focus_weights (`bool`): also return the weights (B, H, T) with which keys are pooled.
+            output_focus_weights (`bool` or `"log"`): also return the weights (B, H, T) with which keys are pooled, or their
+                logarithms, which no rescaling overflows.
 
         Returns:
             [`LayerOutput`].
@@ -115,9 +118,7 @@ class FastformerAttention(nn.Module):
         if output_attentions:
             rows = attention_rows(logits, self.window, log_weights=True, mask=attention_mask, segment_ids=segment_ids)
         if output_focus_weights:
-            weights = logits.exp().transpose(1, 2)
-            if attention_mask is not None:
-                weights = weights * attention_mask[:, None].to(dtype)
+            weights = shown_weights(logits, True, attention_mask, output_focus_weights)
         return LayerOutput(mixed, rows, weights, state if return_state else None)
 
     def _pool_twice(self, state, query, key, mask, segment_ids):
@@ -179,7 +180,7 @@ class FastformerEncoderAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
         **kwargs,
     ) -> LayerOutput:
         """Mix tokens over the whole text; the attention (the same for every query) is that of the keys' pooling."""
@@ -192,7 +193,8 @@ class FastformerEncoderAttention(nn.Module):
         mixed = self.out_proj(mixed) + query.flatten(2)
         weights = weights.transpose(1, 2)  # (B, H, T)
         rows = weights[:, :, None].expand(-1, -1, weights.shape[-1], -1) if output_attentions else None
-        return LayerOutput(mixed, rows, weights if output_focus_weights else None)
+        shown = weights.log() if output_focus_weights == "log" else weights if output_focus_weights else None
+        return LayerOutput(mixed, rows, shown)
 
     def _pool(self, x, vector, mask):
         logits = (x * vector.to(x.dtype)).sum(-1) * self.head_dim**-0.5  # (B, T, H)
@@ -317,7 +319,7 @@ class FastformerModel(FastformerPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
         **kwargs,
     ) -> RecurrentModelOutput:
         """Run the body: arguments and results as for `LeapModel`. The encoder keeps no state and takes no packed rows."""

@@ -39,7 +39,7 @@ from .compat import (
 )
 from .configuration_leap import LeapConfig
 from .gelu_linear import gelu_feed_forward
-from .layer_output import LayerOutput, check_state, refuse_maps_after
+from .layer_output import LayerOutput, check_state, refuse_maps_after, shown_weights
 from .leap_block_training import leap_block_rest
 from .leap_mechanism import leap_mechanism
 from .leap_mechanism_torch import averaged, focus_weights
@@ -85,7 +85,7 @@ class LeapAttention(nn.Module):
         state: tuple[torch.Tensor, ...] | None = None,
         return_state: bool = False,
         output_attentions: bool = False,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
         projected: torch.Tensor | None = None,
     ) -> LayerOutput:
         """Mix tokens causally.
@@ -98,7 +98,8 @@ class LeapAttention(nn.Module):
             cache (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
             state, return_state: the tensors an earlier call returned, and whether to return them (see `windowed_mean`).
             output_attentions (`bool`): also build the (B, H, T, T) rows behind the means; O(T^2).
-            output_focus_weights (`bool`): also return the focus weights (B, H, T).
+            output_focus_weights (`bool` or `"log"`): also return the focus weights (B, H, T), or their logarithms, which no exp
+                focus overflows.
             projected (`torch.Tensor` of shape `(B, T, 4 d)`, *optional*): what `qfkv_proj` gives, where it is formed already.
 
         Returns:
@@ -151,9 +152,7 @@ class LeapAttention(nn.Module):
                 weights, self.window, log_weights=self.exponential, mask=attention_mask, segment_ids=segment_ids
             )
         if output_focus_weights:
-            seen_weights = (weights.exp() if self.exponential else weights).transpose(1, 2)
-            if attention_mask is not None:
-                seen_weights = seen_weights * attention_mask[:, None].to(seen_weights.dtype)
+            seen_weights = shown_weights(weights, self.exponential, attention_mask, output_focus_weights)
         return LayerOutput(mixed.flatten(2), rows, seen_weights, state if return_state else None)
 
     def _advance(self, state, key_value, weights, mask, segment_ids):
@@ -309,7 +308,7 @@ class LeapModel(LeapPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
         **kwargs,
     ) -> RecurrentModelOutput:
         """Run the body.
@@ -320,7 +319,7 @@ class LeapModel(LeapPreTrainedModel):
             position_ids (`(B, T)`, *optional*): restarting positions mark packed documents.
             cache (`Cache`, *optional*): the state to go on from; updated in place.
             use_cache (`bool`, *optional*): whether to make and return a state.
-            output_focus_weights (`bool`): also return the focus weights, (B, H, T) a layer.
+            output_focus_weights (`bool` or `"log"`): also return the focus weights, (B, H, T) a layer, or their logarithms.
             **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions`.
 
         Returns:

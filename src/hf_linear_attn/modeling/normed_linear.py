@@ -1,5 +1,7 @@
 """LayerNorm and the linear layer after it in training, without keeping what the norm gives."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from .backend import runs_triton
 from .compat import is_transformed
 from .plain_linear import has_hooks, is_plain
+from .second_derivatives import differentiable_gradients
 
 WIDEST_KERNEL_ROW = 8192
 
@@ -43,21 +46,29 @@ def normed_linear_obstacle(norm, linear, owner, x) -> str | None:
     return None
 
 
+def _formula(x, norm_weight, norm_bias, weight, bias, eps):
+    normed = F.layer_norm(x, (x.shape[-1],), norm_weight, norm_bias, eps)
+    return x.view_as(x), F.linear(normed, weight, bias)
+
+
 class _NormedLinear(torch.autograd.Function):
     """Keeps x alone; its output x is the input itself."""
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps):
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
         ctx.eps = eps
-        normed = F.layer_norm(x, (x.shape[-1],), norm_weight, norm_bias, eps)
-        return x.view_as(x), F.linear(normed, weight, bias)
+        return _formula(x, norm_weight, norm_bias, weight, bias, eps)
 
     @staticmethod
     def backward(ctx, dstream, dout):
+        *inputs, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must have one themselves
+            formula = partial(_formula, eps=ctx.eps)
+            return *differentiable_gradients(formula, (*inputs, bias), ctx.needs_input_grad, dstream, dout), None
         from .normed_linear_triton import layer_norm_backward
 
-        x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight = inputs
         dx, normed, dnorm = layer_norm_backward(
             x.contiguous(), None, dout @ weight, dstream, norm_weight, norm_bias, ctx.eps
         )

@@ -29,9 +29,9 @@ from .sea_host_attention import (
     register_attention,
 )
 from .sea_hosts import attention_layers, find_host, head_size, key_heads
-from .sea_inputs import check_call, check_targets, pooling_real_tokens
+from .sea_inputs import check_call, check_targets, without_padding
 from .sea_output import extend_output
-from .sequence_inputs import SequenceInputs, prepare_sequence
+from .sequence_inputs import SequenceInputs, blank_padding, prepare_sequence
 
 
 class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
@@ -168,8 +168,9 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         kwargs |= {"return_dict": True, "position_ids": sequence.position_ids}
         if past == 0:  # what hosts do with the mask besides attention: warn
             kwargs["attention_mask"] = attention_mask
+        inputs_embeds = None if inputs_embeds is None else blank_padding(inputs_embeds, call.mask)
         host = self.host_model if read is None else self.host_model.base_model
-        with pooling_real_tokens(host, call.mask):
+        with without_padding(self.host_model, call.mask):
             output = host(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
         if read is not None:
             output = read(output, sequence)

@@ -221,6 +221,11 @@ def padding_mask(attention_mask, batch: int, length: int, past_length: int | tor
     return mask
 
 
+def blank_padding(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, d) with 0 at padding: whatever stands there, a NaN too, then reaches no sum and no gradient."""
+    return hidden_states if mask is None else hidden_states.masked_fill(~mask[..., None], 0.0)
+
+
 def check_layer_inputs(
     hidden_states: torch.Tensor, width: int, attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None
 ) -> torch.Tensor | None:

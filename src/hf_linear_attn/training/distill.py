@@ -1,7 +1,6 @@
 """One distillation from a pretrained model to its SEA student on files of text, with a report; resumable."""
 
 import json
-import math
 import shutil
 import time
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from .distill_example import example_teacher
 from .distill_options import OPTIONS_FILE, DistillOptions
 from .language_modeling import TrainingInterrupted, describe_machine, stack_blocks
 from .measuring import peak_memory_mb
+from .perplexity import perplexity
 from .progress import TrainingProgress
 from .sea_distillation import SeaDistillationArguments, SeaDistillationTrainer, add_lora, sea_model
 from .text_data import load_files, load_speeches
@@ -103,8 +103,8 @@ def evaluate(trainer: SeaDistillationTrainer, task: str) -> dict[str, float]:
         metrics["eval_teacher_accuracy"] = right / len(labels)
     else:
         metrics = trainer.evaluate()
-        metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
-        metrics["eval_teacher_perplexity"] = math.exp(metrics["eval_teacher_loss"])
+        metrics["eval_perplexity"] = perplexity(metrics["eval_loss"])
+        metrics["eval_teacher_perplexity"] = perplexity(metrics["eval_teacher_loss"])
     unwanted = ("runtime", "per_second", "preparation_time")
     return {
         name.removeprefix("eval_"): value

@@ -1,6 +1,5 @@
 """What a saved model scores: perplexity and bits per byte of a text, masked words, or classes of labelled rows."""
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from ..hub.safe_weights import from_safetensors
+from .perplexity import perplexity
 from .text_data import FILE_FORMATS, TextData, load_hub_dataset, load_speeches, load_whole_files, require_datasets
 from .tokenized_text import TokenBlocks, tokenize_documents
 
@@ -113,7 +113,7 @@ def evaluate_language_model(
     loss = total / count
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": encoded.bits_per_byte(split, loss),
         "predicted_tokens": count,
         "block_length": block_length,
@@ -156,7 +156,7 @@ def evaluate_masked_words(
     loss = total / count
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "accuracy": right / count,
         "masked_tokens": count,
         "block_length": block_length,

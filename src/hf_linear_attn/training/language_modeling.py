@@ -9,7 +9,6 @@ print(report["test"]["perplexity"], report["tokens_per_second"])
 """
 
 import json
-import math
 import platform
 import shutil
 import time
@@ -33,6 +32,7 @@ from .masked_words import (
 from .measuring import Throughput, peak_memory_mb
 from .model_choice import build_model
 from .options import OPTIONS_FILE, TrainingOptions
+from .perplexity import perplexity
 from .progress import TrainingProgress
 from .text_data import SPLITS, TextData, load_files, load_hub_dataset, load_speeches
 from .tokenized_text import TokenBlocks, TokenizedText, prepare_text
@@ -209,7 +209,7 @@ def evaluate_split(trainer: Trainer, blocks: TokenBlocks, text: TokenizedText, s
     """Mean loss (nats per token) and perplexity over all blocks of a split; bits per byte, or share of masked words guessed."""
     metrics = trainer.evaluate(blocks, metric_key_prefix=split)
     loss = metrics[f"{split}_loss"]
-    found = {"loss": loss, "perplexity": math.exp(loss)}
+    found = {"loss": loss, "perplexity": perplexity(loss)}
     if f"{split}_accuracy" in metrics:
         return found | {"accuracy": metrics[f"{split}_accuracy"]}
     return found | {"bits_per_byte": text.bits_per_byte(split, loss)}
