@@ -22,7 +22,7 @@ from .compat import (
     refuse_cache_under_checkpointing,
 )
 from .cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
-from .plain_linear import is_plain
+from .plain_layers import is_plain, table_rows
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sequence_inputs import (
     DOCUMENT_KEYWORDS,
@@ -62,7 +62,7 @@ def embed_inputs(model, input_ids, inputs_embeds) -> torch.Tensor:
             )
         return inputs_embeds
     embedding = model.get_input_embeddings()
-    check_token_ids(input_ids, embedding.num_embeddings, model.training)
+    check_token_ids(input_ids, table_rows(embedding), model.training)
     return embedding(input_ids)
 
 

@@ -13,7 +13,7 @@ from .compat import GELUActivation
 from .gelu_linear import gelu_linear_obstacle
 from .leap_mechanism import kernel_obstacle
 from .normed_linear import normed_linear_obstacle
-from .plain_linear import has_hooks
+from .plain_layers import has_hooks
 
 
 def leap_block_rest(

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .backend import prefers_fused, runs_triton
 from .compat import is_transformed
-from .plain_linear import is_plain
+from .plain_layers import is_plain
 from .relu_product import product_gradients, relu_product
 
 FEWEST_ROWS = 4096  # with fewer there are too few tiles for all processors

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .compat import is_transformed
-from .plain_linear import is_plain
+from .plain_layers import is_plain
 from .step_linear import step_linear
 
 ALIGNED, CLASS_MULTIPLE = 8, 64
