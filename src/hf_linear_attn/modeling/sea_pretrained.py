@@ -33,6 +33,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     config: SeaConfig
     base_model_prefix = "host"
     supports_gradient_checkpointing = True
+    _tied_weights_keys: dict[str, str] = {}  # the host's count; PEFT looks for them only where there is a dict
     labels_of = "tokens"  # or "texts": what an answer of the model is about
     _is_stateful = False
     _can_compile_fullgraph = False
@@ -118,9 +119,10 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         use_cache=None,
         output_sea=False,
         distillation=None,
+        of_body=False,
         **kwargs,
     ) -> tuple[ModelOutput, SequenceInputs]:
-        """Prepare ranks, masks and caches, call the host, collect what the layers left."""
+        """Prepare ranks, masks and caches, call the host (or its body alone), collect what the layers left."""
         check_call(self, input_ids, inputs_embeds, kwargs)
         kwargs.pop("is_causal", None)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -143,7 +145,8 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         if past == 0:  # what hosts do with the mask besides attention: warn
             kwargs["attention_mask"] = attention_mask
         with pooling_real_tokens(self.host_model, call.mask):
-            output = self.host_model(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
+            host = self.host_model.base_model if of_body else self.host_model
+            output = host(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
         if causal and cache is None and CACHE_NAME in output:
             output[CACHE_NAME] = None
         results = [] if call.results is None else [result for _, result in sorted(call.results.found.items())]
