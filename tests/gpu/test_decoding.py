@@ -225,13 +225,32 @@ def test_a_graph_ends_with_the_learned_positions():
         model.generate(ids, max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
+class WaitsForTheGpu(torch.nn.LayerNorm):
+    """A layer that looks at its numbers, which a recording cannot."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        assert float(out.sum()) == float(out.sum())
+        return out
+
+
+@needs_gpu
+def test_hooks_are_called_at_every_step():
+    """A replayed step calls no layer, so a model with hooks is not recorded."""
+    model, seen = build(), []
+    ids = torch.randint(1, 50, (1, 5), device=DEVICE)
+    model.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(1))
+    model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert len(seen) == 8
+
+
 @needs_gpu
 def test_a_step_that_cannot_be_recorded_runs_anyway():
     model = build()
     ids = torch.randint(1, 50, (1, 5), device=DEVICE)
     common = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(ids, disable_compile=True, **common)
-    model.model.norm.register_forward_hook(lambda module, args, out: print(float(out.sum())))  # waits for the GPU
+    model.model.norm.__class__ = WaitsForTheGpu
     with pytest.warns(UserWarning, match="cannot be recorded"):
         assert model.generate(ids, **common).tolist() == expected.tolist()
     torch.randn(3, device=DEVICE)  # the generator of random numbers does not wait for the end of the recording

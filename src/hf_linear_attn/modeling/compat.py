@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization as init
 from transformers.activations import GELUActivation
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
@@ -160,6 +161,16 @@ class GradientCheckpointingLayer(TransformersLayer):
         return super().__call__(*args, **kwargs)
 
 
+def has_global_hooks() -> bool:
+    """Whether somebody waits for every module of the process to be called."""
+    return bool(_has_any_global_hook())
+
+
+def is_output_recorder(hook) -> bool:
+    """Whether a hook is one of those by which `capture_outputs` collects hidden states, once it was asked to."""
+    return getattr(hook, "__module__", None) == OutputRecorder.__module__
+
+
 def check_when_run(condition: torch.Tensor, message: str) -> None:
     """Refuse, in a program that is being traced, values that show only when it runs (RuntimeError)."""
     torch._assert_async(condition, message)
@@ -252,7 +263,9 @@ __all__ = [
     "create_sliding_window_causal_mask",
     "custom_object_save",
     "either_cache_name",
+    "has_global_hooks",
     "init",
+    "is_output_recorder",
     "is_transformed",
     "keep_logits",
     "merge_with_config_defaults",

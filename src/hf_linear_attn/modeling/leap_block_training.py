@@ -14,7 +14,7 @@ from .gelu_linear import gelu_linear_obstacle
 from .leap_mechanism import kernel_obstacle
 from .leap_mechanism_torch import kernel_formula
 from .normed_linear import normed_linear_obstacle
-from .plain_linear import has_hooks
+from .plain_layers import has_hooks
 from .second_derivatives import differentiable_gradients
 
 

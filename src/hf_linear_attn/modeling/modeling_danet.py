@@ -16,6 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput, MultipleChoiceModelOut
 from transformers.utils import ModelOutput
 
 from .causal_lm import (
+    Backbone,
     RecurrentForCausalLM,
     RecurrentModelOutput,
     check_cache,
@@ -381,6 +382,28 @@ class DanetForCausalLM(TiedHeadMixin, RecurrentForCausalLM, DanetPreTrainedModel
         self.model = DanetModel(config)
         self.lm_head = DanetLMHead(config)
         self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """`model` with the head's dense layer, activation and norm after it: what the output matrix is applied to.
+
+        So losses formed of `base_model(...)` and `get_output_embeddings()`, as TRL forms them, are this model's own. `model`
+        itself ends before the head.
+        """
+        return Backbone(self.model, self._run_to_the_matrix)
+
+    @can_return_tuple
+    def _run_to_the_matrix(self, *args, **kwargs) -> RecurrentModelOutput:
+        output = self.model(*args, **kwargs)
+        hidden_states = self._hidden_states(output)
+        output.last_hidden_state = (
+            self._features(output.last_hidden_state) if hidden_states is None else hidden_states[-1]
+        )
+        output.hidden_states = hidden_states
+        return output
+
+    def _features(self, hidden_states):
+        return self.lm_head(hidden_states, with_logits=False)
 
 
 class DanetForSequenceClassification(DanetPreTrainedModel):

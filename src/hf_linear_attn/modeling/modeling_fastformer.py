@@ -11,6 +11,8 @@ p_i = Q k_i, and out_i = W (G v_i) + q_i.
 Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window.
 """
 
+import functools
+
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
@@ -109,10 +111,11 @@ class FastformerAttention(nn.Module):
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         dtype = compute_dtype(hidden_states.dtype)
         inputs = (query.to(dtype), key.to(dtype), attention_mask, segment_ids)
-        pooled_key, logits, state = self._pool_twice(state, *inputs)
+        vectors = self.query_vector, self.key_vector
+        pooled_key, logits, state = self._pool_twice(vectors, state, *inputs)
         mixed = (self.dropout(pooled_key) * value.to(dtype)).flatten(2).to(hidden_states.dtype)
         if layer_cache is not None:
-            replay = (self._advance, inputs)
+            replay = (functools.partial(self._advance, vectors), inputs)  # elsewhere offloaded vectors are not there
             layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay, segment_ids)
         rows = weights = None
         if output_attentions:
@@ -121,13 +124,13 @@ class FastformerAttention(nn.Module):
             weights = shown_weights(logits, True, attention_mask, output_focus_weights)
         return LayerOutput(mixed, rows, weights, state if return_state else None)
 
-    def _pool_twice(self, state, query, key, mask, segment_ids):
+    def _pool_twice(self, vectors, state, query, key, mask, segment_ids):
         """Pooled keys (B, T, H, E), the logits (B, T, H) they were pooled with, and the states of both poolings in one tuple."""
         split = None if state is None else len(state) // 2
         past_query, past_key = (None, None) if state is None else (state[:split], state[split:])
-        pooled_query, _, new_query = self._pool(query, self.query_vector, past_query, mask, segment_ids)
+        pooled_query, _, new_query = self._pool(query, vectors[0], past_query, mask, segment_ids)
         pooled_key, logits, new_key = self._pool(
-            self.dropout(pooled_query) * key, self.key_vector, past_key, mask, segment_ids
+            self.dropout(pooled_query) * key, vectors[1], past_key, mask, segment_ids
         )
         return pooled_key, logits, new_query + new_key
 
@@ -147,9 +150,9 @@ class FastformerAttention(nn.Module):
         )
         return mean, logits, state
 
-    def _advance(self, state, *inputs):
+    def _advance(self, vectors, state, *inputs):
         """The state after more inputs alone: how a cache undoes tokens (it runs the ones that stay again)."""
-        return self._pool_twice(state, *inputs)[2]
+        return self._pool_twice(vectors, state, *inputs)[2]
 
     def _check_state(self, state, hidden_states) -> None:
         if state is None:

@@ -45,7 +45,7 @@ from .leap_mechanism import leap_mechanism
 from .leap_mechanism_torch import averaged, focus_weights
 from .leap_step import leap_block_step
 from .normed_linear import normed_linear
-from .plain_linear import has_hooks
+from .plain_layers import has_hooks
 from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
 from .sequence_inputs import DOCUMENT_KEYWORDS, check_layer_inputs, passes_on, prepare_sequence
@@ -208,6 +208,7 @@ class LeapBlock(GradientCheckpointingLayer):
         self.attention = LeapAttention(config, layer_idx)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = LeapMLP(config)
+        self.width = config.hidden_size
         self.recomputes_mlp = layer_idx < config.num_recomputed_mlps
 
     @either_cache_name
@@ -220,20 +221,18 @@ class LeapBlock(GradientCheckpointingLayer):
         **kwargs,
     ):
         """See the class."""
-        width = self.attention.num_heads * self.attention.head_dim
-        attention_mask = check_layer_inputs(hidden_states, width, attention_mask, kwargs.get("segment_ids"))
-        step = leap_block_step(self, hidden_states, attention_mask, cache, return_state, kwargs)
+        attention_mask = check_layer_inputs(hidden_states, self.width, attention_mask, kwargs.get("segment_ids"))
+        own = type(self.attention) is LeapAttention and type(self.mlp) is LeapMLP  # and no wrapper or replacement
+        step = leap_block_step(self, hidden_states, attention_mask, cache, return_state, kwargs) if own else None
         if step is not None:
             return step
-        normed, hidden_states, projected = normed_linear(
-            self.attention_norm, self.attention.qfkv_proj, self.attention, hidden_states
-        )
-        rest = None
-        if projected is not None and type(self.mlp) is LeapMLP:
+        first = self.attention.qfkv_proj if own else None
+        normed, hidden_states, projected = normed_linear(self.attention_norm, first, self.attention, hidden_states)
+        if projected is not None:
             rest = leap_block_rest(self, hidden_states, projected, attention_mask, cache, return_state, kwargs)
-        if rest is not None:
-            hidden_states, added = rest
-            return hidden_states + self.mlp.dropout(added)
+            if rest is not None:
+                hidden_states, added = rest
+                return hidden_states + self.mlp.dropout(added)
         mixed = self.attention(
             normed,
             attention_mask,
@@ -250,10 +249,9 @@ class LeapBlock(GradientCheckpointingLayer):
         return (hidden_states, mixed.state) if return_state else hidden_states
 
     def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed, hidden_states, inner = normed_linear(
-            self.mlp_norm, self.mlp.up_proj, self.mlp, hidden_states, with_bias=False
-        )
-        return hidden_states + self.mlp(normed, inner)
+        first = self.mlp.up_proj if type(self.mlp) is LeapMLP else None
+        normed, hidden_states, inner = normed_linear(self.mlp_norm, first, self.mlp, hidden_states, with_bias=False)
+        return hidden_states + (self.mlp(normed) if inner is None else self.mlp(normed, inner))
 
 
 class LeapPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):

@@ -8,20 +8,21 @@ from torch import nn
 
 from .backend import runs_triton
 from .compat import is_transformed
-from .plain_linear import has_hooks, is_plain
+from .plain_layers import has_hooks, is_plain
 from .second_derivatives import differentiable_gradients
 
 WIDEST_KERNEL_ROW = 8192
 
 
 def normed_linear(
-    norm: nn.Module, linear: nn.Module, owner: nn.Module, x: torch.Tensor, with_bias: bool = True
+    norm: nn.Module, linear: nn.Module | None, owner: nn.Module, x: torch.Tensor, with_bias: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`norm(x), x, None`; or, where the kernel runs, `x, x, linear(norm(x))`. Go on with the second x.
 
     The normed rows, which the gradient of the layer's weight needs, are formed again in backward, in the pass of the norm's own
     backward. That pass also adds the gradient of the returned x, the residual stream's. `owner` is the module that `linear` is
-    the first layer of, and that is then called without `norm(x)`; `with_bias=False` leaves the layer's bias to it.
+    the first layer of (None: not known), and that is then called without `norm(x)`; `with_bias=False` leaves the layer's bias to
+    it.
     """
     if not torch.is_grad_enabled() or not runs_triton(x, normed_linear_obstacle(norm, linear, owner, x)):
         return norm(x), x, None
@@ -32,9 +33,9 @@ def normed_linear(
 
 def normed_linear_obstacle(norm, linear, owner, x) -> str | None:
     """Why the kernel cannot do these layers, or None."""
-    if type(norm) is not nn.LayerNorm or norm.bias is None or not is_plain(linear):
+    if not is_plain(norm, nn.LayerNorm) or norm.bias is None or not is_plain(linear):
         return "a layer is more than its weight and bias"
-    if has_hooks(norm) or has_hooks(owner):
+    if has_hooks(owner):
         return "somebody waits for the normed rows"
     if torch.is_autocast_enabled(x.device.type) or is_transformed(x):
         return "it neither converts nor knows function transforms"

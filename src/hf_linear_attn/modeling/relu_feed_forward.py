@@ -6,7 +6,7 @@ from torch import nn
 
 from .backend import prefers_fused, runs_triton
 from .compat import is_transformed
-from .plain_linear import is_plain
+from .plain_layers import is_plain
 from .relu_product import product_gradients, relu_product
 from .second_derivatives import differentiable_gradients
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from .compat import can_read_values
+from .plain_layers import table_rows
+from .sea_hosts import embedding_size
 from .sequence_inputs import HARMLESS_KEYWORDS, blank_padding, check_token_ids
 from .task_heads import check_classes, check_labels
 
@@ -24,13 +26,11 @@ def check_call(model, input_ids, inputs_embeds, kwargs: dict) -> None:
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
-    embedding = model.get_input_embeddings()
+    width = embedding_size(model.config.host_config)
     if input_ids is not None:
-        check_token_ids(input_ids, embedding.num_embeddings, model.training)
-    elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != embedding.embedding_dim:
-        raise ValueError(
-            f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {embedding.embedding_dim})"
-        )
+        check_token_ids(input_ids, table_rows(model.get_input_embeddings()), model.training)
+    elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
+        raise ValueError(f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {width})")
     causal, host = model.config.is_causal, model.config.host_config.model_type
     if kwargs.get("is_causal") is not None and bool(kwargs["is_causal"]) != causal:
         what = "each token sees only earlier ones" if causal else "it is an encoder, whose tokens see all others"

@@ -40,6 +40,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     config: SeaConfig
     base_model_prefix = "host"
     supports_gradient_checkpointing = True
+    _tied_weights_keys: dict[str, str] = {}  # the host's count; PEFT looks for them only where there is a dict
     labels_of = "tokens"  # or "texts": what an answer of the model is about
     _is_stateful = False
     _can_compile_fullgraph = False
@@ -92,8 +93,9 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         """Attend to `k` keys a query and head from now on: trained with one k, a model may run with another."""
         options = replace(self.config.core_options(), k=k)
         self.config.k = k
-        for core in self.sea_layers().values():
-            core.options = options
+        for module in self.modules():  # also a copy of a core, which an adapter trains instead
+            if isinstance(module, SeaAttentionCore):
+                module.options = options
 
     def redraw_features(self, generator: torch.Generator | None = None) -> None:
         """Draw new random features in every layer (training only: the estimator must get used to them)."""
