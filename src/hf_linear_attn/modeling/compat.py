@@ -189,7 +189,6 @@ PRIVATE_HOOKS = {
     "_is_stateful": "whether generate() must leave out what undoes tokens",
     "_layer_type": "enters a cache layer into the table for dynamic caches",
     "_no_split_modules": "blocks that device_map, FSDP and DeepSpeed keep whole",
-    "_original_object_hash": "whether a generation configuration is as it was published, and may be saved as it is",
     "_prepare_cache_for_generation": "generate() makes caches that can be saved and forked",
     "_prepare_position_ids_for_generation": "generate() leaves it to the model to count its tokens",
     "_prepare_inputs": "Trainer puts a batch on the device",
