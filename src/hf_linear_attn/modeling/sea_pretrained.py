@@ -178,7 +178,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             output = read(output, sequence)
         if causal and cache is None and CACHE_NAME in output:
             output[CACHE_NAME] = None
-        found = {}
+        found: dict[str, str] = {}
         if output_sea:
             found |= {"estimated_attentions": "estimated_probs", "kept_cells": "cells"}
             if call.output_attentions:
