@@ -6,8 +6,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from common.batches import LAYOUTS, tokens
-from common.families import VOCAB, all_rows, causal_rows, rows_with_heads
-from common.padding import TOLERANCE, check_body, check_loss, check_state, padded_batch
+from common.families import HYBRIDS, ROWS, VOCAB, all_rows, causal_rows, rows_with_heads
+from common.padding import (
+    TOLERANCE,
+    check_body,
+    check_loss,
+    check_state,
+    gradients,
+    padded_batch,
+    weighted_sum,
+)
 
 from hf_linear_attn.modeling import causal_lm, sequence_inputs
 
@@ -73,6 +81,32 @@ def test_a_text_ends_where_the_mask_says(row):
 @all_rows
 def test_ids_under_the_mask_do_not_matter(row, garbage):
     check_body(row.build("AutoModel", torch.float64), LAYOUTS["both"], (9, 4), garbage)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+@pytest.mark.parametrize("row", ROWS + HYBRIDS, ids=[row.name for row in ROWS + HYBRIDS])
+def test_what_stands_at_padding_does_not_matter(row, value):
+    """NaN in the embeddings at padding, or in those of the padding id: not a bit of outputs and gradients changes."""
+    model = row.build("AutoModel")
+    table = model.get_input_embeddings().weight
+    *_, ids, mask = padded_batch(LAYOUTS["both"], (9, 4))
+    real = mask.bool()
+    wanted = model(ids, attention_mask=mask).last_hidden_state[real]
+    weighted_sum(wanted, 0).backward()
+    expected = gradients(model)
+    embeds = table[ids].detach().masked_fill(~real[..., None], value).requires_grad_()
+    found = model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state[real]
+    weighted_sum(found, 0).backward()
+    assert torch.equal(found, wanted)
+    assert (embeds.grad[~real] == 0).all()
+    names = [name for name, p in model.named_parameters() if p is not table]
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items() if name in names)
+    with torch.no_grad():
+        table[0] = value
+    found = model(ids, attention_mask=mask).last_hidden_state[real]
+    weighted_sum(found, 0).backward()
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
 
 
 @causal_rows

@@ -46,14 +46,12 @@ SIZES_OF_THE_HOST = (
     "PEFT reads sizes from the configuration's fields, which are the host's: they have to be given to it"
 )
 OWN_LOSS = "the control changes the other families' loss (ours: test_labels_of_padded_tokens_do_not_count)"
-TRL_LOSS = "TRL takes the body's hidden states for its loss, and a SEA head holds the host's model with its head"
 INSIDE = "a head holds the host's model with its head, not a SeaModel: its parts are elsewhere, its checkpoints load the same"
 SEA_LEAVES_OUT = {
     "test_cache_implementations:offloaded": "Transformers moves keys to the CPU and back in streams of an accelerator",
     "test_controls:padding_is_predicted": OWN_LOSS,
     "test_state_does_not_grow": "keys grow with the text; what SEA adds does not (tests/sea/test_sea_generation.py)",
     "test_packed_forward_is_one_graph": ONE_GRAPH,
-    "test_trl_packing": TRL_LOSS,
     "test_lengths_do_not_recompile_for_ever": ONE_GRAPH,
     "test_generated_code": ONE_GRAPH,
     "test_prefill_then_steps": ONE_GRAPH,
@@ -166,7 +164,7 @@ class SeaRow(Row):
         own = {name: fields.pop(name) for name in SEA_FIELDS & set(fields)}
         fields["attention_probs_dropout_prob"] = fields["hidden_dropout_prob"]
         host_class = LlamaConfig if self.host == "llama" else BertConfig
-        tied = {"tie_word_embeddings": True}
+        tied = {"tie_word_embeddings": fields.pop("tie_word_embeddings", True)}
         return SeaConfig(host_config=host_class(**fields, **tied, bos_token_id=1, eos_token_id=None), **tied, **own)
 
     def build(self, head: str, dtype=torch.float32, seed: int = 0, **changes):

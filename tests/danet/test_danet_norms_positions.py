@@ -116,6 +116,21 @@ def test_half_precision_positions_are_computed_in_float32():
     torch.testing.assert_close(half.double(), exact, rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["rotary", "cosine", "cos_minus_sin", "sinusoidal"])
+def test_positions_are_exact_to_ten_million(kind):
+    """float32 tables are the float64 ones rounded, at any position."""
+    positions = torch.tensor([[4097, 10**6 + 1, 10**7 + 1]])
+    for dtype in (torch.float32, torch.float64):
+        if kind == "sinusoidal":
+            tables = [sinusoidal_embeddings(positions, 8, 1e4, dtype)]
+        else:
+            tables = [x for x in position_factors(kind, positions, 8, 1e4, dtype) if x is not None]
+        if dtype == torch.float32:
+            found = tables
+    for ours, exact in zip(found, tables, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-7)
+
+
 def test_an_unknown_position_kind_is_refused():
     with pytest.raises(ValueError, match="rope"):
         position_factors("rope", torch.tensor([[0]]), 4, 1e4, torch.float32)

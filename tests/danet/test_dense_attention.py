@@ -116,6 +116,37 @@ def test_packed_documents_do_not_see_each_other(pattern, causal, chunk, side):
     torch.testing.assert_close(out, brute_force(q, k, v, pattern, WINDOW, causal, mask, segments), **TOL)
 
 
+@pytest.mark.parametrize(("pattern", "causal"), CASES)
+def test_products_between_documents_may_overflow(pattern, causal):
+    """float16: a query of one document with a key, or with the memory, of another one is beyond 65504, and counts as 0."""
+    query, key, value = torch.zeros(1, 16, 1, 4), torch.zeros(1, 16, 1, 4), tensors(1, 16, 1, 4)[2].float()
+    key[:, :9, :, 0], query[:, :9, :, 1], value[:, :9] = 400, 1, 60  # document 0: keys and queries at right angles
+    query[:, 9:, :, 0], query[:, 9:, :, 1], key[:, 9:, :, 1] = 400, 1, 1
+    query, key, value = query.half(), key.half(), value.half()
+    documents = torch.tensor([[0] * 9 + [1] * 7])
+    options = {"pattern": pattern, "is_causal": causal, "window_size": WINDOW, "chunk_size": 4}
+    alone, _ = dense_attention(query[:, 9:], key[:, 9:], value[:, 9:], **options)
+    packed, _ = dense_attention(query, key, value, segment_ids=documents, **options)
+    torch.testing.assert_close(packed[:, 9:], alone, atol=2e-2, rtol=2e-2)
+    if causal:
+        first, rest = (tuple(x[:, part] for x in (query, key, value)) for part in (slice(0, 6), slice(6, None)))
+        _, state = dense_attention(*first, output_final_state=True, **options)
+        went_on, _ = dense_attention(*rest, segment_ids=documents[:, 6:], initial_state=state, **options)
+        torch.testing.assert_close(went_on[:, 3:], alone, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("side", MASKS)
+@pytest.mark.parametrize(("pattern", "causal"), CASES)
+def test_what_stands_at_padding_does_not_matter(pattern, causal, side):
+    q, k, v = tensors()
+    mask = torch.tensor(MASKS[side])
+    options = {"pattern": pattern, "is_causal": causal, "window_size": WINDOW, "attention_mask": mask}
+    plain, _ = dense_attention(q, k, v, **options)
+    for x in (q, k, v):
+        x[mask == 0] = float("nan")
+    assert torch.equal(dense_attention(q, k, v, **options)[0], plain)
+
+
 def run_in_pieces(q, k, v, cuts, mask=None, **options):
     outs, state = [], None
     for start, stop in itertools.pairwise(cuts):

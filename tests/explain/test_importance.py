@@ -102,6 +102,27 @@ def test_focus_is_the_share_of_the_focus_weights(name):
     assert len(found.top(500)) == 18 - int(found.read.special.sum())
 
 
+@pytest.mark.parametrize("method", ["focus", "received", "rollout"])
+@pytest.mark.parametrize("name", ["leap-rotary-exp", "fastformer-large-rescale"])
+def test_weights_beyond_any_number_are_shares_all_the_same(name, method):
+    """In float32 exp(200) is infinite: the loudest token has all of the attention, and no NaN is shown."""
+    model = row_model(name, layer_windows=[None] * 3)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.attention.rescale = 4000.0  # Fastformer's logits; LEAP's are made of focus and keys
+            getattr(layer.attention, "qfkv_proj", torch.nn.Linear(1, 1)).weight.mul_(40)
+        logs = model.model(read().inputs["input_ids"], output_focus_weights="log").focus_weights
+        assert max(layer.max() for layer in logs) > 200
+    found = importance(model, word_tokenizer(), TEXT, method=method)
+    assert found.scores.isfinite().all()
+    assert "nan" not in found.to_html()
+    if method != "rollout":
+        expected = 18 if method == "focus" else 3  # of the first layer's loudest token: all, from where it is seen
+        assert found.layers[0, 0].max() > expected * 0.9
+        loudest = logs[0][0, 0].argmax()
+        assert method != "focus" or found.layers[0, 0].argmax() == loudest
+
+
 def test_equal_attention_gives_every_token_the_same_importance():
     """Focus weights that are all 1 (no focus projection): received 1 everywhere, in windows as in global layers."""
     model = row_model("leap")

@@ -69,6 +69,21 @@ def test_fused_step(static, sizes, positions, dtype, monkeypatch):
     assert_as_accurate(ours, plain, exact, ("logits", "states"))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("position", [10**6, 10**7])
+def test_a_step_turns_by_exact_angles_far_out(position):
+    """Queries and keys of the fused step at large positions: within float32 of the layer in float64."""
+    from hf_linear_attn.modeling.leap_step_triton import _mix
+
+    attention = build(position_embedding_type="rotary", layer_windows=[4] * 4).model.layers[0].attention
+    hidden, state = torch.randn(1, 1, 48, device=DEVICE), [torch.randn(1, 3, 2, 2, 24), torch.rand(1, 3, 2)]
+    state, positions = [x.to(DEVICE) for x in state], torch.tensor([[position]], device=DEVICE)
+    wanted = attention.double()(hidden.double(), position_ids=positions, state=[x.double() for x in state])
+    projected, counts = attention.float().qfkv_proj(hidden)[:, 0], torch.full((1,), position, device=DEVICE)
+    found = _mix(attention, projected, torch.zeros_like(hidden[:, 0]), positions, state, counts, None)
+    torch.testing.assert_close(found.double(), wanted.hidden_states[:, 0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("positions", ["learned", "rotary", "cosine"])
 @pytest.mark.parametrize("pattern", ["g_sw", "l_sl"])
@@ -210,13 +225,32 @@ def test_a_graph_ends_with_the_learned_positions():
         model.generate(ids, max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
+class WaitsForTheGpu(torch.nn.LayerNorm):
+    """A layer that looks at its numbers, which a recording cannot."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        assert float(out.sum()) == float(out.sum())
+        return out
+
+
+@needs_gpu
+def test_hooks_are_called_at_every_step():
+    """A replayed step calls no layer, so a model with hooks is not recorded."""
+    model, seen = build(), []
+    ids = torch.randint(1, 50, (1, 5), device=DEVICE)
+    model.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(1))
+    model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert len(seen) == 8
+
+
 @needs_gpu
 def test_a_step_that_cannot_be_recorded_runs_anyway():
     model = build()
     ids = torch.randint(1, 50, (1, 5), device=DEVICE)
     common = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(ids, disable_compile=True, **common)
-    model.model.norm.register_forward_hook(lambda module, args, out: print(float(out.sum())))  # waits for the GPU
+    model.model.norm.__class__ = WaitsForTheGpu
     with pytest.warns(UserWarning, match="cannot be recorded"):
         assert model.generate(ids, **common).tolist() == expected.tolist()
     torch.randn(3, device=DEVICE)  # the generator of random numbers does not wait for the end of the recording

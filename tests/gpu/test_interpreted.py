@@ -21,12 +21,13 @@ QUICK = {
     "test_danet_kernels": "test and not fixed_max_norm and not max_norm-True-False and not max_norm-False-True",
     "test_danet_causal_kernels": "padding or keys_that_are",
     "test_sea_kernels": "slots or narrow or causal_kernel and 16 and False and not 70 or sort and 1-query",
-    "test_decoding": "linear or fused_step and True and rotary or danet_step and True and g_sw-rotary",
+    "test_decoding": "exact_angles or linear or fused_step and True and rotary or danet_step and True and g_sw-rotary",
     "test_gelu_kernels": "test",
     "test_normed_linear": "test",
     "test_cross_entropy_kernels": "test",
     "test_launches": "test",
     "test_leap_block_training": "recomputed-4",
+    "test_second_derivatives": "test and not mechanism and not padded",
 }
 
 RUN_EVERY_FAMILY = """

@@ -124,6 +124,63 @@ def test_several_adapters(row, tmp_path):
     assert list(again.peft_config) == ["medicine"]
 
 
+def check_adapter(row, config, **changes):
+    """The adapter changes the logits, generation goes on with it, and merged it computes the same."""
+    base = row.build(head_of(row), **changes)
+    before = logits(base)
+    model = stirred(peft.get_peft_model(base, config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name and "lora_B" not in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted = logits(model)
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(input_ids=some_ids(), **options).tolist() if row.causal else None
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), adapted, rtol=1e-3, atol=1e-3)
+    assert not row.causal or merged.generate(input_ids=some_ids(), **options).tolist() == tokens
+
+
+@language_models
+def test_lora_on_the_embedding(row):
+    """PEFT's wrapper is no `nn.Embedding`. Of a tied matrix it would adapt one side alone until it is merged."""
+    check_adapter(row, peft.LoraConfig(r=2, target_modules=["embed_tokens"]), tie_word_embeddings=False)
+
+
+@language_models
+def test_new_tokens_are_trained(row):
+    """`trainable_token_indices`, in a tied output matrix, too; PEFT's own layer there leaves out the bias."""
+    config = peft.LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[9, 16, 23])
+    untouched = peft.get_peft_model(row.build(head_of(row)), config)
+    torch.testing.assert_close(logits(untouched), logits(row.build(head_of(row))), rtol=1e-4, atol=1e-4)
+    check_adapter(row, config)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("name", ["conv1", "conv2", "conv3"])
+def test_lora_on_the_convolutions_of_sea(name, dora):
+    """Of a causal and of a bidirectional estimator: the first two of the causal one skip every other row."""
+    for row in (row for row in ROWS if row.family == "sea"):
+        check_adapter(row, peft.LoraConfig(r=2, target_modules=[name], use_dora=dora))
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp", "attention_norm", "embed_tokens", "sea", "lm_head", "decoder"])
+def test_parts_trained_in_full(part):
+    """`modules_to_save` puts a copy beside the part: the copy is what computes, in generation, too."""
+    found = 0
+    for row in LANGUAGE_MODELS[:4]:
+        names = [name for name, _ in row.causal_lm().named_modules() if name.split(".")[-1] == part]
+        if names and not (part == "decoder" and row.family == "sea"):
+            found += 1
+            check_adapter(
+                row, peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=names, exclude_modules=names)
+            )
+    assert found
+
+
 @pytest.mark.skipif(
     Version(peft.__version__) < Version("0.22" if RELEASE >= (5, 24) else "0.19.1"),
     reason="Transformers itself asks for a newer PEFT here (test_get_peft_model_works_where_add_adapter_refuses)",

@@ -165,6 +165,52 @@ def test_log_weights_of_any_size_stay_finite():
     assert tiny.abs().max() < 1e-5
 
 
+def loudness(kind, weights, lengths):
+    """Weights (1, T, 1) of packed documents that are loud, quiet, loud, ... by turns, and the values' scale (1, T, 1, 1)."""
+    loud = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None, :, None] % 2 == 0
+    if kind == "log":  # an exp focus
+        return weights + torch.where(loud, 130.0, 10.0), torch.ones(1)
+    return weights.exp() * torch.where(loud, 1e6, 1.0), torch.where(loud, 1e6, 1.0)[..., None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["log", "plain"])
+@pytest.mark.parametrize("window", [None, 3, 40])
+def test_a_loud_document_changes_nothing_in_a_quiet_one(monkeypatch, window, kind, dtype):
+    """Means, gradients and states in single precision equal those of each document alone, wherever the borders stand."""
+    monkeypatch.setattr(module, "CHUNK", 4)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    for lengths in ([64, 16], [16, 64], [17, 23, 1, 30], [3, 5, 3], [1, 4, 1, 80]):
+        generator = torch.Generator().manual_seed(sum(lengths))
+        weights, scale = loudness(kind, torch.randn(1, sum(lengths), 1, generator=generator), lengths)
+        if kind == "plain" and dtype == torch.float16:
+            scale = scale.clamp(max=1e3)
+        values = (torch.randn(1, sum(lengths), 1, 4, generator=generator) * scale).to(dtype).requires_grad_()
+        weights.requires_grad_()
+        documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+        arguments = {"window": window, "log_weights": kind == "log", "return_state": True}
+        mean, state = windowed_mean(values, weights, segment_ids=documents, **arguments)
+        cut = sum(lengths) // 2
+        begun, left = windowed_mean(values[:, :cut], weights[:, :cut], segment_ids=documents[:, :cut], **arguments)
+        rest = documents[:, cut:] - documents[:, cut - 1 : cut]  # 0 goes on with the state's document
+        went_on, _ = windowed_mean(values[:, cut:], weights[:, cut:], segment_ids=rest, initial_state=left, **arguments)
+        grads = torch.autograd.grad(mean.float().sin().sum(), (values, weights))
+        parts = (values, weights, mean, torch.cat([begun, went_on], 1), *grads)
+        pieces = zip(*(x.split(lengths, 1) for x in parts), strict=True)
+        for value, weight, packed, in_calls, *of_inputs in pieces:
+            value, weight = value.detach().requires_grad_(), weight.detach().requires_grad_()
+            alone, wanted = windowed_mean(value, weight, **arguments)
+            torch.testing.assert_close(packed, alone, **tolerance)
+            torch.testing.assert_close(in_calls, alone, **tolerance)
+            expected = torch.autograd.grad(alone.float().sin().sum(), (value, weight))
+            torch.testing.assert_close(of_inputs, list(expected), **tolerance)
+        follow, expected = (
+            windowed_mean(values[:, :2], weights[:, :2], initial_state=found, **arguments)[0]
+            for found in (state, wanted)
+        )
+        torch.testing.assert_close(follow, expected, **tolerance)
+
+
 @pytest.mark.parametrize("log_weights", [False, True], ids=["plain", "log"])
 @pytest.mark.parametrize("window", [None, 3])
 def test_later_tokens_change_nothing_before_them(window, log_weights):

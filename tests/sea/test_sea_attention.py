@@ -289,7 +289,7 @@ def test_redrawn_features_change_the_estimate_and_are_saved():
         ({"topk_group": "rows"}, "topk_group must be one of"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"feature_factor": 0}, "feature_factor must be positive"),
-        ({"max_keys_per_cell": 0}, "max_keys_per_cell must be at least 1"),
+        ({"max_keys_per_cell": 0}, "max_keys_per_cell must be 1 to 2,147,483,647 or None, got 0"),
     ],
 )
 def test_options_outside_their_range_are_refused(options, message):

@@ -12,7 +12,7 @@ from hf_linear_attn.cli.main import main
 from hf_linear_attn.conversion import linearize
 from hf_linear_attn.modeling.configuration_common import FORMAT_FIELD
 from hf_linear_attn.modeling.sea_host_attention import Distillation
-from hf_linear_attn.modeling.sea_inputs import pooling_real_tokens
+from hf_linear_attn.modeling.sea_inputs import without_padding
 from hf_linear_attn.modeling.sea_losses import TeacherTargets
 from hf_linear_attn.pipelines import QuestionAnsweringPipeline
 
@@ -450,7 +450,7 @@ def test_another_thread_pools_its_own_rows():
     row, mask, found = make_ids()[:1], torch.ones(2, 20, dtype=torch.bool), []
     mask[:, :5] = False
     expected = student(row).logits
-    with pooling_real_tokens(student.host_model, mask):
+    with without_padding(student.host_model, mask):
         other = Thread(target=lambda: found.append(student(row).logits))
         other.start()
         other.join()

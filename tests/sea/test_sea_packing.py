@@ -30,6 +30,20 @@ def test_documents_in_a_row_are_as_if_alone(host, softmax_layers):
 
 
 @pytest.mark.parametrize("host", HOSTS)
+def test_a_document_of_nan_stays_alone(host):
+    """Documents of like length share a call; the places that fill the shorter ones up are no other document's."""
+    student, ids = make_student(host), make_ids(2, 14)
+    position_ids = torch.cat([torch.arange(6), torch.arange(8)])[None].expand(2, -1)
+    embeds = student.get_input_embeddings()(ids).detach()
+    with torch.no_grad():
+        wanted = student(inputs_embeds=embeds, position_ids=position_ids).logits
+        embeds[0, :6] = float("nan")
+        found = student(inputs_embeds=embeds, position_ids=position_ids).logits
+    assert torch.equal(found[1], wanted[1])
+    assert torch.equal(found[0, 6:], wanted[0, 6:])
+
+
+@pytest.mark.parametrize("host", HOSTS)
 def test_maps_of_packed_rows_are_those_of_the_documents(host):
     """Attention, estimate and kept keys; nothing between documents."""
     student, ids = make_student(host, softmax_layers=[1]).double(), make_ids(1, sum(LENGTHS))

@@ -24,6 +24,7 @@ from hf_linear_attn.training import language_modeling
 from hf_linear_attn.training.checkpoints import StopOnSignal, last_complete_checkpoint
 from hf_linear_attn.training.language_modeling import TrainingInterrupted, train_language_model
 from hf_linear_attn.training.options import TrainingOptions
+from hf_linear_attn.training.measuring import perplexity
 
 
 def losses(report):
@@ -287,3 +288,10 @@ def test_trainer_expects_labels_and_nothing_else(family):
     """Trainer reads label names off the signature of forward, and evaluates without a loss where a batch lacks one of them."""
     config = AutoConfig.for_model(family)
     assert find_labels(AutoModelForCausalLM._model_mapping[type(config)]) == ["labels"]
+
+
+def test_the_perplexity_of_a_diverged_run_is_infinite():
+    """Math.exp raises OverflowError beyond 709, which would lose a whole run's report."""
+    assert perplexity(2.0) == pytest.approx(7.389, abs=1e-3)
+    assert perplexity(800.0) == float("inf")
+    assert perplexity(float("nan")) != perplexity(float("nan"))

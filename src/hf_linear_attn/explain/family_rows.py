@@ -98,9 +98,27 @@ def attention_rows(model, read: ReadText) -> AttentionRows:
         everything = torch.ones(count, count, dtype=torch.bool)
         visible = (everything.tril() if causal else everything).expand_as(rows)
     else:
-        visible = sizes > 0
+        visible = _seen(model, sizes)
     signed = raw if find_part(model, DanetPreTrainedModel) is not None else None
     return AttentionRows(rows, visible, causal, signed)
+
+
+def _seen(model, sizes: torch.Tensor) -> torch.Tensor:
+    """Which keys a query could have chosen among, (L, H, n, n), from the sizes of the rows: what is not 0.
+
+    A weight may be too small for a number beside a large one: where layers say what they see, that counts.
+    """
+    body = find_part(model, (LeapModel, FastformerModel))
+    if body is None:
+        return sizes > 0
+    seen = torch.ones_like(sizes, dtype=torch.bool)
+    if isinstance(body, FastformerModel) and not body.is_causal:
+        return seen
+    for layer, window in zip(seen, body.config.layer_windows):
+        layer.tril_()
+        if window is not None:
+            layer.triu_(1 - window)
+    return seen
 
 
 def rollout(rows: torch.Tensor, residual: float = 0.5) -> torch.Tensor:

@@ -168,9 +168,10 @@ def _focus_shares(body, read: ReadText) -> torch.Tensor:
     """Focus weights as multiples of the text's average one, (L, H, n)."""
     inputs = {name: read.inputs[name] for name in ("input_ids", "attention_mask") if name in read.inputs}
     with evaluating(body):
-        output = body(**on_device_of(body, inputs), output_focus_weights=True)
-    weights = torch.stack([layer[0].float().cpu() for layer in output.focus_weights])
-    return weights / weights.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        output = body(**on_device_of(body, inputs), output_focus_weights="log")
+    logs = torch.stack([layer[0].float().cpu() for layer in output.focus_weights])
+    # Weights of an exp focus may be beyond any number; a text whose weights are all 0 shares evenly.
+    return logs.clamp_min(torch.finfo(torch.float32).min).softmax(-1) * logs.shape[-1]
 
 
 def reading_token(model, read: ReadText) -> int | None:

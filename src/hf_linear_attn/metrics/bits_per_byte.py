@@ -32,4 +32,4 @@ class BitsPerByte(evaluate.Metric):
         if length == 0:
             raise ValueError("`references` hold no text: bits per byte need at least one byte")
         bits = sum(predictions) / math.log(2) / length
-        return {"bits_per_byte": bits, "byte_perplexity": 2**bits}
+        return {"bits_per_byte": bits, "byte_perplexity": 2**bits if bits < 1024 else math.inf}

@@ -1,6 +1,7 @@
 """What the causal language models of all families share around their bodies: inputs, cache, labels, the head's forward."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,12 @@ from .compat import (
     refuse_cache_under_checkpointing,
 )
 from .cross_entropy import IGNORED, cross_entropy, linear_cross_entropy, or_one
-from .plain_linear import is_plain
+from .plain_layers import is_plain, table_rows
 from .recurrent_cache import RecurrentCache, RecurrentGenerationMixin
 from .sequence_inputs import (
     DOCUMENT_KEYWORDS,
     SequenceInputs,
+    blank_padding,
     check_token_ids,
     padding_mask,
     passes_on,
@@ -63,12 +65,16 @@ def embed_inputs(model, input_ids, inputs_embeds) -> torch.Tensor:
             )
         return inputs_embeds
     embedding = model.get_input_embeddings()
-    check_token_ids(input_ids, embedding.num_embeddings, model.training)
+    check_token_ids(input_ids, table_rows(embedding), model.training)
     return embedding(input_ids)
 
 
 def add_positions(hidden_states: torch.Tensor, embed_positions: torch.nn.Embedding | None, sequence) -> torch.Tensor:
-    """(B, T, d) with learned positions added, if the model has them; padding, whose position means nothing, takes the first."""
+    """What a body begins with: (B, T, d), 0 at padding, with learned positions added if the model has them.
+
+    Padding, whose position means nothing, takes the first.
+    """
+    hidden_states = blank_padding(hidden_states, sequence.mask)
     if embed_positions is None:
         return hidden_states
     positions = sequence.position_ids
@@ -206,6 +212,36 @@ def targets_of(labels: torch.Tensor, sequence: SequenceInputs, count, dtype: tor
     return shift_labels, count
 
 
+class Backbone(nn.Module):
+    """What a causal language model calls `base_model`: its output is what the output matrix is applied to.
+
+    Fused losses (TRL's), logit lenses and value heads rest on it that `get_output_embeddings()` makes the logits of
+    `base_model(...).last_hidden_state`. This stands in for a body that ends earlier, or cannot be called by itself: a call goes
+    to `run`, everything else, parameters and hooks too, is the body's own.
+    """
+
+    def __init__(self, body: nn.Module, run: Callable):
+        vars(self).update(_body=body, _run=run)
+
+    def __call__(self, *args, **kwargs):
+        """As the body's."""
+        return self._run(*args, **kwargs)
+
+    forward = __call__
+
+    def get_decoder(self) -> nn.Module:
+        """Itself: what Transformers calls a decoder gives the same states."""
+        return self
+
+    def __getattr__(self, name):
+        if "_body" not in vars(self):  # while it is copied
+            raise AttributeError(name)
+        return getattr(vars(self)["_body"], name)
+
+    def __setattr__(self, name, value):
+        setattr(self._body, name, value)
+
+
 class RecurrentForCausalLM(RecurrentGenerationMixin):
     """`forward` of a causal language model over `self.model` and `self.lm_head`."""
 
@@ -279,10 +315,22 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             loss=loss,
             logits=logits,
             **cache_keyword(cache_of(output)),
-            hidden_states=output.hidden_states,
+            hidden_states=self._hidden_states(output),
             attentions=output.attentions,
             focus_weights=output.get("focus_weights"),
         )
+
+    def _features(self, hidden_states):
+        """What the output matrix is applied to, of the body's last hidden states."""
+        return hidden_states
+
+    def _hidden_states(self, output):
+        """The body's, the last of them as the output matrix takes it; None if nobody asked."""
+        last = output.last_hidden_state
+        if output.hidden_states is None or all(x is not last for x in output.hidden_states):
+            return output.hidden_states
+        features = self._features(last)
+        return tuple(features if x is last else x for x in output.hidden_states)
 
     def _targets(self, kept, labels, hidden_states, attention_mask, position_ids, kwargs, count):
         """As `targets_of` a call with these arguments."""
@@ -320,10 +368,8 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             )
         _check_given(labels, shift_labels, hidden_states.shape[:2], final.out_features)
         shift_labels = _one_place_on(labels) if shift_labels is None else shift_labels
-        if self.lm_head is not final:
-            hidden_states = self.lm_head.features(hidden_states)
         return linear_cross_entropy(
-            hidden_states.flatten(0, 1),
+            self._features(hidden_states).flatten(0, 1),
             final.weight,
             final.bias,
             shift_labels.flatten().to(hidden_states.device),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization as init
 from transformers.activations import GELUActivation
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
@@ -161,6 +162,16 @@ class GradientCheckpointingLayer(TransformersLayer):
         return super().__call__(*args, **kwargs)
 
 
+def has_global_hooks() -> bool:
+    """Whether somebody waits for every module of the process to be called."""
+    return bool(_has_any_global_hook())
+
+
+def is_output_recorder(hook) -> bool:
+    """Whether a hook is one of those by which `capture_outputs` collects hidden states, once it was asked to."""
+    return getattr(hook, "__module__", None) == OutputRecorder.__module__
+
+
 def check_when_run(condition: torch.Tensor, message: str) -> None:
     """Refuse, in a program that is being traced, values that show only when it runs (RuntimeError)."""
     torch._assert_async(condition, message)
@@ -179,7 +190,6 @@ PRIVATE_HOOKS = {
     "_is_stateful": "whether generate() must leave out what undoes tokens",
     "_layer_type": "enters a cache layer into the table for dynamic caches",
     "_no_split_modules": "blocks that device_map, FSDP and DeepSpeed keep whole",
-    "_original_object_hash": "whether a generation configuration is as it was published, and may be saved as it is",
     "_prepare_cache_for_generation": "generate() makes caches that can be saved and forked",
     "_prepare_position_ids_for_generation": "generate() leaves it to the model to count its tokens",
     "_prepare_inputs": "Trainer puts a batch on the device",
@@ -275,7 +285,9 @@ __all__ = [
     "custom_object_save",
     "either_cache_name",
     "exportable_state",
+    "has_global_hooks",
     "init",
+    "is_output_recorder",
     "is_transformed",
     "keep_logits",
     "loss_since_log",

@@ -7,7 +7,6 @@ GPU by a kernel that reads each row once forward and once backward.
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from .backend import runs_triton
 from .compat import is_transformed
@@ -135,7 +134,7 @@ def linear_cross_entropy(
 
     A block of rows at a time goes through the product, the softmax and back: the gradients are ready when the loss is, in as many
     products as logits that are kept need, and memory for one block and the gradients. Products in the inputs' dtype, softmax and
-    the sum over blocks in at least float32. First derivatives.
+    the sum over blocks in at least float32. First derivatives: RuntimeError under `create_graph=True`.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(N, d)`), weight (`(V, d)`), bias (`(V,)`, *optional*).
@@ -199,6 +198,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "`fused_linear_cross_entropy=True` has no second derivatives, which `create_graph=True` asks for (a gradient "
+                "penalty, a Hessian): its gradients are formed in forward, and the logits are gone. Set "
+                "`model.config.fused_linear_cross_entropy = False`"
+            )
         return *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors), None

@@ -21,7 +21,7 @@ from .dense_attention_state import DenseAttentionState, final_state, memory_shap
 from .dense_attention_step import dense_attention_step
 from .dense_self_attention import can_fuse_self_attention, self_attention
 from .layer_output import LayerOutput, check_state, refuse_maps_after
-from .plain_linear import has_hooks, is_plain
+from .plain_layers import has_hooks, is_plain
 from .relative_positions import apply_position_factors
 from .relu_feed_forward import relu_feed_forward
 from .sequence_inputs import padding_mask
@@ -172,8 +172,9 @@ class DenseAttention(nn.Module):
         length, width = hidden_states.shape[1:]
         if not self._sees_whole_rows(context) or self.config.attention_mode != "auto":
             return None
-        same_dtype = hidden_states.dtype == self.query_proj.weight.dtype
-        if not isinstance(length, int) or length <= width or not is_plain(self.query_proj) or not same_dtype:
+        if not isinstance(length, int) or length <= width or not is_plain(self.query_proj):
+            return None
+        if hidden_states.dtype != self.query_proj.weight.dtype:
             return None
         if torch.is_grad_enabled() and _multiplies_in_float16(hidden_states):
             return None  # the gradient of M sums a whole row without the small W in front, which float16 cannot hold
@@ -263,7 +264,7 @@ class DanetMLP(nn.Module):
         product = None
         if matrix is not None:
             # One product x (M W^T) instead of (x M) W^T: it saves 2 T d^2 operations and costs 2 d^2 f once a row.
-            if hidden_states.shape[1] > first.out_features and is_plain(first):
+            if is_plain(first) and hidden_states.shape[1] > first.out_features:
                 product = matrix @ first.weight.t()  # (B, d, f)
             else:
                 hidden_states = hidden_states @ matrix
@@ -278,7 +279,8 @@ class DanetMLP(nn.Module):
             return self.dropout(relu_feed_forward(hidden_states, matrix, self.down_proj))
         else:
             inner = first(hidden_states) if product is None else hidden_states @ product
-            inner = F.relu(self.dropout(inner), inplace=True)  # a product needs no output for backward
+            # In place, since a product needs no output for backward; but not in what a hook or an adapter may have kept.
+            inner = F.relu(self.dropout(inner), inplace=is_plain(first) and not has_hooks(self.dropout))
         return self.dropout(step_linear(self.down_proj, inner))
 
 
@@ -327,7 +329,8 @@ class DanetBlock(GradientCheckpointingLayer):
     def mix(self, normed, context, cache=None, state=None, return_state=False, output_attentions=False):
         """FFN(DenseAttention(x)) of the normalised, scaled input x (B, T, d), before the norm, and the state or None."""
         stateless = state is None and cache is None and not return_state
-        if stateless and not output_attentions and not has_hooks(self.attention):
+        known = type(self.attention) is DenseAttention and type(self.mlp) is DanetMLP
+        if stateless and not output_attentions and known and not has_hooks(self.attention):
             folded = self.attention.fold(normed, context)
             if folded is not None:
                 return self.mlp(*folded), None

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .configuration_danet import RELATIVE_POSITIONS, DanetConfig
-from .dense_attention_state import window_shift
-from .relative_positions import PositionFactors, position_dtype, position_factors
+from .dense_attention_state import accumulation_dtype, window_shift
+from .relative_positions import PositionFactors, position_factors
 from .token_layout import TokenLayout, take_tokens, token_layout
 
 
@@ -60,7 +60,7 @@ def build_context(
     """
     batch, length = hidden_states.shape[:2]
     layout = token_layout(batch, length, hidden_states.device, mask, segment_ids, seen_tokens)
-    wide = position_dtype(hidden_states.dtype)
+    wide = accumulation_dtype(hidden_states.dtype)
     keep = None if layout.mask is None else layout.mask[..., None].to(wide)
     if patterns is None:
         patterns = set(config.layer_codes)

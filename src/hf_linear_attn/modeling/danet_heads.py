@@ -79,13 +79,10 @@ class DanetLMHead(nn.Module):
         self.norm = build_norm(config.lm_head_norm or "no_ln", config.hidden_size, eps, eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., vocab_size)."""
-        return vocabulary_logits(self.decoder, self.features(hidden_states))
-
-    def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the decoder makes logits of, (..., d)."""
-        return self.norm(self.activation(step_linear(self.dense, hidden_states)))
+    def forward(self, hidden_states: torch.Tensor, with_logits: bool = True) -> torch.Tensor:
+        """(..., d) -> (..., vocab_size), or without logits what they are made of, (..., d)."""
+        features = self.norm(self.activation(step_linear(self.dense, hidden_states)))
+        return vocabulary_logits(self.decoder, features) if with_logits else features
 
 
 class TiedHeadMixin:

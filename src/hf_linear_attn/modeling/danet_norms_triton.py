@@ -8,8 +8,9 @@ Sums and factors are float32. Equal maxima share the gradient, as in PyTorch's s
 Source: DANet specification, section 2.
 """
 
+from functools import partial
+
 import torch
-from torch.autograd.function import once_differentiable
 
 try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
     import triton
@@ -19,6 +20,7 @@ except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
 from .backend import early_options, on_its_device
+from .second_derivatives import differentiable_gradients
 
 
 @triton.jit
@@ -184,7 +186,18 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad):
     y, row_scale = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the gradient must have one itself
+        formula = partial(_max_norm_formula, row_scale=row_scale, eps=ctx.eps)
+        dy = differentiable_gradients(formula, (y,), ctx.needs_input_grad, grad)[0]
+        return dy, None, grad if ctx.adds else None, None
     return _max_norm_backward(y, row_scale, grad, ctx.eps), None, grad if ctx.adds else None, None
+
+
+def _max_norm_formula(y, row_scale, eps):
+    wide = y.float()
+    size = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
+    out = wide / (size + eps)
+    return (out if row_scale is None else out * row_scale).to(y.dtype)
 
 
 _max_norm.register_autograd(_differentiate, setup_context=_save)
@@ -237,7 +250,8 @@ class _BetweenBlocks(torch.autograd.Function):
             LAZY_IN=factor is not None, LAZY_OUT=lazy, MASKED=keep is not None, SCALED=scale is not None,
             **early_options(y.device, decodes), **options,
         )  # fmt: skip
-        ctx.save_for_backward(y, normed if lazy else out, out if lazy else None, keep, scale)
+        before = stream, factor  # held by the block before, too
+        ctx.save_for_backward(y, normed if lazy else out, out if lazy else None, keep, scale, *before)
         ctx.arguments = eps, next_eps
         if not lazy:
             return normed, out
@@ -245,10 +259,14 @@ class _BetweenBlocks(torch.autograd.Function):
         return normed, normed.detach(), out
 
     @staticmethod
-    @once_differentiable
     @on_its_device
     def backward(ctx, dnormed, dstream, *unused):
-        y, stream, factor, keep, scale = ctx.saved_tensors
+        y, stream, factor, keep, scale, *before = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must have one themselves
+            formula = partial(_between_blocks_formula, factor=before[1], keep=keep, scale=scale, eps=ctx.arguments)
+            return *differentiable_gradients(formula, (y, before[0]), ctx.needs_input_grad, dnormed, dstream), *[
+                None
+            ] * 7
         grid, width, options = _sizes(y)
         dy, dh = torch.empty_like(y), torch.empty_like(y)
         _between_blocks_backward_kernel[grid](
@@ -257,6 +275,11 @@ class _BetweenBlocks(torch.autograd.Function):
             LAZY=factor is not None, MASKED=keep is not None, SCALED=scale is not None, **options,
         )  # fmt: skip
         return dy, dh, *[None] * 7
+
+
+def _between_blocks_formula(y, stream, factor, keep, scale, eps):
+    hidden = leave_stream(stream, factor) + _max_norm_formula(y, keep, eps[0])
+    return _max_norm_formula(hidden, scale, eps[1]), hidden
 
 
 def leave_stream(stream, factor):

@@ -14,11 +14,11 @@ from .backend import runs_triton
 from .compat import is_transformed
 from .danet_block import DanetBlock
 from .danet_norms import VectorNorm, kernel_obstacle
-from .plain_linear import has_hooks
+from .plain_layers import has_hooks
 
 
 def _plain_max_norm(norm) -> bool:
-    return isinstance(norm, VectorNorm) and norm.scale is None and not norm.mean and not has_hooks(norm)
+    return type(norm) is VectorNorm and norm.scale is None and not norm.mean and not has_hooks(norm)
 
 
 def can_stream(layers, hidden_states: torch.Tensor) -> bool:
@@ -28,7 +28,7 @@ def can_stream(layers, hidden_states: torch.Tensor) -> bool:
     if torch.is_autocast_enabled(hidden_states.device.type):
         return False  # the stream is wider than what a block adds
     for layer in layers:
-        if not isinstance(layer, DanetBlock) or has_hooks(layer):
+        if type(layer) is not DanetBlock or has_hooks(layer):
             return False
         if not _plain_max_norm(layer.pre_norm) or not _plain_max_norm(layer.post_norm):
             return False

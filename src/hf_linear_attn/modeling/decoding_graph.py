@@ -11,6 +11,7 @@ import torch
 from transformers import Cache
 
 from .compat import CACHE_NAME, rename_cache
+from .plain_layers import is_watched
 
 # What a step may be called with, besides names whose value is None or False; generate() sends no others unasked.
 TENSORS = ("input_ids", "position_ids")
@@ -21,8 +22,8 @@ class DecodingGraph:
     """Stands in for `model(...)` in a loop that decodes token by token: its second step is recorded, later ones are replayed.
 
     A call that a graph cannot hold (several tokens, padding, requested attention maps, a cache that keeps keys or records its
-    past) goes to the model. Make one for each loop: weights must stay where they are. The returned logits are overwritten by
-    the next call.
+    past, a layer with hooks) goes to the model. Make one for each loop: weights must stay where they are. The returned logits are
+    overwritten by the next call.
     """
 
     def __init__(self, model):
@@ -32,6 +33,7 @@ class DecodingGraph:
         self._inputs: dict[str, torch.Tensor] = {}
         self._length = 0
         self._refused = False
+        self._watched: bool | None = None
 
     def __call__(self, **inputs):
         """As the model, keyword arguments only."""
@@ -67,7 +69,7 @@ class DecodingGraph:
         ids, cache = inputs.get("input_ids"), inputs.get(CACHE_NAME)
         if not isinstance(ids, torch.Tensor) or not ids.is_cuda or ids.dim() != 2 or ids.shape[1] != 1:
             return None
-        if torch.is_grad_enabled() or self.model.training or not isinstance(cache, Cache):
+        if torch.is_grad_enabled() or self.model.training or not isinstance(cache, Cache) or self._is_watched():
             return None
         known = (CACHE_NAME, *TENSORS, *OPTIONS)
         if any(value is not None and value is not False for name, value in inputs.items() if name not in known):
@@ -83,6 +85,12 @@ class DecodingGraph:
         shapes = [(name, tuple(inputs[name].shape)) for name in TENSORS if inputs.get(name) is not None]
         options = [inputs.get(name) for name in OPTIONS]
         return id(cache), tuple(addresses), tuple(shapes), tuple(options)
+
+    def _is_watched(self) -> bool:
+        """Whether somebody waits for a layer to be called, which a replayed step does not do; looked up once a loop."""
+        if self._watched is None:
+            self._watched = is_watched(self.model)
+        return self._watched
 
     def _has_position(self, cache) -> bool:
         """Whether a learned table of positions surely has a row for this token; a recording cannot look."""

@@ -107,14 +107,15 @@ def dense_attention(
         layout = token_layout(batch, length, query.device, attention_mask, segment_ids)
         lengths, segment_ids = layout.lengths, layout.segment_ids
         shared = value is key
-        keep = layout.mask[..., None, None]
-        query, key = query * keep, key * keep
+        padding = ~layout.mask[..., None, None]
+        query, key = query.masked_fill(padding, 0.0), key.masked_fill(padding, 0.0)
         if layout.order is not None:
             query, key = take_tokens(query, layout.order), take_tokens(key, layout.order)
         if shared:
             value = key
-        elif layout.order is not None:
-            value = take_tokens(value * keep, layout.order)
+        else:
+            value = value.masked_fill(padding, 0.0)
+            value = value if layout.order is None else take_tokens(value, layout.order)
     elif segment_ids is not None:
         segment_ids = segment_ids.expand(query.shape[0], -1)
     out, state = front_packed_dense_attention(

@@ -249,7 +249,7 @@ def banded_attention(
         allowed = allowed & (query_start == key_start)
     if causal:
         allowed = allowed & (key_slot <= slot[:, None])
-    scores = (query @ key.transpose(-1, -2)) * allowed
+    scores = torch.where(allowed, query @ key.transpose(-1, -2), 0.0)  # half precision may overflow between documents
     return _from_chunks(scores @ value, length)
 
 
@@ -261,8 +261,9 @@ def _document_sums(written: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """
     step = 1
     while step < written.shape[1]:
-        same = (edges[:, step:] == edges[:, :-step])[..., None, None, None].to(written.dtype)
-        written = torch.cat((written[:, :step], written[:, step:] + same * written[:, :-step]), dim=1)
+        same = (edges[:, step:] == edges[:, :-step])[..., None, None, None]
+        earlier = torch.where(same, written[:, :-step], 0.0)
+        written = torch.cat((written[:, :step], written[:, step:] + earlier), dim=1)
         step *= 2
     return written
 
@@ -289,7 +290,7 @@ def document_attention(
     number, behind = chunk_padding(length, chunk)
     ids = F.pad(segment_ids, (0, behind), value=-1).unflatten(1, (number, chunk))  # (B, n, C)
     same = ids[:, :, :, None] == ids[:, :, None, :]
-    scores = (query @ key.transpose(-1, -2)) * same[:, :, None]
+    scores = torch.where(same[:, :, None], query @ key.transpose(-1, -2), 0.0)  # as in `banded_attention`
     out = (scores.tril() if causal else scores) @ value
 
     def written_at(edge):  # (B, n): what each chunk writes to the document of its edge slot
@@ -297,8 +298,8 @@ def document_attention(
         return ((key * mine).transpose(-1, -2) @ value).to(wide)
 
     def read(sums, queries, documents, edge):
-        mine = (documents == edge[..., None])[:, :, None, :, None].to(query.dtype)
-        return (queries * mine) @ sums.to(query.dtype)
+        mine = (documents == edge[..., None])[:, :, None, :, None]
+        return torch.where(mine, queries @ sums.to(query.dtype), 0.0)
 
     if memory is None:
         memory = query.new_zeros(batch, heads, head_dim, head_dim, dtype=wide)

@@ -88,7 +88,7 @@ def read_memory(query, pattern, window, segment_ids, state: DenseAttentionState)
     ranks, current = _ranks(query, segment_ids, state)
     reads = live_window(pattern, window, state.count, ranks) & current
     memory = state.memory.to(query.dtype)
-    return ((query * reads[..., None, None]).transpose(1, 2) @ memory).transpose(1, 2)
+    return torch.where(reads[..., None, None], (query.transpose(1, 2) @ memory).transpose(1, 2), 0.0)
 
 
 def read_ring(query, pattern, window, segment_ids, state: DenseAttentionState) -> torch.Tensor:
@@ -101,7 +101,7 @@ def read_ring(query, pattern, window, segment_ids, state: DenseAttentionState) -
     ring = _ring_ranks(state.count, window)  # (B, w)
     reads = (ring[:, None, :] > ranks[:, :near, None] - window) & current[:, :near, None]  # (B, near, w)
     keys, values = state.memory.to(query.dtype).transpose(2, 3).unbind(1)  # (B, H, w, D)
-    scores = (query[:, :near].transpose(1, 2) @ keys.transpose(-1, -2)) * reads[:, None]
+    scores = torch.where(reads[:, None], query[:, :near].transpose(1, 2) @ keys.transpose(-1, -2), 0.0)
     out = (scores @ values).transpose(1, 2)
     return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, length - near))
 
@@ -180,6 +180,6 @@ def _final_ring(key, value, window, lengths, count, new, goes_on, initial) -> to
     ring = torch.stack((take_tokens(key, clamped), take_tokens(value, clamped)), dim=1)
     here = (from_here & (ranks >= 0))[:, None, :, None, None]
     if initial is None:
-        return ring * here
+        return torch.where(here, ring, 0.0)
     old = torch.where((goes_on[:, None] & (ranks >= 0))[:, None, :, None, None], initial.memory.to(ring.dtype), 0.0)
     return torch.where(here, ring, old)

@@ -4,6 +4,7 @@ import torch
 
 from .backend import runs_triton
 from .dense_attention_state import window_shift
+from .plain_layers import weight_dtype
 from .recurrent_cache import RecurrentStateLayer
 from .step_linear import KERNEL_DTYPES, step_linear
 
@@ -46,7 +47,7 @@ def _obstacle(attention, hidden_states, layer, context, factors) -> str | None:
         return "it knows neither padding nor documents"
     if attention.training or torch.is_autocast_enabled(hidden_states.device.type):
         return "it neither drops nor converts anything"
-    if hidden_states.dtype not in KERNEL_DTYPES or attention.query_proj.weight.dtype != hidden_states.dtype:
+    if hidden_states.dtype not in KERNEL_DTYPES or weight_dtype(attention.query_proj) != hidden_states.dtype:
         return f"it takes float32, bfloat16 or float16 throughout, not {hidden_states.dtype}"
     if factors is not None and attention.scheme == ["qkv"]:
         return "the queries are made of turned inputs"

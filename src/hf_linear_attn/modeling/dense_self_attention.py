@@ -5,11 +5,11 @@ same (B, T, d) instead of leaving that to passes over memory. K^T V is symmetric
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .backend import prefers_fused
 from .compat import is_transformed
 from .gram import gram, with_transpose
+from .second_derivatives import differentiable_gradients
 
 
 def can_fuse_self_attention(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -20,8 +20,12 @@ def can_fuse_self_attention(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def self_attention(x: torch.Tensor, weight: torch.Tensor, linear: bool) -> torch.Tensor:
-    """(x W^T) (x^T x) for x (B, T, d), or with `linear=False` ((x W^T) x^T) x; first derivatives only."""
+    """(x W^T) (x^T x) for x (B, T, d), or with `linear=False` ((x W^T) x^T) x."""
     return (_Linear if linear else _Quadratic).apply(x, weight)
+
+
+def _formula(x, weight):
+    return (x @ weight.t()) @ (x.mT @ x)
 
 
 class _Linear(torch.autograd.Function):
@@ -34,9 +38,10 @@ class _Linear(torch.autograd.Function):
         return query @ memory
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight, query, memory = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradient must have one itself
+            return differentiable_gradients(_formula, (x, weight), ctx.needs_input_grad, grad)
         dquery = grad @ memory  # which is its own transpose
         dx = (dquery @ weight).baddbmm_(x, with_transpose(query.mT @ grad))
         return dx, dquery.flatten(0, 1).mT @ x.flatten(0, 1)
@@ -53,9 +58,10 @@ class _Quadratic(torch.autograd.Function):
         return scores @ x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight, query, scores = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradient must have one itself
+            return differentiable_gradients(_formula, (x, weight), ctx.needs_input_grad, grad)
         dscores = grad @ x.mT
         dquery = dscores @ x
         dx = (dquery @ weight).baddbmm_(scores.mT, grad).baddbmm_(dscores.mT, query)

@@ -5,7 +5,7 @@ from torch import nn
 
 from .backend import runs_triton
 from .compat import is_transformed
-from .plain_linear import is_plain
+from .plain_layers import is_plain
 
 
 def gelu_feed_forward(

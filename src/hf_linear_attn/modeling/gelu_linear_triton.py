@@ -15,6 +15,7 @@ except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
 from .backend import on_its_device
+from .second_derivatives import differentiable_gradients
 
 # A program goes through its rows in steps that registers hold; backward asks for its inputs some steps ahead.
 ROWS, STEP, COLUMNS = 64, 2, 512
@@ -122,8 +123,7 @@ def _(x, bias, weight, last_bias):
 
 def _save(ctx, inputs, output):
     x, bias, weight, last_bias = inputs
-    ctx.save_for_backward(x, bias, weight)
-    ctx.has_last_bias = last_bias is not None
+    ctx.save_for_backward(x, bias, weight, last_bias)
 
 
 def gelu_linear_backward(x, bias, weight, grad, wants_weight, wants_last_bias):
@@ -136,7 +136,14 @@ def gelu_linear_backward(x, bias, weight, grad, wants_weight, wants_last_bias):
 
 
 def _differentiate(ctx, grad):
-    return gelu_linear_backward(*ctx.saved_tensors, grad, ctx.needs_input_grad[2], ctx.has_last_bias)
+    *inputs, last_bias = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the gradients must have one themselves
+        return differentiable_gradients(_formula, (*inputs, last_bias), ctx.needs_input_grad, grad)
+    return gelu_linear_backward(*inputs, grad, ctx.needs_input_grad[2], last_bias is not None)
+
+
+def _formula(x, bias, weight, last_bias):
+    return torch.nn.functional.linear(torch.nn.functional.gelu(x + bias), weight, last_bias)
 
 
 _gelu_linear.register_autograd(_differentiate, setup_context=_save)

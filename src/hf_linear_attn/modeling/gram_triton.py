@@ -94,6 +94,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
+    if torch.is_grad_enabled():  # create_graph=True: the gradient must have one itself
+        return ctx.saved_tensors[0] @ (grad + grad.mT)
     grad = grad.clone(memory_format=torch.contiguous_format)
     add_transpose_(grad)
     return ctx.saved_tensors[0] @ grad

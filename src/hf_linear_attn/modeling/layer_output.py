@@ -30,3 +30,18 @@ def refuse_maps_after(state) -> None:
             "`output_attentions` needs all tokens of the text in one call, but the earlier ones are only left as a state: "
             "call the model on the whole text, with `use_cache=False`"
         )
+
+
+def shown_weights(weights: torch.Tensor, is_log: bool, mask: torch.Tensor | None, wanted: bool | str) -> torch.Tensor:
+    """What `output_focus_weights` gives, (B, H, T), from weights (B, T, H) or their logarithms: weights, or "log" of them.
+
+    Padding has weight 0, or -inf. Raises ValueError for another word.
+    """
+    if isinstance(wanted, str) and wanted != "log":
+        raise ValueError(f'`output_focus_weights` is {wanted!r}, expected True, False or "log"')
+    if wanted == "log":
+        shown, nothing = weights if is_log else weights.log(), -torch.inf
+    else:
+        shown, nothing = weights.exp() if is_log else weights, 0.0
+    shown = shown.transpose(1, 2)
+    return shown if mask is None else shown.masked_fill(~mask[:, None], nothing)

@@ -12,8 +12,10 @@ from .backend import runs_triton
 from .compat import GELUActivation
 from .gelu_linear import gelu_linear_obstacle
 from .leap_mechanism import kernel_obstacle
+from .leap_mechanism_torch import kernel_formula
 from .normed_linear import normed_linear_obstacle
-from .plain_linear import has_hooks
+from .plain_layers import has_hooks
+from .second_derivatives import differentiable_gradients
 
 
 def leap_block_rest(
@@ -70,18 +72,20 @@ class _Rest(torch.autograd.Function):
         inner = F.linear(F.layer_norm(hidden, (hidden.shape[-1],), norm_weight, norm_bias, eps), up)
         kept = None if recomputes else inner
         ctx.save_for_backward(
-            x, projected, kept, norm_weight, norm_bias, up, up_bias, down, *carry, seed, mask, segment_ids
+            x, projected, kept, norm_weight, norm_bias, up, up_bias, down, down_bias, *carry, seed, mask, segment_ids
         )
         ctx.arguments = window, dropout, eps
         return hidden, gelu_linear(inner, up_bias, down, down_bias)
 
     @staticmethod
     def backward(ctx, dhidden, dout):
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must have one themselves
+            return _through_formula(ctx, dhidden, dout)
         from .gelu_linear_triton import gelu_linear_backward
         from .leap_mechanism_triton import leap_backward, leap_forward_again
         from .normed_linear_triton import layer_norm_backward
 
-        x, projected, inner, norm_weight, norm_bias, up, up_bias, down, *carry, seed, mask, segment_ids = (
+        x, projected, inner, norm_weight, norm_bias, up, up_bias, down, _, *carry, seed, mask, segment_ids = (
             ctx.saved_tensors
         )
         window, dropout, eps = ctx.arguments
@@ -104,3 +108,19 @@ class _Rest(torch.autograd.Function):
         del inner, dinner, normed
         dprojected = leap_backward(dx.view(mixed.shape), projected, None, None, *call)[0]
         return dx, dprojected, dnorm[0], dnorm[1], dup, dup_bias, ddown, ddown_bias, *[None] * 7
+
+
+def _through_formula(ctx, dhidden, dout):
+    x, projected, _, *weights = ctx.saved_tensors[:9]
+    *_, mask, segment_ids = ctx.saved_tensors
+    window, dropout, eps = ctx.arguments
+    mechanism = kernel_formula(window, dropout, mask, segment_ids)
+
+    def formula(x, projected, norm_weight, norm_bias, up, up_bias, down, down_bias):
+        hidden = x + mechanism(projected, None, None).flatten(2)
+        normed = F.layer_norm(hidden, (hidden.shape[-1],), norm_weight, norm_bias, eps)
+        return hidden, F.linear(F.gelu(F.linear(normed, up, up_bias)), down, down_bias)
+
+    return *differentiable_gradients(formula, (x, projected, *weights), ctx.needs_input_grad, dhidden, dout), *[
+        None
+    ] * 7

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .compat import is_transformed
+from .second_derivatives import differentiable_gradients
 from .windowed_mean import EPS, compute_dtype, windowed_mean, windowed_sum
 
 
@@ -70,6 +71,24 @@ def _formula(projected, query, key, window, kept, exponential=False, **arguments
     focused_key, focused_value = means.unbind(2)  # (B, T, H, E) each
     alignment = torch.sigmoid((query.to(means.dtype) * focused_key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5)
     return (alignment * focused_value).to(query.dtype), state
+
+
+def kernel_formula(window, dropout, mask, segment_ids):
+    """What a kernel of the mechanism gives for projections, rotated queries and keys (or None), in plain PyTorch.
+
+    Its gradients are formed by this where they are differentiated again.
+    """
+    if dropout:
+        raise RuntimeError(
+            "`create_graph=True` (a gradient penalty, a Hessian) with `attention_dropout` > 0 on a GPU: LEAP's kernel draws "
+            "what it drops, and draws it for first derivatives alone. Set `attention_dropout` to 0, or run forward and backward "
+            'under `use_backend("torch")`'
+        )
+
+    def formula(projected, query, key):
+        return _formula(projected, query, key, window, None, mask=mask, segment_ids=segment_ids)[0]
+
+    return formula
 
 
 def _has_own_backward(projected, exponential, initial_state, return_state) -> bool:
@@ -155,10 +174,11 @@ class _Leap(torch.autograd.Function):
 def _through_formula(ctx, grad):
     """The gradients by autograd, which can be differentiated again."""
     *inputs, kept, mask, segment_ids = ctx.saved_tensors[:6]
-    out, _ = _formula(*inputs, ctx.window, kept, mask=mask, segment_ids=segment_ids)
-    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad) if needed]
-    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None
+
+    def formula(*inputs):
+        return _formula(*inputs, ctx.window, kept, mask=mask, segment_ids=segment_ids)[0]
+
+    return *differentiable_gradients(formula, inputs, ctx.needs_input_grad, grad), None, None, None, None
 
 
 def _parts(projected, query, key):

@@ -17,9 +17,11 @@ except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
 from .backend import on_its_device
+from .leap_mechanism_torch import kernel_formula
 from .leap_triton_kernels import backward_readers_kernel, backward_writers_kernel, forward_kernel, totals_kernel
 from .leap_triton_windows import backward_strip_kernel
 from .running_sum import running_sum
+from .second_derivatives import differentiable_gradients
 from .windowed_mean import EPS, windowed_sum
 
 # Tokens a chunk and warps a program. Small chunks leave less for a program to wait for, and a near window wastes less of a table;
@@ -304,6 +306,9 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad):
     *tensors, seed, mask, segment_ids = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the gradients must have one themselves
+        formula = kernel_formula(*ctx.arguments, mask, segment_ids)
+        return *differentiable_gradients(formula, tensors[:3], ctx.needs_input_grad, grad), *[None] * 8
     dx, *rotated = leap_backward(grad, *tensors, *ctx.arguments, seed, mask, segment_ids)
     return dx, *(rotated or (None, None)), *[None] * 8
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from .backend import runs_triton
 from .compat import GELUActivation
-from .plain_linear import has_hooks, is_plain
+from .plain_layers import has_hooks, is_plain
 from .recurrent_cache import RecurrentStateLayer
 from .step_linear import KERNEL_DTYPES, LARGEST_STEP_BATCH
 
@@ -50,8 +50,8 @@ def _obstacle(block, hidden_states, layer, kwargs) -> str | None:
     if block.training or torch.is_autocast_enabled(hidden_states.device.type):
         return "they neither drop nor convert anything"
     norms, linears = (block.attention_norm, block.mlp_norm), (attention.qfkv_proj, mlp.up_proj, mlp.down_proj)
-    plain = all(type(x) is nn.LayerNorm and x.bias is not None for x in norms) and all(is_plain(x) for x in linears)
-    if not plain or any(has_hooks(x) for x in (attention, mlp, mlp.activation, *norms)):
+    plain = all(is_plain(x, nn.LayerNorm) and x.bias is not None for x in norms) and all(is_plain(x) for x in linears)
+    if not plain or any(has_hooks(x) for x in (attention, mlp, mlp.activation)):
         return "a layer of the block is more than its weights"
     dtypes = {hidden_states.dtype, *(x.weight.dtype for x in (*norms, *linears))}
     if len(dtypes) > 1 or hidden_states.dtype not in KERNEL_DTYPES:

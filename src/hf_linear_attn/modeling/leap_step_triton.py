@@ -9,6 +9,7 @@ number of kernels. PyTorch's spelling starts about forty a block; here they are
 1, 3 and 4 are `step_linear_triton`'s; 2 advances the state in place, a program a row and head.
 """
 
+import ctypes
 import math
 
 import torch
@@ -26,12 +27,16 @@ from .windowed_mean import EPS
 
 
 @triton.jit
-def _turned(pointer, e, position, log_theta, E: tl.constexpr):
-    """Features (EP,) of a query or key, turned by its position; float64 angles, as in `rotate`."""
+def _turned(pointer, e, position, log_theta, log_theta_rest, E: tl.constexpr):
+    """Features (EP,) of a query or key, turned by its position; float64 angles, as in `rotate`.
+
+    Numbers reach a kernel in float32: the logarithm comes in two, since its rounding alone turns position 10^7 by 0.04.
+    """
     half: tl.constexpr = E // 2
     own = tl.load(pointer + e, mask=e < E, other=0.0)
     other = tl.load(pointer + tl.where(e < half, e + half, e - half), mask=e < E, other=0.0)
-    angle = position.to(tl.float64) * tl.exp(-log_theta * (e % half).to(tl.float64) / half)
+    share = (e % half).to(tl.float64) / half
+    angle = position.to(tl.float64) * tl.exp(-(log_theta * share + log_theta_rest * share))
     cos, sin = tl.cos(angle).to(own.dtype).to(tl.float32), tl.sin(angle).to(own.dtype).to(tl.float32)
     turned = own.to(tl.float32) * cos + tl.where(e < half, -1.0, 1.0) * other.to(tl.float32) * sin
     return turned.to(own.dtype).to(tl.float32)
@@ -40,7 +45,7 @@ def _turned(pointer, e, position, log_theta, E: tl.constexpr):
 @triton.jit
 def _mix_kernel(
     x_ptr, position_ptr, values_ptr, weights_ptr, counts_ptr, length_ptr, residual_ptr, out_ptr,
-    position_stride, scale, log_theta, eps, H: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, E: tl.constexpr,
+    position_stride, scale, log_theta, log_theta_rest, eps, H: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, ROTARY: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Out = residual + gated mean of one token and head; the state (see `windowed_mean`) goes one token on in place."""
@@ -56,8 +61,8 @@ def _mix_kernel(
     value = tl.load(x_ptr + 3 * H * E + e, mask=inside, other=0.0).to(tl.float32)
     if ROTARY:
         position = tl.load(position_ptr + b * position_stride)
-        query = _turned(x_ptr, e, position, log_theta, E)
-        key = _turned(x_ptr + 2 * H * E, e, position, log_theta, E)
+        query = _turned(x_ptr, e, position, log_theta, log_theta_rest, E)
+        key = _turned(x_ptr + 2 * H * E, e, position, log_theta, log_theta_rest, E)
     else:
         query = tl.load(x_ptr + e, mask=inside, other=0.0).to(tl.float32)
         key = plain_key
@@ -126,10 +131,12 @@ def _mix(attention, projected, residual, position_ids, state, counts, length):
     head, window, rotary = attention.head_dim, attention.window, attention.rope_theta is not None
     out = torch.empty_like(residual)
     held = 0 if window is None else window - 1
+    log_theta = math.log(attention.rope_theta) if rotary else 0.0
+    single = ctypes.c_float(log_theta).value
     _mix_kernel[(attention.num_heads, batch)](
         projected, position_ids if rotary else projected, *state, counts, counts if length is None else length, residual, out,
         position_ids.stride(0) if rotary and position_ids.shape[0] > 1 else 0, head**-0.5,
-        math.log(attention.rope_theta) if rotary else 0.0, EPS,
+        single, log_theta - single, EPS,
         H=attention.num_heads, W=0 if window is None else window, WP=max(1, triton.next_power_of_2(held)), E=head,
         EP=max(16, triton.next_power_of_2(head)), ROTARY=rotary, COUNTED=length is not None, num_warps=1,
         **early_options(residual.device),

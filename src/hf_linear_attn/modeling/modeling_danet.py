@@ -16,6 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput, MultipleChoiceModelOut
 from transformers.utils import ModelOutput
 
 from .causal_lm import (
+    Backbone,
     RecurrentForCausalLM,
     RecurrentModelOutput,
     check_cache,
@@ -53,7 +54,7 @@ from .danet_stream import can_stream, stream_blocks
 from .portable_checkpoint import PortableCheckpointMixin
 from .recurrent_cache import LAYER_TYPE, RecurrentCache
 from .relative_positions import sinusoidal_embeddings
-from .sequence_inputs import DOCUMENT_KEYWORDS, check_token_types, passes_on
+from .sequence_inputs import DOCUMENT_KEYWORDS, blank_padding, check_token_types, passes_on
 from .task_heads import (
     QuestionAnsweringMixin,
     TextClassifierOutput,
@@ -223,6 +224,8 @@ class DanetModel(DanetPreTrainedModel):
 
     def _embed(self, hidden_states, sequence, token_type_ids) -> torch.Tensor:
         """Token, position and type embeddings, normalised: (B, T, d)."""
+        if self.config.pooler_mask_padding:  # else the published model's pooler looks at what stands at padding
+            hidden_states = blank_padding(hidden_states, sequence.mask)
         positions = sequence.position_ids
         if sequence.mask is not None:
             # Any legal position would do for padding; its column is what the published model pools over.
@@ -379,6 +382,28 @@ class DanetForCausalLM(TiedHeadMixin, RecurrentForCausalLM, DanetPreTrainedModel
         self.model = DanetModel(config)
         self.lm_head = DanetLMHead(config)
         self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """`model` with the head's dense layer, activation and norm after it: what the output matrix is applied to.
+
+        So losses formed of `base_model(...)` and `get_output_embeddings()`, as TRL forms them, are this model's own. `model`
+        itself ends before the head.
+        """
+        return Backbone(self.model, self._run_to_the_matrix)
+
+    @can_return_tuple
+    def _run_to_the_matrix(self, *args, **kwargs) -> RecurrentModelOutput:
+        output = self.model(*args, **kwargs)
+        hidden_states = self._hidden_states(output)
+        output.last_hidden_state = (
+            self._features(output.last_hidden_state) if hidden_states is None else hidden_states[-1]
+        )
+        output.hidden_states = hidden_states
+        return output
+
+    def _features(self, hidden_states):
+        return self.lm_head(hidden_states, with_logits=False)
 
 
 class DanetForSequenceClassification(DanetPreTrainedModel):

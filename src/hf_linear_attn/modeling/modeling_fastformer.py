@@ -11,6 +11,8 @@ p_i = Q k_i, and out_i = W (G v_i) + q_i.
 Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window.
 """
 
+import functools
+
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
@@ -37,7 +39,7 @@ from .compat import (
     merge_with_config_defaults,
 )
 from .configuration_fastformer import LARGEST_PLAIN_LOGIT, FastformerConfig
-from .layer_output import LayerOutput, check_state, refuse_maps_after
+from .layer_output import LayerOutput, check_state, refuse_maps_after, shown_weights
 from .portable_checkpoint import PortableCheckpointMixin
 from .sequence_inputs import DOCUMENT_KEYWORDS, check_layer_inputs, passes_on, prepare_sequence
 from .task_heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
@@ -46,7 +48,9 @@ from .windowed_mean import EPS, attention_rows, compute_dtype, state_shapes, win
 
 def normalize_features(x: torch.Tensor) -> torch.Tensor:
     """(x - mean) / (std + 1e-5) over the last dimension, with the unbiased standard deviation."""
-    std, mean = torch.std_mean(x, dim=-1, keepdim=True, correction=1)
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=1)
+    # A row of equal numbers (padding) gives 0; the root of 0 has no derivatives, a constant's are 0.
+    std = variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
     return (x - mean) / (std + EPS)
 
 
@@ -80,7 +84,7 @@ class FastformerAttention(nn.Module):
         state: tuple[torch.Tensor, ...] | None = None,
         return_state: bool = False,
         output_attentions: bool = False,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
     ) -> LayerOutput:
         """Mix tokens causally.
 
@@ -91,7 +95,8 @@ class FastformerAttention(nn.Module):
             cache (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
             state, return_state: the tensors an earlier call returned, and whether to return them.
             output_attentions (`bool`): also build the (B, H, T, T) rows with which keys are pooled; O(T^2).
-            output_focus_weights (`bool`): also return the weights (B, H, T) with which keys are pooled.
+            output_focus_weights (`bool` or `"log"`): also return the weights (B, H, T) with which keys are pooled, or their
+                logarithms, which no rescaling overflows.
 
         Returns:
             [`LayerOutput`].
@@ -106,27 +111,26 @@ class FastformerAttention(nn.Module):
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         dtype = compute_dtype(hidden_states.dtype)
         inputs = (query.to(dtype), key.to(dtype), attention_mask, segment_ids)
-        pooled_key, logits, state = self._pool_twice(state, *inputs)
+        vectors = self.query_vector, self.key_vector
+        pooled_key, logits, state = self._pool_twice(vectors, state, *inputs)
         mixed = (self.dropout(pooled_key) * value.to(dtype)).flatten(2).to(hidden_states.dtype)
         if layer_cache is not None:
-            replay = (self._advance, inputs)
+            replay = (functools.partial(self._advance, vectors), inputs)  # elsewhere offloaded vectors are not there
             layer_cache.update_state(state, hidden_states.shape[1], attention_mask, replay, segment_ids)
         rows = weights = None
         if output_attentions:
             rows = attention_rows(logits, self.window, log_weights=True, mask=attention_mask, segment_ids=segment_ids)
         if output_focus_weights:
-            weights = logits.exp().transpose(1, 2)
-            if attention_mask is not None:
-                weights = weights * attention_mask[:, None].to(dtype)
+            weights = shown_weights(logits, True, attention_mask, output_focus_weights)
         return LayerOutput(mixed, rows, weights, state if return_state else None)
 
-    def _pool_twice(self, state, query, key, mask, segment_ids):
+    def _pool_twice(self, vectors, state, query, key, mask, segment_ids):
         """Pooled keys (B, T, H, E), the logits (B, T, H) they were pooled with, and the states of both poolings in one tuple."""
         split = None if state is None else len(state) // 2
         past_query, past_key = (None, None) if state is None else (state[:split], state[split:])
-        pooled_query, _, new_query = self._pool(query, self.query_vector, past_query, mask, segment_ids)
+        pooled_query, _, new_query = self._pool(query, vectors[0], past_query, mask, segment_ids)
         pooled_key, logits, new_key = self._pool(
-            self.dropout(pooled_query) * key, self.key_vector, past_key, mask, segment_ids
+            self.dropout(pooled_query) * key, vectors[1], past_key, mask, segment_ids
         )
         return pooled_key, logits, new_query + new_key
 
@@ -146,9 +150,9 @@ class FastformerAttention(nn.Module):
         )
         return mean, logits, state
 
-    def _advance(self, state, *inputs):
+    def _advance(self, vectors, state, *inputs):
         """The state after more inputs alone: how a cache undoes tokens (it runs the ones that stay again)."""
-        return self._pool_twice(state, *inputs)[2]
+        return self._pool_twice(vectors, state, *inputs)[2]
 
     def _check_state(self, state, hidden_states) -> None:
         if state is None:
@@ -179,7 +183,7 @@ class FastformerEncoderAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
         **kwargs,
     ) -> LayerOutput:
         """Mix tokens over the whole text; the attention (the same for every query) is that of the keys' pooling."""
@@ -192,7 +196,8 @@ class FastformerEncoderAttention(nn.Module):
         mixed = self.out_proj(mixed) + query.flatten(2)
         weights = weights.transpose(1, 2)  # (B, H, T)
         rows = weights[:, :, None].expand(-1, -1, weights.shape[-1], -1) if output_attentions else None
-        return LayerOutput(mixed, rows, weights if output_focus_weights else None)
+        shown = weights.log() if output_focus_weights == "log" else weights if output_focus_weights else None
+        return LayerOutput(mixed, rows, shown)
 
     def _pool(self, x, vector, mask):
         logits = (x * vector.to(x.dtype)).sum(-1) * self.head_dim**-0.5  # (B, T, H)
@@ -317,7 +322,7 @@ class FastformerModel(FastformerPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
         **kwargs,
     ) -> RecurrentModelOutput:
         """Run the body: arguments and results as for `LeapModel`. The encoder keeps no state and takes no packed rows."""

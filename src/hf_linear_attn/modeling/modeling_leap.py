@@ -39,13 +39,13 @@ from .compat import (
 )
 from .configuration_leap import LeapConfig
 from .gelu_linear import gelu_feed_forward
-from .layer_output import LayerOutput, check_state, refuse_maps_after
+from .layer_output import LayerOutput, check_state, refuse_maps_after, shown_weights
 from .leap_block_training import leap_block_rest
 from .leap_mechanism import leap_mechanism
 from .leap_mechanism_torch import averaged, focus_weights
 from .leap_step import leap_block_step
 from .normed_linear import normed_linear
-from .plain_linear import has_hooks
+from .plain_layers import has_hooks
 from .portable_checkpoint import PortableCheckpointMixin
 from .rotary_embedding import rotate
 from .sequence_inputs import DOCUMENT_KEYWORDS, check_layer_inputs, passes_on, prepare_sequence
@@ -85,7 +85,7 @@ class LeapAttention(nn.Module):
         state: tuple[torch.Tensor, ...] | None = None,
         return_state: bool = False,
         output_attentions: bool = False,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
         projected: torch.Tensor | None = None,
     ) -> LayerOutput:
         """Mix tokens causally.
@@ -98,7 +98,8 @@ class LeapAttention(nn.Module):
             cache (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
             state, return_state: the tensors an earlier call returned, and whether to return them (see `windowed_mean`).
             output_attentions (`bool`): also build the (B, H, T, T) rows behind the means; O(T^2).
-            output_focus_weights (`bool`): also return the focus weights (B, H, T).
+            output_focus_weights (`bool` or `"log"`): also return the focus weights (B, H, T), or their logarithms, which no exp
+                focus overflows.
             projected (`torch.Tensor` of shape `(B, T, 4 d)`, *optional*): what `qfkv_proj` gives, where it is formed already.
 
         Returns:
@@ -151,9 +152,7 @@ class LeapAttention(nn.Module):
                 weights, self.window, log_weights=self.exponential, mask=attention_mask, segment_ids=segment_ids
             )
         if output_focus_weights:
-            seen_weights = (weights.exp() if self.exponential else weights).transpose(1, 2)
-            if attention_mask is not None:
-                seen_weights = seen_weights * attention_mask[:, None].to(seen_weights.dtype)
+            seen_weights = shown_weights(weights, self.exponential, attention_mask, output_focus_weights)
         return LayerOutput(mixed.flatten(2), rows, seen_weights, state if return_state else None)
 
     def _advance(self, state, key_value, weights, mask, segment_ids):
@@ -209,6 +208,7 @@ class LeapBlock(GradientCheckpointingLayer):
         self.attention = LeapAttention(config, layer_idx)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = LeapMLP(config)
+        self.width = config.hidden_size
         self.recomputes_mlp = layer_idx < config.num_recomputed_mlps
 
     @either_cache_name
@@ -221,20 +221,18 @@ class LeapBlock(GradientCheckpointingLayer):
         **kwargs,
     ):
         """See the class."""
-        width = self.attention.num_heads * self.attention.head_dim
-        attention_mask = check_layer_inputs(hidden_states, width, attention_mask, kwargs.get("segment_ids"))
-        step = leap_block_step(self, hidden_states, attention_mask, cache, return_state, kwargs)
+        attention_mask = check_layer_inputs(hidden_states, self.width, attention_mask, kwargs.get("segment_ids"))
+        own = type(self.attention) is LeapAttention and type(self.mlp) is LeapMLP  # and no wrapper or replacement
+        step = leap_block_step(self, hidden_states, attention_mask, cache, return_state, kwargs) if own else None
         if step is not None:
             return step
-        normed, hidden_states, projected = normed_linear(
-            self.attention_norm, self.attention.qfkv_proj, self.attention, hidden_states
-        )
-        rest = None
-        if projected is not None and type(self.mlp) is LeapMLP:
+        first = self.attention.qfkv_proj if own else None
+        normed, hidden_states, projected = normed_linear(self.attention_norm, first, self.attention, hidden_states)
+        if projected is not None:
             rest = leap_block_rest(self, hidden_states, projected, attention_mask, cache, return_state, kwargs)
-        if rest is not None:
-            hidden_states, added = rest
-            return hidden_states + self.mlp.dropout(added)
+            if rest is not None:
+                hidden_states, added = rest
+                return hidden_states + self.mlp.dropout(added)
         mixed = self.attention(
             normed,
             attention_mask,
@@ -251,10 +249,9 @@ class LeapBlock(GradientCheckpointingLayer):
         return (hidden_states, mixed.state) if return_state else hidden_states
 
     def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed, hidden_states, inner = normed_linear(
-            self.mlp_norm, self.mlp.up_proj, self.mlp, hidden_states, with_bias=False
-        )
-        return hidden_states + self.mlp(normed, inner)
+        first = self.mlp.up_proj if type(self.mlp) is LeapMLP else None
+        normed, hidden_states, inner = normed_linear(self.mlp_norm, first, self.mlp, hidden_states, with_bias=False)
+        return hidden_states + (self.mlp(normed) if inner is None else self.mlp(normed, inner))
 
 
 class LeapPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
@@ -309,7 +306,7 @@ class LeapModel(LeapPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_focus_weights: bool = False,
+        output_focus_weights: bool | str = False,
         **kwargs,
     ) -> RecurrentModelOutput:
         """Run the body.
@@ -320,7 +317,7 @@ class LeapModel(LeapPreTrainedModel):
             position_ids (`(B, T)`, *optional*): restarting positions mark packed documents.
             cache (`Cache`, *optional*): the state to go on from; updated in place.
             use_cache (`bool`, *optional*): whether to make and return a state.
-            output_focus_weights (`bool`): also return the focus weights, (B, H, T) a layer.
+            output_focus_weights (`bool` or `"log"`): also return the focus weights, (B, H, T) a layer, or their logarithms.
             **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions`.
 
         Returns:

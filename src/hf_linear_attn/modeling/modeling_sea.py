@@ -5,6 +5,7 @@ that a host's weights load unchanged. What SEA adds is called `sea` in each atte
 """
 
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -22,7 +23,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from .causal_lm import RecurrentForCausalLM, refuse_two_labels, targets_of
+from .causal_lm import Backbone, RecurrentForCausalLM, refuse_two_labels, targets_of
 from .compat import cache_keyword, cache_of, can_return_tuple, either_cache_name
 from .configuration_sea import SeaConfig
 from .recurrent_cache import RecurrentGenerationMixin
@@ -255,6 +256,17 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
         self._build(config, AutoModelForCausalLM)
         self.exits_early = find_host(config.host_config).exits_early
         self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The host; called, its body with SEA, whose last hidden states the output matrix is applied to.
+
+        So losses formed of `base_model(...)` and `get_output_embeddings()`, as TRL forms them, are this model's own.
+        """
+        return Backbone(self.host_model, self._run_body)
+
+    def _run_body(self, *args, **kwargs) -> BaseModelOutputWithPast:
+        return SeaModel.forward(self, *args, **kwargs, read=lambda output, sequence: output)
 
     @either_cache_name
     @can_return_tuple

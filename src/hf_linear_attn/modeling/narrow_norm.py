@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .backend import runs_triton
-from .plain_linear import has_hooks
+from .plain_layers import is_plain
 
 WIDEST = 256
 
@@ -12,7 +12,7 @@ WIDEST = 256
 def narrow_layer_norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     """`norm(x)`. PyTorch's CUDA kernel gives each row a block of threads, which rows of 16 to 128 numbers leave mostly idle."""
     obstacle = None
-    if type(norm) is not nn.LayerNorm or norm.bias is None or has_hooks(norm):
+    if not is_plain(norm, nn.LayerNorm) or norm.bias is None:
         obstacle = "the norm is more than its weight and bias"
     elif len(norm.normalized_shape) != 1 or x.shape[-1] > WIDEST:
         obstacle = f"it takes rows of at most {WIDEST} features"

@@ -9,6 +9,7 @@ except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
 from .backend import on_its_device
+from .second_derivatives import differentiable_gradients
 
 NUMBERS = 4096  # numbers of a tile
 
@@ -101,12 +102,18 @@ def _(x, weight, grad, eps):
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, grad):
-    x, weight = ctx.saved_tensors
+    x, weight, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the gradients must have one themselves
+
+        def formula(x, weight, bias):
+            return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, ctx.eps)
+
+        return *differentiable_gradients(formula, (x, weight, bias), ctx.needs_input_grad, grad), None
     return *_narrow_norm_backward(x, weight, grad, ctx.eps), None
 
 

@@ -137,10 +137,14 @@ class PastColumns:
             self._put("document", last)
         elif segment_ids is not None and self.document is not None:
             self._put("document", torch.where(segment_ids[:, -1] == 0, self.document, NO_NUMBER))
-        if mask is None:
-            self.gap = None
+        if mask is not None:
+            gap = torch.where(place >= 0, length - 1 - place, length + old_gap)
+            self._put("gap", gap if not can_read_values(gap) or bool(gap.any()) else None)
+        elif self.gap is not None and not can_read_values(self.gap):
+            self.gap.zero_()  # a traced step must not change what the next one depends on
         else:
-            self._put("gap", torch.where(place >= 0, length - 1 - place, length + old_gap))
+            self.gap = None
+        if mask is not None:
             new = fingerprint(~mask, columns)
             self._put("padding", new if self.padding is None else self.padding + new)
         if self.keeps_mask and (mask is not None or self.kept_mask is not None):

@@ -1,19 +1,16 @@
 """Positions of DANet: multipliers inside attention (rotary, cosine, cos-minus-sin) and sinusoids added to embeddings.
 
-Everything is computed from the position ids on the fly, in at least float32: there is no table and no maximum length.
+Everything is computed from the position ids on the fly, with angles in float64: there is no table and no maximum length.
 Source: DANet specification, section 4.
 """
 
 import torch
 
+from .rotary_embedding import angle_dtype
+
 RELATIVE_KINDS = ("rotary", "cosine", "cos_minus_sin")
 
 PositionFactors = tuple[torch.Tensor, torch.Tensor | None]
-
-
-def position_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Angles need float32 at least: in half precision position 2049 is not even an exact number."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def position_factors(
@@ -27,7 +24,7 @@ def position_factors(
 
     The second element is None where the multiplier acts on each feature alone. Raises ValueError for another kind.
     """
-    compute = position_dtype(dtype)
+    compute = angle_dtype(position_ids.device)
     if kind == "rotary":
         exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=compute) / head_dim
     elif kind in RELATIVE_KINDS:
@@ -58,7 +55,7 @@ def apply_position_factors(states: torch.Tensor, factors: PositionFactors | None
 
 def sinusoidal_embeddings(position_ids: torch.Tensor, width: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
     """Vaswani's sinusoids `(B or 1, T, d)`: sine at even features, cosine at odd ones, angle t * theta^(-2i/d)."""
-    compute = position_dtype(dtype)
+    compute = angle_dtype(position_ids.device)
     exponent = torch.arange(0, width, 2, device=position_ids.device, dtype=compute) / width
     angles = position_ids.to(compute)[..., None] * theta**-exponent
     pairs = torch.stack((angles.sin(), angles.cos()), dim=-1)

@@ -3,12 +3,12 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .backend import prefers_fused, runs_triton
 from .compat import is_transformed
-from .plain_linear import is_plain
+from .plain_layers import is_plain
 from .relu_product import product_gradients, relu_product
+from .second_derivatives import differentiable_gradients
 
 FEWEST_ROWS = 4096  # with fewer there are too few tiles for all processors
 
@@ -21,6 +21,10 @@ def relu_feed_forward(x: torch.Tensor, matrix: torch.Tensor, down: nn.Module) ->
     return _ReluFeedForward.apply(x, matrix, down.weight)
 
 
+def _formula(x, matrix, down):
+    return F.linear(torch.relu(x @ matrix), down)
+
+
 class _ReluFeedForward(torch.autograd.Function):
     """Keeps its input and the wide activation."""
 
@@ -31,9 +35,10 @@ class _ReluFeedForward(torch.autograd.Function):
         return F.linear(inner, down)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, matrix, down, inner = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradient must have one itself
+            return differentiable_gradients(_formula, (x, matrix, down), ctx.needs_input_grad, grad)
         rows, wide = grad.flatten(0, -2), inner.flatten(0, -2)
         ddown = rows.mT @ wide if ctx.needs_input_grad[2] else None
         dinner = masked_product(rows, down, wide).view(inner.shape)

@@ -3,6 +3,11 @@
 import torch
 
 
+def angle_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of angles: in float32 the angle of position 10^6 would be off by 0.06. MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def rotate(x: torch.Tensor, position_ids: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
     """Turn each head's features by the token's position.
 
@@ -15,8 +20,7 @@ def rotate(x: torch.Tensor, position_ids: torch.Tensor, theta: float = 10000.0) 
         `torch.Tensor`: shape and dtype of `x`.
     """
     half = x.shape[-1] // 2
-    # In float32 the angle of position 10^6 would be off by 0.06; MPS has no float64.
-    precise = torch.float32 if x.device.type == "mps" else torch.float64
+    precise = angle_dtype(x.device)
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=precise) / half)
     angle = position_ids.to(precise)[..., None, None] * frequency  # (B, T, 1, E/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)

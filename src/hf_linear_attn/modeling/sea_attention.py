@@ -161,7 +161,8 @@ class SeaAttentionCore(nn.Module):
         output_attentions: bool = False,
         loss_rows: torch.Tensor | None = None,
         measure: bool = False,
-    ) -> SeaCoreOutput:
+        only_state: bool = False,
+    ) -> SeaCoreOutput | SeaState:
         """Attend.
 
         Args:
@@ -177,10 +178,13 @@ class SeaAttentionCore(nn.Module):
             output_attentions: also return ``kept`` and ``attention_probs``, which are T x S (the backend "dense" always does).
             loss_rows: (R,) ranks of the query rows that the attention losses look at; None is all.
             measure: also measure how well the estimate finds the teacher's attention (`fidelity`).
+            only_state: return the `SeaState` after these tokens, without attending (causal only; `q` as for `scaling`).
 
         Raises:
             ValueError: shapes that do not fit, more tokens than the position table has rows.
         """
+        if only_state:
+            return self._advance(q, k, v, layout, scaling, state)
         options = self.options
         self._check(q, k, v, teacher, key_cache)
         if layout is None:
@@ -233,10 +237,7 @@ class SeaAttentionCore(nn.Module):
             fidelity=fidelity,
         )
 
-    def advance(self, q, k, v, layout: TokenLayout, scaling: float | None, state: SeaState | None) -> SeaState:
-        """The state after the tokens of ``layout`` alone, without attending; arguments as for ``forward``. Causal
-        only.
-        """
+    def _advance(self, q, k, v, layout: TokenLayout, scaling: float | None, state: SeaState | None) -> SeaState:
         q = q if scaling is None else q * scaling
         q, k, v = (layout.compact(repeat_key_heads(x, self.options.num_heads)) for x in (q, k, v))
         hidden, kernel_state = self._encode(q, k, v, layout, state)

@@ -26,7 +26,7 @@ class DocumentGroup:
 
     Attributes:
         rows: (N,) row of the batch that holds each.
-        tokens: (N, L) place of each token among the B T of the batch; 0 after a document's end.
+        tokens: (N, L) place of each token among the B T of the batch; after a document's end its last one, and no other's.
         keep: (N, L) bool, True within the document.
         last: (N,) bool, whether it is the last of its row.
         continues: whether they go on with what a cache holds.
@@ -84,7 +84,7 @@ class PackedRows:
             chosen = ((continues == bool(goes_on)) & (doubling == size)).nonzero()[:, 0]
             step = torch.arange(int(counts[chosen].max()), device=device)
             keep = step < counts[chosen, None]
-            tokens = places[torch.where(keep, starts[chosen, None] + step, 0)].masked_fill(~keep, 0)
+            tokens = places[starts[chosen, None] + step.minimum(counts[chosen, None] - 1)]
             seen = torch.cat([key_mask[rows[chosen], : past * goes_on], keep], dim=1)
             layout = TokenLayout.from_mask(seen, len(chosen), len(step), device, past * goes_on)
             groups.append(DocumentGroup(rows[chosen], tokens, keep, last[chosen], bool(goes_on), layout))

@@ -13,6 +13,7 @@ from torch import nn
 
 from .compat import init
 from .narrow_norm import narrow_layer_norm
+from .plain_layers import is_plain, weight_dtype
 
 BIDIRECTIONAL_CHANNELS, BIDIRECTIONAL_REDUCTION = 4, 2
 CAUSAL_CHANNELS, CAUSAL_REDUCTION = 2, 4
@@ -43,7 +44,7 @@ class SeaEncoder(nn.Module):
         self.norm = nn.LayerNorm(2 * head_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(narrow_layer_norm(self.norm, self.linear(x.to(self.linear.weight.dtype))))
+        return F.gelu(narrow_layer_norm(self.norm, self.linear(x.to(weight_dtype(self.linear) or x.dtype))))
 
 
 def rows_to_image(rows: torch.Tensor, channels: int) -> torch.Tensor:
@@ -80,6 +81,22 @@ class BidirectionalCellNetwork(nn.Module):
         return F.interpolate(image, size=(time, self.predictor_length), mode="bilinear", align_corners=False)
 
 
+def dilated(conv: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """A 3 x 3 convolution of dilation 2, causal: (N, C, 4 + T, W), the first four rows past ones -> (N, C, T, W).
+
+    A layer that is more than its weights is called with the image's four parts, every other row and column each, where the
+    dilation is 1 (adapters leave a layer's dilation out).
+    """
+    if is_plain(conv, nn.Conv2d):
+        return F.conv2d(image, conv.weight, conv.bias, padding=(0, 2), dilation=2)
+    batch, _, height, width = image.shape
+    image = F.pad(image, [0, width % 2, 0, height % 2])
+    parts = image.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 3, 5, 1, 2, 4)  # (N, 2, 2, C, rows, columns)
+    out = conv(parts.flatten(0, 2)).unflatten(0, (batch, 2, 2))  # two rows less
+    out = out.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+    return out[:, :, : height - CONV_HISTORY, :width]
+
+
 class CausalCellNetwork(nn.Module):
     """Two causal 3 x 3 convolutions of dilation 2 (rows t, t-2, t-4), a 1 x 1 convolution to one channel per head, a
     LayerNorm.
@@ -90,8 +107,8 @@ class CausalCellNetwork(nn.Module):
         wide = CAUSAL_CHANNELS * num_heads
         self.predictor_length = predictor_length
         self.norm_in = nn.LayerNorm(predictor_length // CAUSAL_REDUCTION)
-        self.conv1 = nn.Conv2d(wide, wide, 3, dilation=2)
-        self.conv2 = nn.Conv2d(wide, wide, 3, dilation=2)
+        self.conv1 = nn.Conv2d(wide, wide, 3, padding=(0, 1))  # of every other row and column, see `dilated`
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=(0, 1))
         self.conv3 = nn.Conv2d(wide, num_heads, 1)
         self.norm_out = nn.LayerNorm(predictor_length)
 
@@ -123,14 +140,22 @@ class CausalCellNetwork(nn.Module):
             start = image.new_zeros(batch, channels, CONV_HISTORY, width)
             history = (start, start)
         first = torch.cat([history[0].to(image.dtype), image], dim=2)  # (N, 2H, 4 + T, M/4)
-        image = F.conv2d(first, self.conv1.weight, self.conv1.bias, padding=(0, 2), dilation=2).relu()
+        image = dilated(self.conv1, first).relu()
         second = torch.cat([history[1].to(image.dtype), image], dim=2)
-        image = F.conv2d(second, self.conv2.weight, self.conv2.bias, padding=(0, 2), dilation=2).relu()
-        logits = narrow_layer_norm(self.norm_out, self._widen(self.conv3(image)))
+        image = dilated(self.conv2, second).relu()
+        logits = narrow_layer_norm(self.norm_out, self._widen(*self._join_channels(image)))
         return logits, (_last_rows(first, lengths), _last_rows(second, lengths))
 
-    def _widen(self, image: torch.Tensor) -> torch.Tensor:
-        """(N, H, T, M/4) -> (N, H, T, M): each column four times, one column of bias at each side, then area pooling
+    def _join_channels(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The 1 x 1 convolution of the image, and of a column of zeros beside it, which is its bias."""
+        if not is_plain(self.conv3, nn.Conv2d):
+            image = self.conv3(F.pad(image, [0, 1]))
+            return image[..., :-1], image[..., -1:]
+        image = self.conv3(image)
+        return image, self.conv3.bias.to(image.dtype)[:, None, None]
+
+    def _widen(self, image: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+        """(N, H, T, M/4) -> (N, H, T, M): each column four times, one column `outside` at each side, then area pooling
         M+2 -> M.
 
         The published network repeats the columns before the 1 x 1 convolution, which it gives a zero padding of 1:
@@ -144,7 +169,7 @@ class CausalCellNetwork(nn.Module):
         # One product with a constant matrix: its gradient is a product, too, and no scattered sum.
         pooling = (column[..., None] == torch.arange(reduced, device=image.device)).to(image.dtype).sum(dim=0) / 2
         border = (~inner).to(image.dtype).sum(dim=0) / 2  # (M,), share of the columns outside
-        return image @ pooling.T + self.conv3.bias.to(image.dtype)[:, None, None] * border
+        return image @ pooling.T + outside * border
 
 
 def _zero_rows_from(image: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

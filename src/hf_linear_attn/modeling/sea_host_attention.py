@@ -198,7 +198,13 @@ def _replay(core: SeaAttentionCore, call: SeaCall, scaling, query, key, value):
             layout.lengths, past[:, 0], layout.query_length, 0, layout.order, layout.inverse, layout.key_slots
         )
         return tuple(
-            core.advance(*(x.transpose(1, 2) for x in (q, k, v)), layout, scaling, SeaState(*state) if state else None)
+            core(
+                *(x.transpose(1, 2) for x in (q, k, v)),
+                layout=layout,
+                scaling=scaling,
+                state=SeaState(*state) if state else None,
+                only_state=True,
+            )
         )
 
     return advance, (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, past)

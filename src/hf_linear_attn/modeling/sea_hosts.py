@@ -103,6 +103,11 @@ def attention_layers(model: nn.Module, config: PreTrainedConfig) -> list[nn.Modu
     return layers
 
 
+def embedding_size(config: PreTrainedConfig) -> int:
+    """Width of a host's embeddings, which OPT may project to the hidden size."""
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
 def head_size(config: PreTrainedConfig) -> int:
     """D of a host."""
     explicit = getattr(config, "head_dim", None)

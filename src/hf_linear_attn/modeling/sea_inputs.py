@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from .compat import can_read_values
-from .sequence_inputs import HARMLESS_KEYWORDS, check_token_ids
+from .plain_layers import table_rows
+from .sea_hosts import embedding_size
+from .sequence_inputs import HARMLESS_KEYWORDS, blank_padding, check_token_ids
 from .task_heads import check_classes, check_labels
 
 PACKING_KEYWORDS = frozenset(["seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"])
@@ -24,13 +26,11 @@ def check_call(model, input_ids, inputs_embeds, kwargs: dict) -> None:
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
-    embedding = model.get_input_embeddings()
+    width = embedding_size(model.config.host_config)
     if input_ids is not None:
-        check_token_ids(input_ids, embedding.num_embeddings, model.training)
-    elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != embedding.embedding_dim:
-        raise ValueError(
-            f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {embedding.embedding_dim})"
-        )
+        check_token_ids(input_ids, table_rows(model.get_input_embeddings()), model.training)
+    elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
+        raise ValueError(f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {width})")
     causal, host = model.config.is_causal, model.config.host_config.model_type
     if kwargs.get("is_causal") is not None and bool(kwargs["is_causal"]) != causal:
         what = "each token sees only earlier ones" if causal else "it is an encoder, whose tokens see all others"
@@ -77,13 +77,14 @@ def check_task_labels(task: str, labels: torch.Tensor | None, tokens: torch.Tens
 
 
 @contextmanager
-def pooling_real_tokens(host: nn.Module, mask: torch.Tensor | None):
-    """BERT's pooler reads the first column; while the context is open it gets the first real token of each row.
+def without_padding(host: nn.Module, mask: torch.Tensor | None):
+    """While the context is open, padding (`mask` (B, T) bool is False) is nothing to the host around its attention.
 
-    In this thread alone: others may run the same host on other rows (a server's threads, `DataParallel`'s replicas).
+    It is embedded as 0, and BERT's pooler, which reads the first column, gets the first real token of each row. In this thread
+    alone: others may run the same host on other rows (a server's threads, `DataParallel`'s replicas).
     """
     caller = threading.get_ident()
-    poolers = [] if mask is None else [module for module in host.modules() if type(module).__name__ == "BertPooler"]
+    handles = []
 
     def first_real(module, inputs):
         if threading.get_ident() != caller:
@@ -91,7 +92,13 @@ def pooling_real_tokens(host: nn.Module, mask: torch.Tensor | None):
         rows = torch.arange(mask.shape[0], device=mask.device)
         return (inputs[0][rows, mask.to(torch.uint8).argmax(dim=1)][:, None],)
 
-    handles = [pooler.register_forward_pre_hook(first_real) for pooler in poolers]
+    def blank(module, inputs, output):
+        return blank_padding(output, mask) if threading.get_ident() == caller else None
+
+    if mask is not None:
+        poolers = (module for module in host.modules() if type(module).__name__ == "BertPooler")
+        handles = [pooler.register_forward_pre_hook(first_real) for pooler in poolers]
+        handles.append(host.get_input_embeddings().register_forward_hook(blank))
     try:
         yield
     finally:

@@ -29,9 +29,9 @@ from .sea_host_attention import (
     register_attention,
 )
 from .sea_hosts import attention_layers, find_host, head_size, key_heads
-from .sea_inputs import check_call, check_targets, pooling_real_tokens
+from .sea_inputs import check_call, check_targets, without_padding
 from .sea_output import extend_output
-from .sequence_inputs import SequenceInputs, prepare_sequence
+from .sequence_inputs import SequenceInputs, blank_padding, prepare_sequence
 
 
 class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
@@ -40,6 +40,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     config: SeaConfig
     base_model_prefix = "host"
     supports_gradient_checkpointing = True
+    _tied_weights_keys: dict[str, str] = {}  # the host's count; PEFT looks for them only where there is a dict
     labels_of = "tokens"  # or "texts": what an answer of the model is about
     _is_stateful = False
     _can_compile_fullgraph = False
@@ -92,8 +93,9 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         """Attend to `k` keys a query and head from now on: trained with one k, a model may run with another."""
         options = replace(self.config.core_options(), k=k)
         self.config.k = k
-        for core in self.sea_layers().values():
-            core.options = options
+        for module in self.modules():  # also a copy of a core, which an adapter trains instead
+            if isinstance(module, SeaAttentionCore):
+                module.options = options
 
     def redraw_features(self, generator: torch.Generator | None = None) -> None:
         """Draw new random features in every layer (training only: the estimator must get used to them)."""
@@ -168,8 +170,9 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         kwargs |= {"return_dict": True, "position_ids": sequence.position_ids}
         if past == 0:  # what hosts do with the mask besides attention: warn
             kwargs["attention_mask"] = attention_mask
+        inputs_embeds = None if inputs_embeds is None else blank_padding(inputs_embeds, call.mask)
         host = self.host_model if read is None else self.host_model.base_model
-        with pooling_real_tokens(host, call.mask):
+        with without_padding(self.host_model, call.mask):
             output = host(input_ids=input_ids, inputs_embeds=inputs_embeds, sea_call=call, **kwargs)
         if read is not None:
             output = read(output, sequence)

@@ -221,6 +221,11 @@ def padding_mask(attention_mask, batch: int, length: int, past_length: int | tor
     return mask
 
 
+def blank_padding(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, d) with 0 at padding: whatever stands there, a NaN too, then reaches no sum and no gradient."""
+    return hidden_states if mask is None else hidden_states.masked_fill(~mask[..., None], 0.0)
+
+
 def check_layer_inputs(
     hidden_states: torch.Tensor, width: int, attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None
 ) -> torch.Tensor | None:
@@ -415,14 +420,16 @@ def check_token_types(token_type_ids: torch.Tensor, batch: int, length: int, cou
             )
 
 
-def check_token_ids(input_ids: torch.Tensor, vocab_size: int, training: bool) -> None:
-    """Refuse ids outside the vocabulary with a message, where looking does not stall a GPU's queue."""
+def check_token_ids(input_ids: torch.Tensor, vocab_size: int | None, training: bool) -> None:
+    """Refuse ids outside the vocabulary (None: not known) with a message, where looking does not stall a GPU's queue."""
     if input_ids.dim() != 2:
         raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}, expected (batch, length)")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"`input_ids` has dtype {input_ids.dtype}, expected integers (int64 or int32) below {vocab_size}"
         )
+    if vocab_size is None:
+        return
     looked_at = input_ids.device.type == "cpu" or (not training and input_ids.shape[1] > 1)
     if input_ids.numel() and looked_at and can_read_values(input_ids):
         low, high = torch.stack([input_ids.min(), input_ids.max()]).tolist()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .backend import runs_triton
 from .cell_maps import cell_start, key_to_cell, keys_per_cell, within_cell_limit
 from .random_features import accumulation_dtype
+from .second_derivatives import differentiable_gradients
 
 PAIRS_PER_CHUNK = 1 << 18  # (row, key) pairs whose keys and values are gathered together
 COUNT_ROWS = 4096
@@ -61,11 +62,11 @@ def chunked_sparse_attention(
     key_slots: torch.Tensor | None = None,
     pairs_per_chunk: int = PAIRS_PER_CHUNK,
 ) -> torch.Tensor:
-    """Attention on the kept keys alone, (B, H, T, D): time O(kept keys x D), memory linear in T, first derivatives.
+    """Attention on the kept keys alone, (B, H, T, D): time O(kept keys x D), memory linear in T.
 
     The rows of all samples and heads form one list; chunks of it are expanded to (row, key) pairs, whose keys and
-    values are gathered. The backward pass expands them again instead of keeping them. A CUDA kernel walks through the
-    keys of each row without any list.
+    values are gathered. The backward pass expands them again instead of keeping them
+    (second derivatives keep them). A CUDA kernel walks through the keys of each row without any list.
     """
     if runs_kernel(q):
         from .sparse_attention_triton import sparse_attention_kernel
@@ -81,33 +82,49 @@ def runs_kernel(q: torch.Tensor) -> bool:
     return runs_triton(q, None if half_or_single else f"it takes float32, bfloat16 and float16, not {q.dtype}")
 
 
+def _attend_by_chunks(q, keys, values, cells, length, scale, limit, key_slots, chunks):
+    """Context (B, H, T, D) and the logarithm of each row's partition function (B H T,)."""
+    dtype = accumulation_dtype(q.dtype)
+    rows_q, rows_k, rows_v = (x.reshape(-1, x.shape[-1]) for x in (q, keys, values))
+    contexts, log_sums = [], []
+    for start, stop in chunks:
+        row, key = expand_pairs(cells, length, start, stop, limit, key_slots, keys.shape[1], keys.shape[2])
+        scores = (rows_q[start + row].to(dtype) * rows_k[key].to(dtype)).sum(dim=-1) * scale  # (pairs,)
+        top = scores.new_full((stop - start,), -torch.inf).scatter_reduce(0, row, scores.detach(), "amax")
+        weights = (scores - top[row]).exp()
+        total = scores.new_zeros(stop - start).index_add(0, row, weights)
+        shares = (weights / total[row])[:, None] * rows_v[key].to(dtype)
+        contexts.append(shares.new_zeros(stop - start, values.shape[-1]).index_add_(0, row, shares))
+        log_sums.append(torch.where(total > 0, top + total.detach().clamp_min(torch.finfo(dtype).tiny).log(), 0.0))
+    return torch.cat(contexts).view(*q.shape[:-1], values.shape[-1]), torch.cat(log_sums)
+
+
+def chunked_formula(cells, length, scale, limit, key_slots, chunks=None):
+    """The attention of q, keys and values in operators that autograd knows; it keeps every (row, key) pair."""
+    chunks = row_chunks(cells, length, limit, PAIRS_PER_CHUNK) if chunks is None else chunks
+
+    def formula(q, keys, values):
+        return _attend_by_chunks(q, keys, values, cells, length, scale, limit, key_slots, chunks)[0].to(q.dtype)
+
+    return formula
+
+
 class _ChunkedSparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, keys, values, cells, length, scale, limit, key_slots, pairs_per_chunk):
-        dtype = accumulation_dtype(q.dtype)
-        head_dim, value_dim = q.shape[-1], values.shape[-1]
-        rows_q = q.reshape(-1, head_dim)
-        rows_k, rows_v = keys.reshape(-1, head_dim), values.reshape(-1, value_dim)
-        context = torch.zeros(rows_q.shape[0], value_dim, dtype=dtype, device=q.device)
-        log_sum = torch.zeros(rows_q.shape[0], dtype=dtype, device=q.device)
         chunks = row_chunks(cells, length, limit, pairs_per_chunk)
-        for start, stop in chunks:
-            row, key = expand_pairs(cells, length, start, stop, limit, key_slots, keys.shape[1], keys.shape[2])
-            scores = (rows_q[start + row].to(dtype) * rows_k[key].to(dtype)).sum(dim=-1) * scale  # (pairs,)
-            top = scores.new_full((stop - start,), -torch.inf).scatter_reduce(0, row, scores, "amax")
-            weights = (scores - top[row]).exp()
-            total = scores.new_zeros(stop - start).index_add(0, row, weights)
-            context[start:stop].index_add_(0, row, (weights / total[row])[:, None] * rows_v[key].to(dtype))
-            log_sum[start:stop] = torch.where(total > 0, top + total.clamp_min(torch.finfo(dtype).tiny).log(), 0.0)
-        context = context.view(*q.shape[:-1], value_dim)
+        context, log_sum = _attend_by_chunks(q, keys, values, cells, length, scale, limit, key_slots, chunks)
         ctx.save_for_backward(q, keys, values, cells, length, key_slots, context, log_sum)
         ctx.scale, ctx.limit, ctx.chunks = scale, limit, chunks
         return context.to(q.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_context):
         q, keys, values, cells, length, key_slots, context, log_sum = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must have one themselves
+            formula = chunked_formula(cells, length, ctx.scale, ctx.limit, key_slots, ctx.chunks)
+            grads = differentiable_gradients(formula, (q, keys, values), ctx.needs_input_grad, grad_context)
+            return *grads, None, None, None, None, None, None
         dtype = context.dtype
         rows_q = q.reshape(-1, q.shape[-1])
         rows_k, rows_v = keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1])

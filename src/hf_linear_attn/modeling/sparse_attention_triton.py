@@ -16,6 +16,8 @@ except ImportError as error:
     raise ImportError("the GPU kernels need the package triton: pip install triton") from error
 
 from .backend import on_its_device
+from .second_derivatives import differentiable_gradients
+from .sparse_attention import chunked_formula
 from .sparse_tiles_triton import tiled_attention, tiled_attention_backward
 
 KEYS = 32  # keys of a row that are read together
@@ -289,6 +291,10 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad, _):
     *inputs, key_slots, out, log_sum = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the gradients must have one themselves
+        formula = chunked_formula(*inputs[3:], ctx.scale, ctx.limit, key_slots)
+        grads = differentiable_gradients(formula, inputs[:3], ctx.needs_input_grad, grad.to(inputs[0].dtype))
+        return *grads, None, None, None, None, None
     grads = _sparse_attention_backward(*inputs, ctx.scale, ctx.limit, key_slots, out, log_sum, grad)
     return *grads, None, None, None, None, None
 

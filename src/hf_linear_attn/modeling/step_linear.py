@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .backend import runs_triton
-from .plain_linear import is_plain
+from .plain_layers import has_hooks, is_plain
 
 LARGEST_STEP_BATCH = 64  # rows that a program of the kernel holds at once
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -14,7 +14,9 @@ def step_linear(linear: nn.Module, hidden_states: torch.Tensor, relu: bool = Fal
     """`linear(hidden_states)` or its ReLU; for (B, 1, d) without gradients (decoding) in a kernel that reads the weight once."""
     if not _runs_kernel(linear, hidden_states):
         out = linear(hidden_states)
-        return out.relu_() if relu else out
+        if not relu:
+            return out
+        return out.relu() if has_hooks(linear) else out.relu_()  # a hook may have kept it
     from .step_linear_triton import project
 
     return project(hidden_states[:, 0].contiguous(), linear, relu=relu)[:, None]

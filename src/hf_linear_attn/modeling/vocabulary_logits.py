@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .compat import is_transformed
-from .plain_linear import is_plain
+from .plain_layers import is_plain
 from .step_linear import step_linear
 
 ALIGNED, CLASS_MULTIPLE = 8, 64
@@ -19,8 +19,19 @@ FEWEST_ROWS = 256  # with fewer, the product is the reading of the weight
 def vocabulary_logits(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`linear(hidden_states)` for (B, T, d); on a GPU in training possibly a view with gaps between its rows."""
     if not _pays(linear, hidden_states):
-        return step_linear(linear, hidden_states)
+        logits = step_linear(linear, hidden_states)
+        lost = _lost_bias(linear, hidden_states)
+        return logits if lost is None else logits + lost
     return _PaddedLinear.apply(hidden_states, linear.weight, linear.bias)
+
+
+def _lost_bias(linear, hidden_states) -> torch.Tensor | None:
+    """What a layer for some trained tokens leaves out: PEFT's (0.21), tied to the embedding, multiplies without the bias."""
+    wrapped = getattr(getattr(linear, "token_adapter", None), "base_layer", None)
+    bias = getattr(wrapped, "bias", None)
+    if bias is None:
+        return None
+    return bias - linear(hidden_states.new_zeros(1, hidden_states.shape[-1]))
 
 
 def _pays(linear, hidden_states) -> bool:

@@ -114,13 +114,13 @@ def _global_mean(values, weights, log_weights, segment_ids, initial_state, eps):
     if initial_state is not None:
         past_sum, past_norm = initial_state[0][:, None], initial_state[1][:, None]
         if segment_ids is not None:
-            first = (segment_ids == 0)[..., None].to(sums.dtype)
-            past_norm = past_norm * first
-            past_sum = past_sum * _over_heads(first, past_sum)
+            first = (segment_ids == 0)[..., None]
+            past_norm = torch.where(first, past_norm, 0.0)
+            past_sum = torch.where(_over_heads(first, past_sum), past_sum, 0.0)
         if log_weights:
             past_reference = initial_state[2][:, None].to(reference.dtype)
             if segment_ids is not None:
-                past_reference = torch.where(first.bool(), past_reference, LOG_WEIGHT_FLOOR)
+                past_reference = torch.where(first, past_reference, LOG_WEIGHT_FLOOR)
             joint = torch.maximum(reference, past_reference)
             now, before = torch.exp(reference - joint), torch.exp(past_reference - joint)
             sums, norm, reference = sums * _over_heads(now, sums), norm * now, joint
@@ -254,6 +254,12 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0, re
         if window is None or whole > 1:
             before = _chunks_before(values, segments, logs, None if window is None else whole - 1, depth, reverse)
     scores = [_scores(step * distance, table, columns, segments, logs) for distance, table, _, columns in parts]
+    continued = None
+    if before is not None and segments is not None:
+        border = segments[..., :1] if reverse else segments[..., -1:]
+        continued = (segments == _shift(border, step, fill=-1))[:, :, None]  # (B, n, 1, C)
+        if logs is not None:  # a document that was loud sets no scale for the next one
+            before = before[0], torch.where(continued, before[1], LOG_WEIGHT_FLOOR)
     reference = None
     if logs is not None:
         tops = [score.detach().amax(-1) for score in scores] + ([] if before is None else [before[1]])
@@ -275,10 +281,8 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0, re
         earlier, earlier_reference = before
         if logs is not None:
             earlier = earlier * torch.exp(earlier_reference - reference)[..., None]
-        if segments is not None:
-            border = segments[..., :1] if reverse else segments[..., -1:]
-            continued = segments == _shift(border, step, fill=-1)
-            earlier = earlier * continued[:, :, None, :, None]
+        if continued is not None:
+            earlier = torch.where(continued[..., None], earlier, 0.0)
         total.add_(earlier)
     return _join(total, single, length), None if reference is None else _join(reference, single, length)
 
