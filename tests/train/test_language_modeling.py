@@ -23,8 +23,8 @@ from hf_linear_attn.cli import main as cli
 from hf_linear_attn.training import language_modeling
 from hf_linear_attn.training.checkpoints import StopOnSignal, last_complete_checkpoint
 from hf_linear_attn.training.language_modeling import TrainingInterrupted, train_language_model
-from hf_linear_attn.training.options import TrainingOptions
 from hf_linear_attn.training.measuring import perplexity
+from hf_linear_attn.training.options import TrainingOptions
 
 
 def losses(report):
