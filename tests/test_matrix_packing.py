@@ -178,3 +178,13 @@ def test_rotary_positions_have_no_limit(row):
     with torch.no_grad():
         logits, shifted = (model(ids, position_ids=p).logits for p in (position_ids, position_ids + 10_000_000))
     torch.testing.assert_close(logits, shifted, atol=1e-6, rtol=0)
+
+
+@all_rows
+def test_a_classifier_of_texts_takes_one_text_a_row(row):
+    model = row.build("AutoModelForSequenceClassification")
+    with torch.no_grad():
+        model(tokens(1, 8), seq_idx=torch.zeros(1, 8, dtype=torch.long))
+        for told in ({"position_ids": torch.arange(8)[None] % 4}, {"cu_seq_lens_q": torch.tensor([0, 3, 8])}):
+            with pytest.raises(ValueError, match=r"one answer a row|leak into each other"):
+                model(tokens(1, 8), **told)

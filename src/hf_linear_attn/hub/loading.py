@@ -18,9 +18,8 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.utils import find_adapter_config_file
 
-from ..modeling.compat import modeling_auto
+from ..modeling.compat import find_adapter_config_file, modeling_auto
 from ..registration import AUTO_CLASSES
 from .safe_weights import from_safetensors
 

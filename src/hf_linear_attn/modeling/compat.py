@@ -30,7 +30,7 @@ from transformers.masking_utils import and_masks, create_causal_mask, create_sli
 from transformers.modeling_layers import GradientCheckpointingLayer as TransformersLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, find_adapter_config_file
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.hub import create_and_tag_model_card
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -285,6 +285,7 @@ __all__ = [
     "custom_object_save",
     "either_cache_name",
     "exportable_state",
+    "find_adapter_config_file",
     "has_global_hooks",
     "init",
     "is_output_recorder",

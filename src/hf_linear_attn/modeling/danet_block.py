@@ -24,7 +24,7 @@ from .layer_output import LayerOutput, check_state, refuse_maps_after
 from .plain_layers import has_hooks, is_plain
 from .relative_positions import apply_position_factors
 from .relu_feed_forward import relu_feed_forward
-from .sequence_inputs import padding_mask
+from .sequence_inputs import check_layer_inputs
 from .step_linear import step_feed_forward, step_linear
 from .token_layout import take_tokens, token_layout
 
@@ -59,7 +59,7 @@ def _documents_of_tokens(layout) -> torch.Tensor | None:
 def _context_of(layer, hidden_states, attention_mask, position_ids, segment_ids, state) -> DanetContext:
     """What a model prepares for all its layers, for one that is called alone."""
     seen = None if state is None else state.count
-    mask = padding_mask(attention_mask, *hidden_states.shape[:2])
+    mask = check_layer_inputs(hidden_states, layer.config.hidden_size, attention_mask, segment_ids)
     return build_context(layer.config, hidden_states, mask, position_ids, segment_ids, seen, {layer.pattern})
 
 

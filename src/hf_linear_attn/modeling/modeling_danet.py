@@ -54,7 +54,7 @@ from .danet_stream import can_stream, stream_blocks
 from .portable_checkpoint import PortableCheckpointMixin
 from .recurrent_cache import LAYER_TYPE, RecurrentCache
 from .relative_positions import sinusoidal_embeddings
-from .sequence_inputs import DOCUMENT_KEYWORDS, blank_padding, check_token_types, passes_on
+from .sequence_inputs import DOCUMENT_KEYWORDS, blank_padding, check_token_types, passes_on, refuse_documents
 from .task_heads import (
     QuestionAnsweringMixin,
     TextClassifierOutput,
@@ -430,6 +430,8 @@ class DanetForSequenceClassification(DanetPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Score texts: `logits` (B, num_labels); `labels` (B,), or (B, num_labels) for several labels or numbers."""
         count = kwargs.pop("num_items_in_batch", None)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        refuse_documents(tokens, attention_mask, **{"position_ids": None, **kwargs})
         output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
         pooled = self.pooler(output.last_hidden_state, attention_mask, input_ids)
         logits = self.classifier(self.dropout(pooled))
@@ -497,6 +499,8 @@ class DanetForMultipleChoice(DanetPreTrainedModel):
         )
         count = kwargs.pop("num_items_in_batch", None)
         kwargs = {**kwargs, "position_ids": position_ids, "token_type_ids": token_type_ids}
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        refuse_documents(tokens, attention_mask, **{"position_ids": None, **kwargs})
         output = self.model(**_body_arguments(input_ids, attention_mask, inputs_embeds, kwargs))
         pooled = self.pooler(output.last_hidden_state, attention_mask, input_ids)
         logits = self.classifier(self.dropout(pooled)).view(given.shape[:2])

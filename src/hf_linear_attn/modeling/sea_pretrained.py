@@ -31,7 +31,7 @@ from .sea_host_attention import (
 from .sea_hosts import attention_layers, find_host, head_size, key_heads
 from .sea_inputs import check_call, check_targets, without_padding
 from .sea_output import extend_output
-from .sequence_inputs import SequenceInputs, blank_padding, prepare_sequence
+from .sequence_inputs import ONE_ANSWER, SequenceInputs, blank_padding, prepare_sequence
 
 
 class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
@@ -157,10 +157,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         call, sequence = self._prepare(tokens, attention_mask, position_ids, cache, past, kwargs)
         if call.documents is not None and self.labels_of == "texts":
-            raise ValueError(
-                "a classifier of texts gives one answer a row, and this row holds several packed documents: put each into "
-                "its own row, padded, with an `attention_mask`"
-            )
+            raise ValueError(ONE_ANSWER)
         call.results = LayerResults() if output_sea or distillation is not None else None
         if distillation is not None:
             check_targets(distillation, self.config.num_hidden_layers, tokens.shape[1])

@@ -247,6 +247,21 @@ def check_layer_inputs(
     return padding_mask(attention_mask, *shape[:2])
 
 
+ONE_ANSWER = (
+    "a classifier of texts gives one answer a row, and this row holds several packed documents: put each into its own row, "
+    "padded, with an `attention_mask`"
+)
+
+
+def refuse_documents(tokens: torch.Tensor, attention_mask, position_ids, seq_idx=None, cu_seq_lens_q=None, **_) -> None:
+    """Refuse packed documents in tokens (B, T, ...) of which each row gets one answer."""
+    documents = {"position_ids": position_ids, "seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q}
+    if tokens is None or all(x is None for x in documents.values()) or not can_read_values(tokens):
+        return
+    if prepare_sequence(tokens, attention_mask, **documents).segment_ids is not None:
+        raise ValueError(ONE_ANSWER)
+
+
 def _is_zero(length) -> bool:
     return isinstance(length, int) and length == 0
 

@@ -25,7 +25,7 @@ from .compat import (
     can_return_tuple,
 )
 from .cross_entropy import IGNORED, batch_share, cross_entropy, or_one
-from .sequence_inputs import DOCUMENT_KEYWORDS, padding_mask, passes_on
+from .sequence_inputs import DOCUMENT_KEYWORDS, padding_mask, passes_on, refuse_documents
 
 TextClassifierOutput = answering_to_both_names(SequenceClassifierOutputWithPast)
 
@@ -174,6 +174,7 @@ class SequenceClassificationMixin:
             `SequenceClassifierOutputWithPast`: `logits` (B, num_labels), `loss` with labels.
         """
         count = kwargs.pop("num_items_in_batch", None)
+        refuse_documents(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, position_ids, **kwargs)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
