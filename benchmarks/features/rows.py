@@ -44,7 +44,6 @@ class Row:
 
 ENCODER = {"DANet encoder": NO_DECODER}
 ONE_TEXT = {"DANet encoder": "one text a row"}
-NO_TRL_SEA = {"SEA": "TRL takes the body's hidden states for its loss; SEA's trainer takes packed rows"}
 GROWS = {"SEA": "any earlier key may be chosen, so keys and values are kept; the estimator's state is fixed"}
 NO_MASKED_CAUSAL = dict.fromkeys(
     ("LEAP", "Fastformer", "DANet"), "a causal model; the DANet encoder and SEA over BERT have it"
@@ -249,7 +248,12 @@ GROUPS: dict[str, list[Row]] = {
             tests=(PACKED + "test_flattening_collator",),
             no=ONE_TEXT,
         ),
-        Row("TRL `SFTConfig(packing=True)`", tests=(PACKED + "test_trl_packing",), no=ONE_TEXT | NO_TRL_SEA),
+        Row("TRL `SFTConfig(packing=True)`", tests=(PACKED + "test_trl_packing",), no=ONE_TEXT),
+        Row(
+            "TRL `SFTTrainer`: the model's own loss, every part of the model trained",
+            tests=("tests/integrations/test_trl.py::test_sft_trains_the_models_own_loss",),
+            no=ENCODER,
+        ),
     ],
     "Evaluation": [
         Row(
@@ -321,7 +325,7 @@ GROUPS: dict[str, list[Row]] = {
         ),
         Row("A killed rank: the others end with a clear message", tests=(DIST + "test_a_killed_process_ends_the_run",)),
         Row(
-            "Pickle is never loaded",
+            "Weights are read from safetensors alone (`--resume` also reads Trainer's states, which PyTorch opens without running code)",  # noqa: E501
             tests=(FAULTS + "TestPickle::test_never_loaded",),
             others="no (with `use_safetensors=False`)",
         ),
