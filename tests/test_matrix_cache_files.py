@@ -118,6 +118,8 @@ def test_goes_on_where_it_stopped(row, history, tmp_path):
 def test_the_state_after_packed_rows_is_saved(row, tmp_path):
     model = row.causal_lm()
     documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [1] * 2])
+    one = model(tokens(1, 9), seq_idx=documents[:1], use_cache=True).cache
+    assert saved_and_loaded(one, model.config, tmp_path).get_seq_length() == 9
     cache = model(tokens(2, 9), seq_idx=documents, use_cache=True).cache
     cache.batch_repeat_interleave(2)
     loaded = saved_and_loaded(cache, model.config, tmp_path)

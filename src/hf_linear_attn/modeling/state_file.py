@@ -112,7 +112,7 @@ def write_state(path, config, lengths: list[int], tensors: dict[str, torch.Tenso
     schema = {"family": config.model_type, "config": describe(config), "batch_size": batch, "lengths": lengths}
     written = json.dumps(schema)
     # Copies, since layers may share memory, which safetensors refuses, or look at a part of a larger buffer.
-    tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
+    tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     _check_tensors("this cache", config, batch, lengths, tensors)
     metadata = {"format": FORMAT, "schema": written, "digest": _digest(written, tensors)}
     write_whole(path, lambda part: save_file(tensors, part, metadata=metadata))
