@@ -40,21 +40,29 @@ class EndAt(TrainerCallback):
         self.stop.received = 15
 
 
+TRAINERS = ((language_modeling, "Trainer"), (language_modeling, "MaskedWordsTrainer"), (classification, "Trainer"))
+
+
 @pytest.fixture
 def ending(monkeypatch):
     """Make runs end after a step: by a kill, or by a signal."""
 
-    def end(step, by_signal=False):
-        def interrupted(*args, callbacks, **kwargs):
-            stop = next(each for each in callbacks if isinstance(each, StopOnSignal))
-            return Trainer(*args, callbacks=[*callbacks, EndAt(step, stop if by_signal else None)], **kwargs)
+    trainers = [(module, name, getattr(module, name)) for module, name in TRAINERS]
 
-        for module in (language_modeling, classification):
-            monkeypatch.setattr(module, "Trainer", interrupted)
+    def end(step, by_signal=False):
+        def ended(trainer_class):
+            def interrupted(*args, callbacks, **kwargs):
+                stop = next(each for each in callbacks if isinstance(each, StopOnSignal))
+                return trainer_class(*args, callbacks=[*callbacks, EndAt(step, stop if by_signal else None)], **kwargs)
+
+            return interrupted
+
+        for module, name, trainer_class in trainers:
+            monkeypatch.setattr(module, name, ended(trainer_class))
 
     def not_any_more():
-        for module in (language_modeling, classification):
-            monkeypatch.setattr(module, "Trainer", Trainer)
+        for module, name, trainer_class in trainers:
+            monkeypatch.setattr(module, name, trainer_class)
 
     end.not_any_more = not_any_more
     return end
