@@ -46,7 +46,6 @@ TRAINERS = ((language_modeling, "Trainer"), (language_modeling, "MaskedWordsTrai
 @pytest.fixture
 def ending(monkeypatch):
     """Make runs end after a step: by a kill, or by a signal."""
-
     trainers = [(module, name, getattr(module, name)) for module, name in TRAINERS]
 
     def end(step, by_signal=False):
