@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -178,7 +179,18 @@ def counts(results: dict) -> str:
             checks = [each["passed"] for check, each in results[name]["checks"].items() if check in CHECKS]
             asked = sum(each is not None for each in checks)
             words.append(f"{name} {checks.count(True)}" + ("" if asked == len(CHECKS) else f" of {asked}"))
-    return f"Of the {len(CHECKS)} checks pass: {', '.join(words)}."
+    return wrapped(f"Of the {len(CHECKS)} checks pass: {', '.join(words)}.")
+
+
+def wrapped(line: str) -> str:
+    """A line of prose, or of a list, in lines of the pages' width."""
+    return textwrap.fill(
+        line,
+        130,
+        subsequent_indent="  " if line.startswith("* ") else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def machines(results: dict) -> str:
@@ -217,9 +229,8 @@ def page(results: dict) -> str:
         lines += [f"### {group}", ""]
         for row in rows:
             tests = {test for column in OURS for word, test in [verdict(row, column, results)] if word == "yes"}
-            lines.append(
-                f"* {row_title(row)}: {', '.join(f'`{test}`' for test in row.tests if test in tests) or 'none'}"
-            )
+            proofs = ", ".join(f"`{test}`" for test in row.tests if test in tests) or "none"
+            lines.append(wrapped(f"* {row_title(row)}: {proofs}"))
         lines.append("")
     lines += ["## Why the others do not pass", ""]
     for name in (*OTHERS, *FLA_MODELS):
@@ -229,7 +240,9 @@ def page(results: dict) -> str:
             failed = [
                 (c, checks[c]["reason"]) for c in (*CHECKS, *MORE) if c in checks and checks[c]["passed"] is False
             ]
-            lines += [f"* {title(check)}: {reason(why) or 'the numbers differ'}" for check, why in failed] + [""]
+            lines += [wrapped(f"* {title(check)}: {reason(why) or 'the numbers differ'}") for check, why in failed] + [
+                ""
+            ]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,16 +1,12 @@
-"""Figures of docs/data by name, for the table of claims and for the sentences of the pages.
+"""Figures of docs/data by name, for the table of published claims and for the sentences of the pages.
 
-A figure in a sentence stands between two marks that a reader of the page does not see:
-
-    <!--{lm("docs8", "gpt2"):.3f}-->1.268<!--.-->
-
-The first holds a replacement field of an f-string, whose names are the functions of this module. `python -m benchmarks.pages`
-writes what it gives, together with the tables.
+What docs/claims.toml can ask for are the functions in `LOOKUPS`; `benchmarks.sentences` reads that file.
 """
 
 import json
 import math
 import statistics
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +23,23 @@ def data(path: str) -> Any:
     return json.loads((DATA / path).read_text())
 
 
+def entry(file: str, path: Sequence[str | int | dict]) -> Any:
+    """What stands at a path in a file of docs/data: keys, places in lists, and fields that one entry of a list has."""
+    found = data(file)
+    for step in path:
+        if isinstance(step, dict):
+            fitting = [each for each in found if all(each.get(key) == value for key, value in step.items())]
+            if not fitting:
+                raise ValueError(f"{file}: no entry with {step}")
+            found = fitting[0]
+        else:
+            found = found[step]
+    return found
+
+
 def h200(suite: str, name: str, length: int, figure: str = "ktokens_per_s") -> float:
     """A figure of one contender at one length of a suite on the H200."""
-    cases = data(f"h200-{suite}.json")["cases"]
-    return next(case[figure] for case in cases if (case["name"], case["length"]) == (name, length))
+    return entry(f"h200-{suite}.json", ["cases", {"name": name, "length": length}, figure])
 
 
 def times(suite: str, ours: str, theirs: str, length: int) -> float:
@@ -38,25 +47,9 @@ def times(suite: str, ours: str, theirs: str, length: int) -> float:
     return h200(suite, ours, length) / h200(suite, theirs, length)
 
 
-def listed(values, digits: int = 3) -> str:
-    """As in "1.27, 1.67 and 57.3"."""
-    *first, last = (f"{value:.{digits}g}" for value in values)
-    return f"{', '.join(first)} and {last}"
-
-
-def all_times(suite: str, ours: str, theirs: str, *lengths: int) -> str:
-    """The same at several lengths."""
-    return listed(times(suite, ours, theirs, length) for length in lengths)
-
-
 def memory(suite: str, ours: str, theirs: str, length: int) -> float:
     """The share that one contender's peak memory is of another one's."""
     return h200(suite, ours, length, "peak_gib") / h200(suite, theirs, length, "peak_gib")
-
-
-def all_memory(suite: str, ours: str, theirs: str, *lengths: int) -> str:
-    """The same at several lengths."""
-    return listed((memory(suite, ours, theirs, length) for length in lengths), digits=2)
 
 
 def of_limit(suite: str, name: str, length: int, counted: str | None = None) -> float:
@@ -126,8 +119,7 @@ def encoder_tried(texts: str, family: str, rate: float, change: str = "", folder
 
 def words(family: str, split: str = "test", figure: str = "accuracy") -> float:
     """Of masked words, after the encoders' pre-training."""
-    found = data("encoder-tasks/encoder-tasks.json")["pretraining"]
-    return next(run[split][figure] for run in found if run["family"] == family)
+    return entry("encoder-tasks/encoder-tasks.json", ["pretraining", {"family": family}, split, figure])
 
 
 def long_range(task: str, model: str, figure: str = "test") -> float:
@@ -136,15 +128,44 @@ def long_range(task: str, model: str, figure: str = "test") -> float:
     return statistics.mean(json.loads(file.read_text())[figure] for file in files)
 
 
-def faithful(model: str, method: str, share: float, against: str = "random", of: str = "top") -> float:
-    """How many times as far the prediction moves where an explanation's tokens are deleted, mean over the seeds."""
+def faithful(model: str, method: str, share: float, against: str = "random", column: str = "top") -> float:
+    """How many times as far the prediction moves where an explanation's tokens are deleted, mean over the seeds.
+
+    With `against=""` the distance itself.
+    """
     files = sorted((DATA / "faithfulness").glob(f"{model}-seed*.json"))
     rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
     kept = [row for row in rows if (row["method"], row["share"]) == (method, share)]
-    return statistics.mean(row[of] for row in kept) / (statistics.mean(row[against] for row in kept) if against else 1)
+    moved = statistics.mean(row[column] for row in kept)
+    return moved / statistics.mean(row[against] for row in kept) if against else moved
 
 
 def cpu(file: str, job: str, contender: str, figure: str = "speed_ratio") -> float:
     """A figure of the benchmarks on a CPU: the job and the contender whose names begin like this."""
     rows = data(f"cpu-{file}.json")["rows"]
     return next(row[figure] for row in rows if row["job"].startswith(job) and row["contender"].startswith(contender))
+
+
+LOOKUPS: dict[str, Callable[..., Any]] = {
+    each.__name__: each
+    for each in (
+        cpu,
+        encoder,
+        encoder_tried,
+        entry,
+        faithful,
+        h200,
+        lm,
+        long_range,
+        memory,
+        of_limit,
+        paper,
+        sea_accuracy,
+        sea_cells,
+        sea_language,
+        sea_of_teacher,
+        share,
+        times,
+        words,
+    )
+}

@@ -95,19 +95,109 @@ def test_tables_are_those_of_their_commands():
     assert main(["--check"]) == 0, "run `python -m benchmarks.pages`"
 
 
-def test_figures_in_sentences_are_filled_in():
-    """The mark's expression decides, not what was typed; a mark that is not understood is refused."""
+SENTENCE = "DANet guesses {words[danet]:.0%} of them and BERT {words[bert]:.0%};"  # of the README, in docs/claims.toml
+
+
+def test_figures_in_sentences_are_those_of_the_data():
+    """Each claim of docs/claims.toml stands in its page once, with what docs/data gives."""
+    from benchmarks.sentences import claims, wrong_figures
+
+    names = {claim.page for claim in claims()}
+    assert names <= {str(page.relative_to(ROOT)) for page in PAGES}, "a claim about a page that is not there"
+    wrong = [line for name in sorted(names) for line in wrong_figures((ROOT / name).read_text(), name)]
+    assert not wrong, "\n".join(["run `python -m benchmarks.pages`", *wrong])
+
+
+def test_a_figure_that_the_data_do_not_give_is_named_and_mended(monkeypatch):
+    """By page and sentence, whether the page was changed or the data."""
+    from benchmarks import sentences
+
+    text = (ROOT / "README.md").read_text()
+    place = re.search(r"DANet guesses (\S+) of them", text).span(1)
+    changed = f"{text[: place[0]]}97%{text[place[1] :]}"
+    found = list(sentences.wrong_figures(changed, "README.md"))
+    assert len(found) == 1
+    assert all(words in found[0] for words in ("README.md", SENTENCE, "has 97%, ", f"gives {text[slice(*place)]}, "))
+    assert sentences.written(changed, "README.md") == text
+    monkeypatch.setitem(sentences.LOOKUPS, "words", lambda family: 0.5)
+    (found,) = sentences.wrong_figures(text, "README.md")
+    assert SENTENCE in found
+    assert "gives 50%, 50%" in found
+
+
+def test_claims_that_cannot_be_compared_are_refused():
+    """A sentence that is not there or there twice, and figures that are not to be had."""
+    from benchmarks.sentences import Claim
+
+    source = {"of": "words", "family": ["danet", "bert"]}
+    claim = Claim("a page", SENTENCE, {"words": source})
+    line = "DANet guesses 39% of\n  them and BERT 14%;"
+    assert claim.match(f"So {line} and so on").groups() == ("39%", "14%")
+    for text in ("DANet guesses some of them", f"{line} {line}"):
+        with pytest.raises(ValueError, match=r"a page: [02] sentences, not one"):
+            claim.match(text)
+    with pytest.raises(ValueError, match="no_such"):
+        claim._replace(sources={"words": {"of": "no_such"}}).figures()
+    with pytest.raises(ValueError, match="albert"):
+        claim._replace(sources={"words": {**source, "family": ["danet", "albert"]}}).figures()
+    with pytest.raises(ValueError, match=r"no place for \['more'\]"):
+        claim._replace(sources={"words": source, "more": 1}).figures()
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ({"of": "ratio", "values": [3, 2]}, 1.5),
+        ({"of": "difference", "values": [3, 2], "scale": 100}, 100),
+        ({"of": "above", "values": [3, 2]}, 0.5),
+        ({"of": "below", "values": [1, 2]}, 0.5),
+        ({"of": "min", "values": [3, 1, 2]}, 1),
+        ({"of": "max", "values": [3, 1, 2]}, 3),
+        ({"of": "median", "values": [3, 1, 9]}, 3),
+        ({"of": "ratio", "values": {"of": "entry", "file": ["numbers", "others"], "path": ["four"]}}, 2),
+        ({"of": "entry", "file": "numbers", "path": ["list", {"name": "b"}, "size"]}, 7),
+        ({"of": "entry", "file": "numbers", "path": ["list", -1, "size"]}, 7),
+    ],
+)
+def test_operations_of_a_claim(source, wanted, monkeypatch):
+    from benchmarks import figures
+    from benchmarks.sentences import value
+
+    numbers = {"four": 4, "list": [{"name": "a", "size": 6}, {"name": "b", "size": 7}]}
+    monkeypatch.setattr(figures, "data", lambda file: {"numbers": numbers, "others": {"four": 2}}[file])
+    assert value(source) == wanted
+
+
+def prose(text):
+    """Numbered lines outside of tables, what commands print between marks, and fenced code."""
+    text = re.sub(
+        r"<!-- table: .*?<!-- end of table -->|^```.*?^```",
+        lambda found: "\n" * found[0].count("\n"),
+        text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    return [(n, line) for n, line in enumerate(text.splitlines(), 1) if not line.lstrip().startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_read_well_as_text(page):
+    """No expression hides in a mark, and no line of prose is too long for a diff."""
+    text = page.read_text()
+    assert not re.findall(r"<!--\W*\{.*?-->|<!--\.-->", text)
+    assert {mark.split(":")[0] for mark in re.findall(r"<!-- ?(.*?) ?-->", text)} <= {
+        "table", "end of table", "feature table", "end of the feature table"
+    }  # fmt: skip
+    assert not [f"line {number}: {len(line)} characters" for number, line in prose(text) if len(line) > 200]
+
+
+def test_marks_of_tables_name_commands_of_a_list():
+    """Nothing else that a page says is run."""
     from benchmarks.pages import filled
 
-    assert filled('over <!--{paper("gpt2") / paper("gpt2"):.2f}-->7<!--.--> times') == (
-        'over <!--{paper("gpt2") / paper("gpt2"):.2f}-->1.00<!--.--> times'
-    )
-    with pytest.raises(ValueError, match="no_such"):
-        filled('of <!--{no_such("gpt2")}-->7<!--.-->')
-    with pytest.raises(ValueError, match="1 marks begin a figure"):
-        filled('of <!--{paper("gpt2")}-->7')
-    with pytest.raises(ValueError, match="put a word before it"):
-        filled('some words\n<!--{paper("gpt2")}-->7<!--.-->')
+    with pytest.raises(ValueError, match="a mark names 'antigravity'"):
+        filled("<!-- table: python -m antigravity -->\n<!-- end of table -->")
+    with pytest.raises(ValueError, match="1 marks begin a table, 0 have the form"):
+        filled("<!-- table: python -m benchmarks.claims -->\n")
 
 
 def written_commands(page):
