@@ -110,6 +110,7 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
         if self.max_positions is None:
             self.max_positions = host.max_position_embeddings
         self.softmax_layers = sorted(set(self.softmax_layers or []))
+        check_sizes(host, "host_config.", *SIZES_OF_HOSTS)  # before lists are made of that length
         self.layer_types = [SEA_LAYER_TYPE] * host.num_hidden_layers
         super().__post_init__(**kwargs)
         for name in SHARED_WITH_HOST:
