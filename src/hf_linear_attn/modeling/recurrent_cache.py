@@ -349,13 +349,13 @@ class RecurrentCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
         for layer in self.layers:
             if isinstance(
                 layer, DynamicLayer
             ):  # Transformers 5.17 would put zeros in the place of keys, and count them
                 layer.keys = layer.values = None
                 layer.is_initialized = False
+        super().reset()
 
     def save(self, path) -> None:
         """Write the state to a safetensors file, from which `RecurrentCache.load` resumes exactly, in any process.
@@ -424,15 +424,31 @@ def _held(layer) -> dict[str, torch.Tensor]:
     return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
 
 
-def _leave_to_the_state(inputs: dict, first: bool | None) -> None:
+def _check_prompt_is_longer(
+    cache, input_ids=None, next_sequence_length=None, *args, inputs_embeds=None, **kwargs
+) -> None:
+    """Refuse a prompt in generate() of which a cache leaves nothing to read."""
+    cache = kwargs.get(CACHE_NAME)
+    tokens = inputs_embeds if inputs_embeds is not None and kwargs.get("is_first_iteration") else input_ids
+    if cache is None or tokens is None:
+        return
+    if (tokens if next_sequence_length is None else tokens[:, -next_sequence_length:]).shape[1] == 0:
+        raise ValueError(
+            f"`{CACHE_NAME}` holds {int(cache.get_seq_length())} columns, and the prompt has no more: generate() takes the "
+            "whole text, the part in the cache included, and goes on behind it. Give the whole text, or leave the cache of "
+            "another text out"
+        )
+
+
+def _leave_to_the_state(inputs: dict, step: bool) -> None:
     """Take out of a model's inputs in generate() what the state in its cache knows better.
 
-    After the first call that is all of it: where the new tokens stand, in which document, and that they are no padding.
+    In a step that is all of it: where the new tokens stand, in which document, and that they are no padding.
     """
     cache, mask, numbers = inputs.get(CACHE_NAME), inputs.get("attention_mask"), inputs.get("seq_idx")
     layer = next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RecurrentStateLayer)), None)
     started = layer is not None and layer.is_initialized
-    if started and not first:
+    if started and step:
         for name in ("position_ids", "seq_idx", "cu_seq_lens_q", "attention_mask"):
             inputs.pop(name, None)
         return
@@ -473,16 +489,11 @@ class RecurrentGenerationMixin:
         """Transformers' own, less what generate() hands on for itself alone."""
         kwargs = rename_cache(kwargs, CACHE_NAME)
         kwargs = {name: value for name, value in kwargs.items() if name not in GENERATION_KEYWORDS}
+        _check_prompt_is_longer(*args, **kwargs)
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
-        cache = kwargs.get(CACHE_NAME)
-        if cache is not None and tokens and tokens[0].shape[1] == 0:
-            raise ValueError(
-                f"`{CACHE_NAME}` holds {int(cache.get_seq_length())} columns, and the prompt has no more: generate() takes the "
-                "whole text, the part in the cache included, and goes on behind it. Give the whole text, or leave the cache of "
-                "another text out"
-            )
-        _leave_to_the_state(inputs, kwargs.get("is_first_iteration"))
+        # Every release tells how many of the last tokens a step is about; one that reads a prompt in chunks may not say "first".
+        step = not kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None
+        _leave_to_the_state(inputs, step)
         # PEFT puts its own method in this one's place, calls this one, and (0.21) looks for the older name in what it returns:
         # it would put its virtual tokens before every step.
         wrapped = "prepare_inputs_for_generation" in vars(self)
