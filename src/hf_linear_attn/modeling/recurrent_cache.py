@@ -424,15 +424,14 @@ def _held(layer) -> dict[str, torch.Tensor]:
     return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
 
 
-def _check_prompt_is_longer(
-    cache, input_ids=None, next_sequence_length=None, *args, inputs_embeds=None, **kwargs
-) -> None:
+def _check_prompt_is_longer(input_ids=None, next_sequence_length=None, *args, inputs_embeds=None, **kwargs) -> None:
     """Refuse a prompt in generate() of which a cache leaves nothing to read."""
     cache = kwargs.get(CACHE_NAME)
     tokens = inputs_embeds if inputs_embeds is not None and kwargs.get("is_first_iteration") else input_ids
     if cache is None or tokens is None:
         return
-    if (tokens if next_sequence_length is None else tokens[:, -next_sequence_length:]).shape[1] == 0:
+    left = tokens.shape[1] if next_sequence_length is None else min(next_sequence_length, tokens.shape[1])
+    if left <= 0:
         raise ValueError(
             f"`{CACHE_NAME}` holds {int(cache.get_seq_length())} columns, and the prompt has no more: generate() takes the "
             "whole text, the part in the cache included, and goes on behind it. Give the whole text, or leave the cache of "
