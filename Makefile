@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 RELEASES := 5.17 5.23
 # What a release can break, on one row of the matrix a family and on the hybrids; what compiles takes too long here.
 BORDER := tests/test_matrix_forward.py tests/test_matrix_padding.py tests/test_matrix_packing.py tests/test_matrix_generate.py \
-	tests/test_matrix_rollback.py tests/test_matrix_cache_files.py tests/test_matrix_training.py tests/test_matrix_releases.py \
+	tests/test_matrix_rollback.py tests/test_matrix_positions.py tests/test_matrix_cache_files.py tests/test_matrix_training.py tests/test_matrix_releases.py \
 	tests/hub/test_without_package.py tests/hub/test_push_and_pull.py
 FURTHER_ROWS := global or rotary or windows or large-rescale or swiglu or learned or cosine
 

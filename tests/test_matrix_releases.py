@@ -16,7 +16,7 @@ import torch
 import transformers
 from common.batches import left_padded, tokens
 from common.caches import CACHE_NAME, CACHE_NAMES
-from common.families import CAUSAL, HYBRIDS, TRACED_CAUSAL, VOCAB, all_rows, causal_rows, first_rows
+from common.families import CAUSAL, HYBRIDS, TRACED_CAUSAL, VOCAB, all_rows, causal_rows, first_rows, in_every_run
 from common.generation import PROMPT, generate, texts
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -158,7 +158,7 @@ def test_a_cache_is_refused_under_checkpointing(row, name):
     assert model(tokens(1, 3), labels=tokens(1, 3)).loss.isfinite()
 
 
-@pytest.mark.parametrize("row", TRACED_CAUSAL + HYBRIDS, ids=[row.name for row in TRACED_CAUSAL + HYBRIDS])
+@in_every_run("leap", "danet", "danet-swa@softmax_g_sw", of=TRACED_CAUSAL + HYBRIDS)
 @torch.no_grad()
 def test_a_compiled_model_fills_a_cache(row, fresh_compiler):
     """A prompt as generate() sends it, then a step, each as one graph, with a cache under either name."""
@@ -183,6 +183,16 @@ def test_a_compiled_hybrid_refuses_packed_rows_with_a_cache(row, fresh_compiler)
     compiled(tokens(1, 6), position_ids=plain, use_cache=True)
     with pytest.raises(RuntimeError, match="packed documents and a cache"):
         compiled(tokens(1, 6), position_ids=plain % 3, use_cache=True)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_hybrid_refuses_a_document_that_begins_with_a_later_call(fresh_compiler):
+    model, plain = HYBRIDS[0].causal_lm(), torch.arange(6)[None]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    cache = model(tokens(1, 6), use_cache=True).cache
+    with pytest.raises(RuntimeError, match="packed documents and a cache"):
+        compiled(tokens(1, 6), position_ids=plain, cache=cache)
 
 
 @either_name

@@ -168,9 +168,7 @@ def prepare_softmax_layers(
         )
         if can_read_values(segment_ids):
             raise ValueError(reason)
-        check_when_run(
-            (segment_ids == segment_ids[:, :1]).all(), reason
-        )  # plain positions show no restart while traced
+        check_when_run((segment_ids == 0).all(), reason)  # plain positions show no restart while traced
         segment_ids = None
     counts_columns = "swa@softmax" in codes or (windowed and cache is not None)
     if counts_columns and attention_mask is not None and can_read_values(attention_mask):
