@@ -140,12 +140,15 @@ def begin(model, inputs_embeds, attention_mask, position_ids, cache, use_cache, 
 
 
 def read_call(
-    inputs_embeds, attention_mask, position_ids, layer, past_length, max_positions, **kwargs
+    inputs_embeds, attention_mask, position_ids, layer, past_length, max_positions=None, counts=None, **kwargs
 ) -> SequenceInputs:
-    """`prepare_sequence` after what `layer` of a cache (or None) has seen, which takes note of the call."""
+    """`prepare_sequence` after what `layer` of a cache (or None) has seen, which takes note of the call.
+
+    `counts` (B,) are the tokens of the open documents where the layer itself does not count them.
+    """
     if layer is None:
         return prepare_sequence(inputs_embeds, attention_mask, position_ids, max_positions=max_positions, **kwargs)
-    counts, past = layer.get_token_counts(), layer.past
+    counts, past = layer.get_token_counts() if counts is None else counts, layer.past
     if counts is not None and counts.shape[0] != inputs_embeds.shape[0]:
         raise ValueError(
             f"`{CACHE_NAME}` holds the state of {counts.shape[0]} rows, but the batch has {inputs_embeds.shape[0]}: "

@@ -140,13 +140,12 @@ class PastColumns:
         if mask is not None:
             gap = torch.where(place >= 0, length - 1 - place, length + old_gap)
             self._put("gap", gap if not can_read_values(gap) or bool(gap.any()) else None)
+            new = fingerprint(~mask, columns)
+            self._put("padding", new if self.padding is None else self.padding + new)
         elif self.gap is not None and not can_read_values(self.gap):
             self.gap.zero_()  # a traced step must not change what the next one depends on
         else:
             self.gap = None
-        if mask is not None:
-            new = fingerprint(~mask, columns)
-            self._put("padding", new if self.padding is None else self.padding + new)
         if self.keeps_mask and (mask is not None or self.kept_mask is not None):
             self._keep_mask(mask, batch, columns, length, like.device)
 

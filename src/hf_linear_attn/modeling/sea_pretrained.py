@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .causal_lm import check_cache, mask_for_generate
+from .causal_lm import check_cache, mask_for_generate, read_call
 from .compat import CACHE_NAME, CACHE_NAMES, cache_keyword, can_read_values, either_cache_name, init
 from .configuration_sea import SeaConfig
 from .past_columns import join_masks
@@ -31,7 +31,7 @@ from .sea_host_attention import (
 from .sea_hosts import attention_layers, find_host, head_size, key_heads
 from .sea_inputs import check_call, check_targets, without_padding
 from .sea_output import extend_output
-from .sequence_inputs import ONE_ANSWER, SequenceInputs, blank_padding, prepare_sequence
+from .sequence_inputs import ONE_ANSWER, SequenceInputs, blank_padding
 
 
 class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
@@ -218,11 +218,8 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         counts = None
         if past:
             counts = torch.full((batch,), past, device=device) if old_mask is None else old_mask.sum(1)
-        columns = None if cache is None else cache.layers[0].past
-        sequence = prepare_sequence(tokens, attention_mask, position_ids, past, counts, past=columns, **documents)
-        if columns is not None:
-            record, seq_idx = cache.layers[0].record_past, documents["seq_idx"]
-            columns.take_in(past, counts, tokens, sequence.mask, sequence.segment_ids, position_ids, seq_idx, record)
+        layer = None if cache is None else cache.layers[0]
+        sequence = read_call(tokens, attention_mask, position_ids, layer, past, counts=counts, **documents)
         key_mask = join_masks(old_mask, sequence.mask, batch, past, length, device)
         if sequence.mask is not None:
             sequence.position_ids = sequence.position_ids.masked_fill(~sequence.mask, 0)

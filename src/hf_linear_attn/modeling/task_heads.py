@@ -73,7 +73,7 @@ def text_loss(model, logits: torch.Tensor, labels: torch.Tensor, count=None) -> 
     arguments = {"logits": logits, "labels": labels, "pooled_logits": logits, "config": model.config}
     if (
         model.loss_function is ForSequenceClassificationLoss
-    ):  # nobody set their own; this divides a sum over classes by it
+    ):  # it divides a sum over classes by this; others may not take it
         arguments["num_items_in_batch"] = or_one((labels != IGNORED).sum())
     return batch_share(model.loss_function(**arguments), labels, count)
 
