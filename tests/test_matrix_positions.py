@@ -251,16 +251,6 @@ def test_documents_that_contradict_each_other(row):
         model(ids, seq_idx=torch.tensor([[0] * 4 + [1] * 4]), cu_seq_lens_q=torch.tensor([0, 2, 8]))
 
 
-@causal_rows
-def test_labels_that_contradict_each_other(row):
-    model, ids = row.causal_lm(), tokens(1, 8)
-    shifted = pad(ids[:, 1:], [0, 1], value=-100)
-    with torch.no_grad():
-        assert torch.equal(model(ids, labels=ids, shift_labels=shifted).loss, model(ids, labels=ids).loss)
-        with pytest.raises(ValueError, match="`labels` and `shift_labels` contradict each other"):
-            model(ids, labels=ids, shift_labels=shifted.flip(1))
-
-
 @all_rows
 def test_what_tells_documents_apart_is_in_the_signature(row):
     """Trainer keeps the columns of a dataset that forward names."""

@@ -16,7 +16,6 @@ from .compat import (
     ForCausalLMLoss,
     cache_keyword,
     cache_of,
-    can_read_values,
     can_return_tuple,
     either_cache_name,
     keep_logits,
@@ -278,8 +277,9 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
                 and so are padding and the step from one packed document to the next. The loss is the mean over the targets that
                 remain, 0 where there are none.
             logits_to_keep (`int` or `torch.Tensor`): compute only the last n logits (0: all), or those at an index.
-            shift_labels (keyword, `torch.LongTensor` of shape `(B, T)`, *optional*): instead of `labels`, already shifted:
-                the label at a place belongs to the logits there (sequence parallel training cuts a text after shifting).
+            shift_labels (keyword, `torch.LongTensor` of shape `(B, T)`, *optional*): labels already shifted: the label at a place
+                belongs to the logits there. Sequence parallel training cuts a text after shifting and leaves `labels` in
+                the batch beside them: where both are given these count, as in every model of Transformers.
             num_items_in_batch (keyword, `int` or `torch.Tensor`, *optional*): Trainer's count, of the labels of all batches of a
                 step; the loss is then what this batch adds to their mean (`targets_of`).
 
@@ -290,7 +290,6 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         # Not in the signature: Trainer takes every argument there with "label" in its name for one that each batch must have,
         # and would evaluate without a loss.
         shift_labels = kwargs.pop("shift_labels", None)
-        refuse_two_labels(labels, shift_labels)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -378,25 +377,6 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
             shift_labels.flatten().to(hidden_states.device),
             count,
         )
-
-
-def refuse_two_labels(labels, shift_labels) -> None:
-    """Refuse labels in both forms that do not say the same: one of them would be ignored.
-
-    Where a text was cut after shifting, the last label of a piece lies elsewhere; a process of context parallel training holds
-    two pieces (PyTorch balances the load so). DeepSpeed's sequence parallel training gives the shifted ones under both names.
-    """
-    if labels is None or shift_labels is None or shift_labels is labels or not can_read_values(shift_labels):
-        return
-    if shift_labels.shape == labels.shape:
-        differ = (shift_labels[:, :-1] != labels[:, 1:]).any(0)
-        differ[labels.shape[1] // 2 - 1 :][:1] = False
-        if not differ.any() or torch.equal(shift_labels, labels):
-            return
-    raise ValueError(
-        "`labels` and `shift_labels` contradict each other: `shift_labels` are `labels` moved one place to the left; give one "
-        "of them"
-    )
 
 
 def _check_given(labels, shift_labels, places, classes) -> None:

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from .causal_lm import Backbone, RecurrentForCausalLM, refuse_two_labels, targets_of
+from .causal_lm import Backbone, RecurrentForCausalLM, targets_of
 from .compat import cache_keyword, cache_of, can_return_tuple, either_cache_name
 from .configuration_sea import SeaConfig
 from .recurrent_cache import RecurrentGenerationMixin
@@ -290,11 +290,10 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
         """Predict each next token; arguments as for `SeaModel`.
 
         labels (`(B, T)`, *optional*) are shifted inside; -100 is ignored, and so is padding, wherever it stands. The keyword
-        `shift_labels` gives them already shifted instead. The loss, and what it makes of `num_items_in_batch`, is that of the
-        other families.
+        `shift_labels` gives them already shifted, and counts where both are given. The loss, and what it makes of
+        `num_items_in_batch`, is that of the other families.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # not in the signature, see RecurrentForCausalLM
-        refuse_two_labels(labels, shift_labels)
         if labels is not None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep):
             raise ValueError("`labels` need all logits: leave `logits_to_keep` out, which drops some")
         output, sequence = self._run_host(
