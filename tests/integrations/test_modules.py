@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from common.families import CAUSAL, HYBRIDS, ROWS, first_rows
+from common.families import CAUSAL, HYBRIDS, ROWS, first_rows, in_every_run
 from common.tiny import one_row_a_family, some_ids
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-EVERY = pytest.mark.parametrize("row", [*ROWS, *HYBRIDS], ids=lambda row: row.name)
-DECODERS = pytest.mark.parametrize("row", [*CAUSAL, *HYBRIDS], ids=lambda row: row.name)
+# Rows of the same modules as another, which they use in the same way, are slow tests.
+ALIKE = {"leap-global", "leap-rotary-exp", "fastformer-windows", "fastformer-large-rescale", "danet-cosine"}
+OFTEN = [row.name for row in [*ROWS, *HYBRIDS[:2]] if row.name not in ALIKE]
+EVERY = in_every_run(*OFTEN, of=[*ROWS, *HYBRIDS])
+DECODERS = in_every_run(*OFTEN, of=[*CAUSAL, *HYBRIDS])
 OPTIONS = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
 
 

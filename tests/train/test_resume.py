@@ -100,7 +100,10 @@ def bytes_of(folder, names=("model.safetensors", "config.json")):
     return {name: (folder / name).read_bytes() for name in names}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Of the causal families one in every run: they share the trainer, and what a checkpoint holds of a model is its weights.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("fastformer", "danet"))) for kind in KINDS]
+)
 def test_the_curve_is_the_same_for_every_interval_of_points_and_checkpoints(kind, tiny, tmp_path, ending):
     """Killed between two points, then signalled between the next two: means over 4 steps, as if nothing had happened."""
     changes = {"steps": 13, "log_every": 4, "save_every": 3, "eval_every": 5}
