@@ -1,66 +1,72 @@
-"""Benchmarks: python -m benchmarks run --suite NAME | table FILE.json | danet-aims FOLDER | picture FILE.json FILE.png
+"""Benchmarks: python -m benchmarks SUITE [--out FILE.json]; table, compare, picture and danet-aims show what suites have written.
 
-python -m benchmarks run --suite encoder                     on an accelerator, JSON in outputs/benchmarks/encoder.json
-python -m benchmarks run --suite train --lengths 1024 16384 --only LEAP
-python -m benchmarks run --suite leap-train --rounds 5       on a CPU (the options of benchmarks.cpu_speed)
+python -m benchmarks encoder --out encoder.json              on a GPU (default: outputs/benchmarks/<suite>.json)
+python -m benchmarks train --lengths 1024 16384 --only LEAP
+python -m benchmarks leap-train --rounds 5                   on a CPU, contenders taking turns
+python -m benchmarks decode --quick                          tiny sizes on any machine: whether it runs, not how fast
 python -m benchmarks table docs/data/h200-encoder.json
-python -m benchmarks picture docs/data/h200-encoder.json docs/img/h200-encoder.png
+python -m benchmarks picture docs/data/h200-encoder.json docs/images/h200_encoder.png
+
+python -m benchmarks compare --old old-1.json old-2.json --new new-1.json new-2.json
+
+`PYTHONPATH=OTHER/src python -m benchmarks ...` measures the package of another checkout with these suites.
 """
 
 import argparse
-import sys
-from functools import partial
+import os
 from pathlib import Path
 
-from . import cpu_speed
-from .registry import SUITES, run_suite
-from .report import danet_aims, picture, table
-from .suites import SUITES as CPU_SUITES
+from . import report
+from .harness import SUITES, run_suite
 
 
-def is_wanted(name: str, only: list[str], skip: list[str]) -> bool:
-    """Whether a case of this name was asked for."""
-    return any(word in name for word in only) and not any(word in name for word in skip)
-
-
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Run one command."""
+    options = arguments(words)
+    if options.command == "table":
+        print(report.table(options.json))
+    elif options.command == "danet-aims":
+        print(report.danet_aims(options.folder))
+    elif options.command == "compare":
+        print(report.compare(options.old, options.new))
+    elif options.command == "picture":
+        report.picture(options.json, options.png)
+    else:
+        run_suite(options)
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure a suite")
-    run.add_argument("--suite", required=True, choices=[*SUITES, *CPU_SUITES])
-    run.add_argument("--lengths", type=int, nargs="+", default=[], help="tokens a row (default: the suite's own)")
-    run.add_argument("--runs", type=int, default=5, help="timed runs of each case (default: 5)")
-    run.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
-    run.add_argument("--skip", nargs="+", default=[], help="but none of these")
-    run.add_argument("--output", type=Path, default=Path("outputs/benchmarks"))
-    run.add_argument("--add", action="store_true", help="keep the other cases that the JSON there holds already")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUITE or command")
     show = commands.add_parser("table", help="print the JSON of a suite as Markdown")
     show.add_argument("json", type=Path)
     aims = commands.add_parser("danet-aims", help="print what DANet reaches on a CPU beside its aims")
     aims.add_argument("folder", type=Path, help="folder with cpu-danet-forward-*.json")
+    both = commands.add_parser("compare", help="print the times of two checkouts on a GPU side by side")
+    both.add_argument("--old", type=Path, nargs="+", required=True, help="JSON of a suite, one a run")
+    both.add_argument("--new", type=Path, nargs="+", required=True, help="the same of the other checkout")
     draw = commands.add_parser("picture", help="draw speed and memory against length")
     draw.add_argument("json", type=Path)
     draw.add_argument("png", type=Path)
-    arguments, rest = parser.parse_known_args()
-    if arguments.command == "table":
-        print(table(arguments.json))
-    elif arguments.command == "danet-aims":
-        print(danet_aims(arguments.folder))
-    elif arguments.command == "picture":
-        picture(arguments.json, arguments.png)
-    elif arguments.suite in CPU_SUITES:
-        lengths = ["--lengths", *map(str, arguments.lengths)] if arguments.lengths else []
-        sys.argv = ["cpu_speed", arguments.suite, "--output", str(arguments.output), *lengths, *rest]
-        cpu_speed.main()
-        return
-    else:
-        wanted = partial(is_wanted, only=arguments.only, skip=arguments.skip)
-        run_suite(arguments.suite, arguments.lengths, arguments.runs, wanted, arguments.output, arguments.add)
-    if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+    for suite, module in SUITES.items():
+        run = commands.add_parser(suite, help=f"measure benchmarks/suites/{module}.py")
+        run.set_defaults(suite=suite)
+        run.add_argument("--out", type=Path, default=Path(f"outputs/benchmarks/{suite}.json"))
+        run.add_argument("--lengths", type=int, nargs="+", default=[], help="tokens a row (default: the suite's own)")
+        run.add_argument("--rounds", type=int, default=5, help="timed calls of a case, or turns of a job (default: 5)")
+        run.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
+        run.add_argument("--skip", nargs="+", default=[], help="but none of these")
+        run.add_argument("--quick", action="store_true", help="tiny sizes, to try the suite out")
+        run.add_argument(
+            "--add", action="store_true", help="on a GPU: keep the other cases that the JSON holds already"
+        )
+        run.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="on a CPU (default: 2)")
+        run.add_argument("--no-memory", action="store_true", help="on a CPU: keep the peak memory that the JSON holds")
+        run.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,12 @@ the papers, so the numbers of a row are to be compared with one another and not 
 import statistics
 from collections.abc import Iterator
 
-from .danet_ablations import losses
+from reproduction.danet_ablations import losses
+from reproduction.language_model_contenders import VARIANTS
+from reproduction.language_model_report import CHANGES, best_runs
+from reproduction.long_range import PUBLISHED_ACCURACY
+from reproduction.paper_wikitext import PUBLISHED
+
 from .figures import (
     cpu,
     data,
@@ -22,13 +27,9 @@ from .figures import (
     sea_of_teacher,
     times,
 )
-from .language_model_contenders import VARIANTS
-from .language_model_report import CHANGES, best_runs
-from .long_range import PUBLISHED_ACCURACY
-from .paper_wikitext import PUBLISHED
 
-BUDGET = "[one budget](#six-language-models-one-budget)"
-PAPER = "[paper's setting](#leap-against-gpt-2-at-the-papers-setting)"
+BUDGET = "[one budget](results/language_models.md#six-language-models-one-budget)"
+PAPER = "[paper's setting](results/language_models.md#leap-against-gpt-2-at-the-papers-setting)"
 SPEED = "[performance](performance.md)"
 # of the comparison on one budget: what is given, and what the text is
 TEXTS = {
@@ -125,7 +126,7 @@ def _budget(ours: str, other: str) -> list[tuple[float, float, str]]:
 
 def danet_parts() -> Iterator[Row]:
     """What the DANet paper says of its own parts."""
-    link = "[parts of DANet](#parts-of-danet-changed-one-at-a-time)"
+    link = "[parts of DANet](results/danet.md#parts-of-danet-changed-one-at-a-time)"
     found = data("danet-ablations.json")["changes"]
     loss = {name: losses(found, name)[0] for name in found}
     wide, narrow = lm("docs8-slice", "danet-all-global"), lm("docs8-slice", "danet-window-16")
@@ -164,7 +165,7 @@ def danet_parts() -> Iterator[Row]:
 
 def long_sequences() -> Iterator[Row]:
     """ListOps and pixels."""
-    link = "[long sequences](#danet-on-long-sequences)"
+    link = "[long sequences](results/danet.md#danet-on-long-sequences)"
     listops = [100 * long_range("listops", name) for name in ("danet", "transformer")]
     pixels = [100 * long_range("fashion", name) for name in ("danet", "transformer")]
     claimed = PUBLISHED_ACCURACY["listops"]
@@ -192,13 +193,13 @@ def encoders() -> Iterator[Row]:
         "GLUE 86.4 against 85.2",
         "; ".join(f"{name} {ours:.2f} against {theirs:.2f}" for name, (ours, theirs) in pairs.items()) + " (accuracy)",
         verdict([ours >= theirs for ours, theirs in pairs.values()]),
-        "[masked words, then classification](#danet-and-bert-masked-words-then-classification)",
+        "[masked words, then classification](results/danet.md#danet-and-bert-masked-words-then-classification)",
     )
 
 
 def sea() -> Iterator[Row]:
     """SEA and kernel attention distilled from the same teacher; classification; a layer's memory and time."""
-    link = "[SmolLM2](#sea-smollm2-135m-on-the-speeches)"
+    link = "[SmolLM2](results/sea.md#sea-smollm2-135m-on-the-speeches)"
     teacher, dense = sea_language("teacher"), sea_language("dense")
     students = {weight: f"sea-k64-m256{name}" for weight, name in {"0.5": "", "0.1": "-task0.1"}.items()}
     each = ", ".join(f"{sea_language(name):.2f} where labels weigh {weight}" for weight, name in students.items())
@@ -231,7 +232,7 @@ def sea() -> Iterator[Row]:
         "MNLI 84.0 against 84.1",
         "; ".join(f"{name} {100 * a:.2f} against {100 * b:.2f}" for name, a, b in pairs) + " (13 keys a query)",
         verdict([a >= 0.99 * b for _, a, b in pairs]) + " (at least 99 % of it)",
-        "[MiniLM](#sea-minilm-that-classifies-texts)",
+        "[MiniLM](results/sea.md#sea-minilm-that-classifies-texts)",
     )
     layers = "SEA, ours, forward", "dense, eager, forward"
     yield (

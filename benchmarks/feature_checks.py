@@ -3,7 +3,7 @@
     python -m benchmarks.feature_checks                      every model that needs no GPU; writes docs/data/features.json
     python -m benchmarks.feature_checks --only LEAP Mamba2   some of them; the others stay in the file as they were
     python -m benchmarks.feature_checks --gpu                flash-linear-attention (and the same of ours), on a GPU
-    python -m benchmarks.feature_table                       the tables of docs/features.md and README.md from that file
+    python -m benchmarks.feature_table                       docs/features.md from that file
 
 A check passes only where the numbers agree: within 1e-4 in float32 unless it says otherwise.
 """

@@ -1,9 +1,11 @@
-"""The feature table of README.md and docs/features.md, from docs/data/features.json and the tests that there are.
+"""The feature table, docs/features.md, from docs/data/features.json and the tests that there are.
 
     python -m benchmarks.feature_checks     measures
-    python -m benchmarks.feature_table      writes both tables; `--check` only says whether they are up to date
+    python -m benchmarks.feature_table      writes the page; `--check` only says whether it is up to date
 
-A "yes" of ours needs a passed check, where one measures the feature, and a test that covers the family; it links to that test.
+A "yes" of ours needs a passed check, where one measures the feature, and a test that covers the family; it links to that test, by
+line. Which tests those are stands in `benchmarks/features/rows.py` alone: after renaming one, change it there and write the page.
+A line may drift by `DRIFT` before the page counts as out of date, so that not every change of a test is one of the page, too.
 """
 
 import argparse
@@ -21,8 +23,9 @@ from .feature_checks import CHECKS, MORE, RESULTS, title
 from .features.rows import GROUPS, Row
 
 ROOT = Path(__file__).parents[1]
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "features.md"
-BEGIN, END = "<!-- feature table: python -m benchmarks.feature_table -->", "<!-- end of the feature table -->"
+PAGE = ROOT / "docs" / "features.md"
+LINE = re.compile(r"#L(\d+)$", re.MULTILINE)
+DRIFT = 20
 # column -> how the tests' parameters name it. Beside the matrix' own rows there are the families' folders.
 OURS = {
     "LEAP": r"leap(?!-other)",
@@ -144,9 +147,28 @@ def reason(message: str) -> str:
     return (text[:157] + "...") if len(text) > 160 else text
 
 
-def table(results: dict, link: bool) -> str:
-    """The groups as tables in Markdown, and the numbered reasons; with links to the tests (seen from the root) or without."""
+@cache
+def place(test: str) -> tuple[str, int]:
+    """The file of `file::Class::test`, and the line on which it begins."""
+    file, *names = test.split("::")
+    node: ast.Module | ast.ClassDef | ast.FunctionDef = ast.parse((ROOT / file).read_text())
+    for name in names:
+        named = [n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name]
+        if not named:
+            raise ValueError(f"{test}: there is no {name} in {file}")
+        node = named[-1]
+    return file, node.lineno
+
+
+def label(test: str) -> str:
+    """How the page calls a test in its links."""
+    return re.sub(r"\btest_", "", Path(test.partition("::")[0]).stem + "." + test.partition("::")[2].replace("::", "."))
+
+
+def table(results: dict) -> str:
+    """The groups as tables in Markdown, the numbered reasons, and where the links lead."""
     reasons: dict[str, int] = {}
+    tests: set[str] = set()
     parts = []
     for group, rows in GROUPS.items():
         parts += [
@@ -159,16 +181,19 @@ def table(results: dict, link: bool) -> str:
             cells = []
             for column in COLUMNS:
                 word, why = verdict(row, column, results)
-                if word == "yes" and column in OURS and link:
-                    file, _, test = why.partition("::")
-                    word = f"[yes]({file}#{test})"
+                if word == "yes" and column in OURS:
+                    tests.add(why)
+                    word = f"[yes][{label(why)}]"
                 elif word == "no" and why and column in OURS:
                     word = f"no ({reasons.setdefault(why, len(reasons) + 1)})"
                 cells.append(word)
             parts.append(f"| {row_title(row)} | " + " | ".join(cells) + " |")
         parts.append("")
     parts += [f"{number}. {why}" for why, number in reasons.items()]
-    return "\n".join(parts)
+    if len({label(test) for test in tests}) < len(tests):
+        raise ValueError("two tests have one label")
+    links = [f"[{label(test)}]: ../{place(test)[0]}#L{place(test)[1]}" for test in sorted(tests)]
+    return "\n".join([*parts, "", *links])
 
 
 def counts(results: dict) -> str:
@@ -211,27 +236,12 @@ only: what was measured of either, within 2e-2, because they multiply in TF32. G
 on this GPU, so its training was left out."""
 
 
-def readme_section(results: dict) -> str:
-    """What stands between the marks in README.md."""
-    return (
-        f"{BEGIN}\n{counts(results)}\n\n<details><summary>All features, each yes of ours with its test</summary>\n\n"
-        + (f"{EXPLANATION}\n\n{table(results, link=True)}\n\n</details>\n{END}")
-    )
-
-
 def page(results: dict) -> str:
-    """docs/features.md: the table, where it was measured, which test proves what, and what the others said."""
+    """docs/features.md: the table, where it was measured, and what the others said."""
     lines = [
         "# Features", "", counts(results), "", EXPLANATION, "", machines(results), "", "## Table", "",
-        table(results, link=False), "", "## Which test proves what", "",
+        table(results), "",
     ]  # fmt: skip
-    for group, rows in GROUPS.items():
-        lines += [f"### {group}", ""]
-        for row in rows:
-            tests = {test for column in OURS for word, test in [verdict(row, column, results)] if word == "yes"}
-            proofs = ", ".join(f"`{test}`" for test in row.tests if test in tests) or "none"
-            lines.append(wrapped(f"* {row_title(row)}: {proofs}"))
-        lines.append("")
     lines += ["## Why the others do not pass", ""]
     for name in (*OTHERS, *FLA_MODELS):
         if name in results:
@@ -246,27 +256,28 @@ def page(results: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def with_section(text: str, section: str) -> str:
-    """README.md with the part between the marks replaced."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md lacks the marks {BEGIN!r} and {END!r}")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
-    return before + section + after
+def up_to_date(text: str, wanted: str) -> bool:
+    """Whether a page is what it should be; lines of tests may have moved a little."""
+    if LINE.sub("", text) != LINE.sub("", wanted):
+        return False
+    return all(abs(int(has) - int(is_at)) <= DRIFT for has, is_at in zip(LINE.findall(text), LINE.findall(wanted)))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write both files, or compare."""
+    """Write the page, or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a file is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 where the page is out of date"
+    )
     options = parser.parse_args(arguments)
-    results = json.loads(RESULTS.read_text())
-    wanted = {README: with_section(README.read_text(), readme_section(results)), PAGE: page(results)}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-    for path in stale:
-        print(f"{path.relative_to(ROOT)}: {'out of date' if options.check else 'written'}")
-        if not options.check:
-            path.write_text(wanted[path])
-    return int(options.check and bool(stale))
+    wanted = page(json.loads(RESULTS.read_text()))
+    if options.check:
+        stale = not PAGE.exists() or not up_to_date(PAGE.read_text(), wanted)
+        print(f"{PAGE.relative_to(ROOT)}: {'out of date' if stale else 'up to date'}")
+        return int(stale)
+    PAGE.write_text(wanted)
+    print(f"{PAGE.relative_to(ROOT)}: written")
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .encoder_tasks import chosen
-from .language_model_report import best_runs
+from reproduction.encoder_tasks import chosen
+from reproduction.language_model_report import best_runs
 
 DATA = Path(__file__).parents[1] / "docs" / "data"
 

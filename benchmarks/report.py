@@ -1,9 +1,9 @@
 """Tables and pictures from the JSON of a suite."""
 
 import json
+import statistics
 from pathlib import Path
-
-from .measure import markdown
+from typing import Any
 
 
 def table(path: Path) -> str:
@@ -13,14 +13,58 @@ def table(path: Path) -> str:
     """
     result = json.loads(path.read_text())
     if "rows" in result:
-        facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "settings")
-        return f"{facts}\n\n{markdown(result['rows'])}"
+        known = {key.replace("_", " "): value for key, value in result["machine"].items() if key != "settings"}
+        facts = ", ".join(
+            f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()
+        )
+        return f"{facts}\n\n{comparison(result['rows'])}"
+    rows = result["loads"] if "loads" in result else result["cases"]
+    if "burst" in rows[0]:
+        return loads(rows)
+    if "causal" in rows[0]:
+        return layer_memory(rows)
     lengths = sorted({case["length"] for case in result["cases"]})
     lines = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
     for name, found in contenders(result).items():
         lines.append(
             f"| {name} | " + " | ".join(cell(found.get(n), result.get("unit", "ktokens_per_s")) for n in lengths) + " |"
         )
+    return "\n".join(lines)
+
+
+def compare(old: list[Path], new: list[Path]) -> str:
+    """Markdown: the milliseconds of each case in the files of one checkout and of another, medians over the files."""
+    found: list[dict[tuple[str, int], list[float]]] = [{}, {}]
+    for times, paths in zip(found, (old, new), strict=True):
+        for case in (case for path in paths for case in json.loads(path.read_text())["cases"] if "error" not in case):
+            times.setdefault((case["name"], case["length"]), []).append(shown(case, "ms"))
+    lines = ["| case | length | old, ms | new, ms | new / old |", "|---|---:|---:|---:|---:|"]
+    for name, length in (key for key in found[0] if key in found[1]):
+        a, b = (statistics.median(times[name, length]) for times in found)
+        lines.append(f"| {name} | {length:,} | {a:.3f} | {b:.3f} | {b / a:.3f} |")
+    return "\n".join(lines)
+
+
+def loads(rows: list[dict]) -> str:
+    """What a card gives: a row a load."""
+    lines = ["| | in a burst | under load | clock, MHz | power, W | held back by |", "|---|---:|---:|---:|---:|---|"]
+    for row in rows:
+        digits = 2 if row["unit"] == "TB/s" else 0
+        lines.append(
+            f"| {row['name']} | {row['burst']:.{digits}f} {row['unit']} | {row['load']:.{digits}f} {row['unit']} | "
+            f"{row.get('sm_mhz', 0):,.0f} | {row.get('watts', 0)} | {row.get('held_back_by', '-')} |"
+        )
+    return "\n".join(lines)
+
+
+def layer_memory(rows: list[dict]) -> str:
+    """Peak memory and time of a SEA layer: a row a case."""
+    lines = ["| | peak | time |", "|---|---:|---:|"]
+    for row in rows:
+        what = f"{'training step' if row['step'] else 'forward'}, {'causal' if row['causal'] else 'bidirectional'}"
+        sampled = ", attention losses on 64 sampled rows" if row["step"] else ""
+        peak, seconds = f"{row['peak_gib']:.2f} GiB", f"{row['seconds']:.0f} s"
+        lines.append(f"| {what}, {row['tokens']:,} tokens{sampled} | {peak} | {seconds} |")
     return "\n".join(lines)
 
 
@@ -112,3 +156,27 @@ def picture(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
+
+
+def comparison(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; the ratio is ours over theirs, above 1 where we are faster.
+
+    Where operations were counted, the ratio stands beside what they alone would give, and divided by that.
+    """
+    counted = any("operations_ratio" in row for row in rows)
+    heading = ["job", "model", "tokens per second (quartiles)", "ours / theirs (quartiles)"]
+    heading += ["by operations", "reached of it"] * counted + ["peak memory"]
+    lines = [heading]
+    for row in rows:
+        low, high = row["tokens_per_second_quartiles"]
+        ratio_low, ratio_high = row["speed_ratio_quartiles"]
+        line = [row["job"], row["contender"], f"{row['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f})"]
+        other = row["speed_ratio"] != 1
+        line.append(f"{row['speed_ratio']:.2f} ({ratio_low:.2f}-{ratio_high:.2f})" if other else "")
+        if counted:
+            bound = row.get("operations_ratio")
+            line += [f"{bound:.2f}", f"{row['speed_ratio'] / bound:.0%}"] if other and bound else ["", ""]
+        line.append("-" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:,.0f} MiB")
+        lines.append(line)
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|---|---|" + "---:|" * (len(heading) - 2), *body])

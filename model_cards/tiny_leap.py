@@ -1,7 +1,7 @@
 """Train the LEAP of two million parameters that the package carries, so that `hf-linear-attn generate "My fellow citizens"` works
 after an installation. Text: the presidents' speeches, which are in the public domain.
 
-    python -m benchmarks.corpora speeches --vocab-size 4096 --output outputs/tiny/speeches.npz
+    python -m reproduction corpora speeches --vocab-size 4096 --output outputs/tiny/speeches.npz
     python -m model_cards.tiny_leap --data outputs/tiny/speeches.npz --output outputs/tiny/leap       (minutes on a GPU)
     python -m model_cards.tiny_leap --install outputs/tiny/leap                                        (into the package)
 
@@ -16,7 +16,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.light_training import Recipe
+from reproduction.training import Hyperparameters
 
 PACKAGED = Path(__file__).parents[1] / "src" / "hf_linear_attn" / "tiny_leap"
 LARGEST = 5_000_000  # bytes of the whole folder
@@ -28,15 +28,15 @@ def train_tiny(options: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from benchmarks.corpora import load_text
-    from benchmarks.language_models import machine
-    from benchmarks.light_training import train
+    from benchmarks.harness import machine
     from hf_linear_attn import LeapConfig, LeapForCausalLM
+    from reproduction.corpora import load_text
+    from reproduction.training import train
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     text, facts = load_text(options.data)
     tokenizer = AutoTokenizer.from_pretrained(options.data.with_name(f"{options.data.stem}-tokenizer"))
-    recipe = Recipe(
+    recipe = Hyperparameters(
         length=options.length,
         batch_size=16_384 // options.length,
         epochs=options.epochs,
@@ -81,7 +81,7 @@ def train_tiny(options: argparse.Namespace) -> None:
             for kind in ("training", "validation")
         },
         "options": asdict(recipe) | {"dropout": options.dropout, "positions": options.positions, "seed": options.seed},
-        "machine": machine(device),
+        "machine": machine(),
     }
     (options.output / "training_report.json").write_text(json.dumps(report, indent=1) + "\n")
     scores = ", ".join(f"{split} perplexity {result[split]['perplexity']:.1f}" for split in ("validation", "test"))

@@ -175,7 +175,7 @@ print({name: f"{share:.1%}" for name, share in results.items()})
 # What is learnt here is a place: the verdict stands near the beginning, where the estimator soon looks. To find a word that may
 # stand anywhere it has to learn what is looked for, which takes far longer (with verdicts planted at any place of a text half as
 # long, the estimate of this small student was no better than `uniform_kl` after 300 steps). What SEA makes of pretrained teachers
-# is measured by `benchmarks/sea_classification.py` and `benchmarks/sea_language.py`.
+# is measured by `reproduction/sea_classification.py` and `reproduction/sea_language.py`.
 
 # %%
 print(f"{'':20}{'converted':>10}{'distilled':>10}")

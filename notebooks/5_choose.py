@@ -34,7 +34,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, set_seed
 
 from hf_linear_attn import DanetConfig, FastformerConfig, LeapConfig, RecurrentCache
-from hf_linear_attn.modeling.compat import cache_keyword
+from hf_linear_attn.modeling.shared.compat import cache_keyword
 
 transformers.logging.set_verbosity_error()
 set_seed(0)

@@ -20,14 +20,6 @@ import hf_linear_attn  # noqa: E402, F401 (registers the families)
 
 torch.set_num_threads(1)
 
-# Files that take a minute or more come first, so that no worker is left alone with one of them at the end.
-LONG = (
-    "test_interpreted.py", "test_training_example.py", "test_matrix_compile.py", "test_models.py", "test_without_package.py",
-    "test_language_modeling.py", "test_export.py", "test_classification.py", "test_sea_distillation.py", "test_feature_checks.py",
-    "test_danet_model.py", "test_matrix_training.py", "test_matrix_generate.py", "test_push_and_pull.py",
-)  # fmt: skip
-
-
 # The ids of all collected tests, those too that `-m` leaves out.
 COLLECTED = pytest.StashKey[list[str]]()
 
@@ -44,7 +36,7 @@ def collected_ids(request) -> list[str]:
 
 def pytest_collection_modifyitems(items):
     """A row of the test matrix may leave a test out, or a test with some parameter ("test:parameter"), and says why."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     for item in items:
         callspec = getattr(item, "callspec", None)
         row = callspec and callspec.params.get("row")

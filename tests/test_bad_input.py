@@ -13,7 +13,7 @@ from common.families import CAUSAL, ROWS, VOCAB, Row
 from transformers import DynamicCache, GPT2Config, StaticCache
 
 from hf_linear_attn import LeapAttention, RecurrentCache
-from hf_linear_attn.modeling.modeling_fastformer import FastformerAttention
+from hf_linear_attn.modeling.fastformer.modeling_fastformer import FastformerAttention
 
 BY_NAME = {row.name: row for row in ROWS}
 CAUSAL_ROW, ENCODER = "leap", "fastformer-encoder"
@@ -186,7 +186,7 @@ CONFIGURATIONS = [
         ("window_size", "10000000", "262,144", "state"),
         names=("danet",),
     ),
-    Case("sea-k", lambda row: row.config(k=10**30), ("k ", str(10**30), "2,147,483,647"), names=("sea",)),
+    Case("sea-k", lambda row: row.config(k=10**30), ("`k`", str(10**30), "2,147,483,647"), names=("sea",)),
     Case(
         "sea-keys-per-cell",
         lambda row: row.config(max_keys_per_cell=10**30),
@@ -202,7 +202,7 @@ CONFIGURATIONS = [
     Case(
         "sea-cells-that-tie",
         lambda row: row.config(predictor_length=2),
-        ("predictor_length", "at least 4", "got 2"),
+        ("predictor_length", "at least 4", "is 2"),
         names=("sea-encoder",),
     ),
     Case(

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 INDEX = (ROOT / "docs" / "paper_index.md").read_text()
-FUNCTIONS = sorted(set(re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)?)`(?= |\)| with)", INDEX)) - {"hf_linear_attn.modeling"})
+FUNCTIONS = sorted(set(re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)*)`(?= |\)| with)", INDEX)) - {"hf_linear_attn.modeling"})
 TESTS = sorted(set(re.findall(r"`(tests/[^`]+)`", INDEX)))
 
 
@@ -22,11 +22,13 @@ def test_the_index_was_read():
     assert len(TESTS) > 25
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "leap_mechanism_triton.leap_kernel"])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "leap.kernels.mechanism.leap_kernel"])
 def test_functions_of_the_paper_index_exist(name):
-    module, _, attribute = name.partition(".")
-    found = importlib.import_module(f"hf_linear_attn.modeling.{module}")
-    assert not attribute or hasattr(found, attribute)
+    try:
+        importlib.import_module(f"hf_linear_attn.modeling.{name}")
+    except ModuleNotFoundError:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"hf_linear_attn.modeling.{module}"), attribute)
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -35,6 +37,17 @@ def test_tests_of_the_paper_index_exist(name):
     tree = ast.parse((ROOT / file).read_text())
     functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     assert not function or function in functions
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "families").glob("*.md")), ids=lambda page: page.name)
+def test_tests_of_the_family_pages_exist(page):
+    """Files and functions that a page names as the proof of what it says."""
+    files = {file.name: file for file in (ROOT / "tests").rglob("test_*.py")}
+    written = {name: re.findall(r"def (test_\w+)\(", file.read_text()) for name, file in files.items()}
+    every = {function for functions in written.values() for function in functions}
+    for file, function in re.findall(r"`(?:tests/)?(?:\w+/)*(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", page.read_text()):
+        assert not file or file in files, file
+        assert not function or function in (written[file] if file else every), function
 
 
 def test_every_public_name_is_in_the_reference():
@@ -55,11 +68,11 @@ def test_commands_exist(page):
     from hf_linear_attn.cli.main import COMMANDS
 
     text = page.read_text()
-    for module in re.findall(r"python -m ((?:benchmarks|model_cards)[\w.]*)", text):
+    for module in re.findall(r"python -m ((?:benchmarks|reproduction|model_cards)[\w.]*)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     for script in re.findall(
-        r"(?:python|torchrun [-\w ]*?) ((?:docs|examples|notebooks|benchmarks)/[\w./]+\.py)", text
+        r"(?:python|torchrun [-\w ]*?) ((?:docs|examples|notebooks|benchmarks|reproduction)/[\w./]+\.py)", text
     ):
         assert (ROOT / script).exists(), script
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
@@ -205,9 +218,9 @@ def written_commands(page):
     text = page.read_text().replace("\\\n", " ")
     variables = dict(re.findall(r'^\s+(\w+)="([^"]*)"$', text, flags=re.MULTILINE))
     lines = re.findall(
-        r"^(?: {4}|\$ )?((?:python -m (?:benchmarks|model_cards)|hf-linear-attn ).*)$", text, re.MULTILINE
+        r"^(?: {4}|\$ )?((?:python -m (?:benchmarks|reproduction|model_cards)|hf-linear-attn ).*)$", text, re.MULTILINE
     )
-    lines += re.findall(r"`((?:python -m (?:benchmarks|model_cards)|hf-linear-attn )[^`\n]*)`", text)
+    lines += re.findall(r"`((?:python -m (?:benchmarks|reproduction|model_cards)|hf-linear-attn )[^`\n]*)`", text)
     for line in lines:
         for each in re.split(r" && | \|\| | ; | # | {2,}\(", re.sub(r"\$\(seq (\d+) (\d+)\)", r"\1 \2", line)):
             filled = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), each)

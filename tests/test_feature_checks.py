@@ -10,6 +10,8 @@ from benchmarks import feature_table
 from benchmarks.feature_checks import CHECKS, MORE, RESULTS, examine
 from benchmarks.features.models import SUBJECTS
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 MEASURED = json.loads(RESULTS.read_text())
 OURS = [subject for subject in SUBJECTS.values() if subject.ours]
@@ -36,33 +38,47 @@ def test_check(subject, check):
     assert found["passed"] == MEASURED[subject.name]["checks"][check]["passed"], found["reason"]
 
 
-def test_tables_are_up_to_date(collected_ids, monkeypatch):
-    """README and page are what the command writes: every yes has a test that pytest collects for that family."""
+def test_the_page_is_up_to_date(collected_ids, monkeypatch):
+    """It is what the command writes: every yes has a test that pytest collects for that family."""
     named = {test for rows in feature_table.GROUPS.values() for row in rows for test in row.tests}
     found = feature_table.by_test(collected_ids)
     if named <= set(found):  # otherwise a part of tests/ is being run, and the command asks pytest itself
         monkeypatch.setattr(feature_table, "collected", lambda: found)
-    assert feature_table.main(["--check"]) == 0
+    assert feature_table.main(["--check"]) == 0, "run `python -m benchmarks.feature_table`"
 
 
-def test_every_yes_of_ours_links_to_a_test():
-    """In the README: the file exists and has the test."""
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index(feature_table.BEGIN) : text.index(feature_table.END)]
-    links = set(re.findall(r"\[yes\]\(([^)#]+)#([^)]+)\)", section))
-    assert len(links) > 50
-    for file, test in links:
-        assert f"def {test.rpartition('::')[2]}(" in (ROOT / file).read_text(), (file, test)
-    bare = [line for line in section.splitlines() if line.startswith("| ") and re.match(r"\|[^|]*\| yes ", line)]
+PAGE = feature_table.PAGE.read_text()
+LINKS = dict(re.findall(r"^\[([\w.]+)\]: (\S+)$", PAGE, flags=re.M))
+
+
+def test_every_yes_of_ours_leads_to_the_line_of_a_test():
+    """The file is there, and the test begins near that line; no yes of ours is without a link."""
+    used = set(re.findall(r"\[yes\]\[([\w.]+)\]", PAGE))
+    assert used == set(LINKS)
+    assert len(used) > 50
+    for name, target in LINKS.items():
+        file, line = re.fullmatch(r"\.\./(tests/[\w/]+\.py)#L(\d+)", target).groups()
+        first = max(int(line) - feature_table.DRIFT - 1, 0)
+        near = (ROOT / file).read_text().splitlines()[first : int(line) + feature_table.DRIFT]
+        assert any(re.search(rf"def (test_)?{name.rpartition('.')[2]}\(", each) for each in near), (name, target)
+    bare = [line for line in PAGE.splitlines() if line.startswith("| ") and re.match(r"\|[^|]*\| yes ", line)]
     assert not bare, "a yes of ours without a link"
+
+
+def test_a_page_that_drifts_is_out_of_date():
+    """By a word at once, by a line of a test when it is far."""
+    first = next(iter(LINKS.values()))
+    line = int(first.rpartition("L")[2])
+    moved = {by: PAGE.replace(first, f"{first.rpartition('L')[0]}L{line + by}") for by in (5, feature_table.DRIFT + 1)}
+    assert feature_table.up_to_date(moved[5], PAGE)
+    assert not feature_table.up_to_date(moved[feature_table.DRIFT + 1], PAGE)
+    assert not feature_table.up_to_date(PAGE.replace("yes", "maybe", 1), PAGE)
 
 
 def test_every_no_of_ours_says_why():
     """Each number in a cell stands in the list below the tables."""
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index(feature_table.BEGIN) : text.index(feature_table.END)]
-    used = {int(number) for number in re.findall(r"\| no \((\d+)\)", section)}
-    listed = {int(number) for number in re.findall(r"^(\d+)\. \S", section, flags=re.M)}
+    used = {int(number) for number in re.findall(r"\| no \((\d+)\)", PAGE)}
+    listed = {int(number) for number in re.findall(r"^(\d+)\. \S", PAGE, flags=re.M)}
     assert used == listed
     assert used
 

@@ -11,6 +11,8 @@ from transformers import StaticCache
 
 from hf_linear_attn import RecurrentCache
 
+pytestmark = pytest.mark.long
+
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -28,7 +30,7 @@ def traced(function, backend="eager"):
     return torch.compile(function, backend=counter, fullgraph=True), counter
 
 
-@in_every_run("leap", "fastformer", "danet", "danet-encoder", of=TRACED)
+@in_every_run("leap", "fastformer", "danet-cosine", "danet-encoder", of=TRACED)
 def test_forward_is_one_graph(row):
     """With a mask; without one in the tests of lengths and of training."""
     model = row.build("AutoModel", **row.layers(2))
@@ -153,7 +155,7 @@ def test_export_with_fixed_shapes(row):
     torch.testing.assert_close(program(ids, mask), model(ids, attention_mask=mask)[0], **CLOSE)
 
 
-@in_every_run("leap", "danet", of=TRACED)
+@in_every_run("leap", "danet-cosine", of=TRACED)
 def test_export_with_dynamic_batch_and_length(row):
     model = row.build("AutoModel", **row.layers(2))
     _, _, ids, mask = padded_batch(LAYOUTS["both"], (70, 23))

@@ -7,7 +7,7 @@ from common.families import ROWS, causal_rows
 from common.padding import padded_batch
 
 from hf_linear_attn import FastformerAttention, LeapAttention
-from hf_linear_attn.modeling.modeling_fastformer import normalize_features
+from hf_linear_attn.modeling.fastformer.modeling_fastformer import normalize_features
 
 explaining = [row for row in ROWS if row.explains]
 explaining_rows = pytest.mark.parametrize("row", explaining, ids=[row.name for row in explaining])

@@ -4,19 +4,20 @@ import pytest
 import torch
 import transformers
 from common.batches import tokens
-from common.families import VOCAB, all_rows, causal_rows, first_rows, rows_with_heads
+from common.families import VOCAB, all_rows, causal_number_rows, causal_rows, first_rows, rows_with_heads
 from common.padding import TOLERANCE
 from common.tasks import task_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.auto import modeling_auto
 
-from hf_linear_attn.registration import AUTO_CLASSES, FAMILIES
+from hf_linear_attn.families import FAMILIES
+from hf_linear_attn.registration import AUTO_CLASSES
 
 LENGTH = 80
 
 
 @pytest.mark.parametrize("calls", [[1] * LENGTH, [40, 40], [10, 1, 64, 2, 3]], ids=["steps", "halves", "mixed"])
-@causal_rows
+@causal_number_rows
 def test_calls_with_a_state_are_one_call(row, calls):
     model = row.causal_lm(torch.float64)
     ids = tokens(2, LENGTH)
@@ -122,11 +123,11 @@ def test_no_cache_unless_wanted(row):
 
 @rows_with_heads
 def test_auto_classes_and_name_tables(row, head):
-    config_class, heads = FAMILIES[row.family]
+    family = FAMILIES[row.family]
     model = getattr(transformers, head).from_config(row.config())
-    assert type(model) is heads[head]
-    assert getattr(modeling_auto, AUTO_CLASSES[head])[row.family] == heads[head].__name__
-    assert transformers.AutoConfig.for_model(row.family).__class__ is config_class
+    assert type(model) is family.head(head)
+    assert getattr(modeling_auto, AUTO_CLASSES[head])[row.family] == family.heads[head]
+    assert transformers.AutoConfig.for_model(row.family).__class__ is family.config_class()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,10 +5,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from common.families import causal_rows
+from common.families import CAUSAL, FIRST, rows_and
 from common.generation import check_batch_operations, check_cache, check_rows_alone
 
-from hf_linear_attn.modeling.recurrent_cache import RecurrentStateLayer
+from hf_linear_attn.modeling.danet import context as danet_context
+from hf_linear_attn.modeling.shared.states.state_layer import RecurrentStateLayer
 
 
 @contextmanager
@@ -70,8 +71,7 @@ CONTROLS = {
 }
 
 
-@pytest.mark.parametrize("control", CONTROLS.values(), ids=CONTROLS.keys())
-@causal_rows
+@rows_and("control", CONTROLS, CAUSAL, lambda row, control: row in FIRST)
 def test_the_check_sees_the_fault(row, control):
     breaks, check = control
     if breaks.__name__ in row.immune:
@@ -82,3 +82,16 @@ def test_the_check_sees_the_fault(row, control):
     check(model)
     with breaks(row, model), pytest.raises(AssertionError):
         check(model)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in CAUSAL if row.name in ("danet-learned", "danet-cosine")], ids=lambda r: r.name
+)
+def test_windows_that_count_columns_are_seen(row, monkeypatch):
+    """DANet's windows have borders: without the order that puts real tokens first, padding shifts them."""
+    layout = danet_context.token_layout
+    model = row.causal_lm(torch.float64)
+    check_rows_alone(model)
+    monkeypatch.setattr(danet_context, "token_layout", lambda *args: layout(*args)._replace(order=None, slots=None))
+    with pytest.raises(AssertionError):
+        check_rows_alone(model)

@@ -3,10 +3,21 @@
 import pytest
 import torch
 from common.batches import tokens
-from common.families import all_rows, causal_rows
+from common.families import (
+    CAUSAL,
+    KINDS,
+    NUMBERS,
+    all_rows,
+    causal_number_rows,
+    causal_rows,
+    kind_rows,
+    number_rows,
+    rows_and,
+)
 from common.padding import TOLERANCE, assert_same_gradients, gradients, weighted_sum
 
-from hf_linear_attn.modeling import sequence_inputs
+from hf_linear_attn.modeling.danet.state import DenseAttentionState
+from hf_linear_attn.modeling.shared import sequence as sequence_inputs
 
 DOCUMENTS = (9, 1, 30, 70, 2)
 
@@ -37,25 +48,29 @@ def packed_by(kind: str) -> dict:
     }
 
 
-packings = pytest.mark.parametrize("kind", ["position_ids", "seq_idx", "cu_seq_lens_q", "everything"])
+PACKINGS = {kind: kind for kind in ("position_ids", "seq_idx", "cu_seq_lens_q", "everything")}
 
 
-@packings
-@causal_rows
+@rows_and("kind", PACKINGS, NUMBERS, lambda row, kind: row in KINDS or kind == "position_ids")
 def test_packed_documents(row, kind):
-    check_packing(row.causal_lm(torch.float64), packed_by(kind))
+    """In encoders, too."""
+    check_packing(row, packed_by(kind))
 
 
-def check_packing(model, told: dict) -> None:
+def check_packing(row, told: dict) -> None:
     """Outputs, loss and gradients of the packed row are those of the documents."""
+    model = row.predictor(torch.float64)
+    if "softmax" in row.name and row.causal:
+        told = told | {"use_cache": False}  # keys and values keep no document numbers
     ids = torch.cat(documents())[None]
-    output = model(ids, labels=ids, output_hidden_states=True, **told)
-    loss = (sum(DOCUMENTS) - len(DOCUMENTS)) * output.loss
+    classes = model(ids).logits.shape[-1]
+    output = model(ids, labels=ids % classes, output_hidden_states=True, **told)
+    loss = (sum(DOCUMENTS) - len(DOCUMENTS) * row.causal) * output.loss
     (loss + weighted_sum(output.logits, 0)).backward()
     found, total = gradients(model), 0.0
     factors = torch.randn(output.logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for document, logits, factor in zip(documents(), *(x[0].split(DOCUMENTS) for x in (output.logits, factors))):
-        alone = model(document[None], labels=document[None], num_items_in_batch=1)
+        alone = model(document[None], labels=document[None] % classes, num_items_in_batch=1)
         torch.testing.assert_close(logits, alone.logits[0], **TOLERANCE)
         (alone.loss + (alone.logits[0] * factor).sum()).backward()
         total = total + alone.loss.detach()
@@ -83,7 +98,7 @@ def test_packed_with_padding(row):
         torch.testing.assert_close(16 * output.loss, alone[0].loss + alone[1].loss, **TOLERANCE)
 
 
-@causal_rows
+@causal_number_rows
 def test_state_after_a_packed_row_is_that_of_its_last_document(row):
     model = row.causal_lm(torch.float64)
     ids = torch.cat(documents())[None]
@@ -112,17 +127,24 @@ def test_a_document_that_ends_in_a_later_call(row):
     torch.testing.assert_close(logits, expected[:, 15:], **TOLERANCE)
 
 
-@causal_rows
+@kind_rows
 def test_control_documents_are_ignored(row, monkeypatch):
     """Documents that leak into each other are seen."""
-    model = row.causal_lm(torch.float64)
     monkeypatch.setattr(sequence_inputs, "_restarts", lambda position_ids, mask: torch.zeros_like(position_ids) > 0)
     with pytest.raises(AssertionError):
-        check_packing(model, packed_by("position_ids"))
+        check_packing(row, packed_by("position_ids"))
+
+
+@pytest.mark.parametrize("row", [row for row in CAUSAL if row.name == "danet-cosine"], ids=lambda row: row.name)
+def test_control_documents_that_share_a_state_are_seen(row, monkeypatch):
+    """A state that forgets which tokens are of its document is noticed."""
+    monkeypatch.setattr(DenseAttentionState, "count", property(lambda state: state[1] + 1))
+    with pytest.raises(AssertionError):
+        test_state_after_a_packed_row_is_that_of_its_last_document(row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@causal_rows
+@causal_number_rows
 def test_causality_to_the_bit(row, dtype):
     """Changing tokens from t on leaves every output before t the same to the last bit."""
     model = row.causal_lm(dtype)
@@ -146,7 +168,7 @@ def test_no_gradient_from_later_tokens(row):
     assert (embeds.grad[:, 70] != 0).any()
 
 
-@all_rows
+@number_rows
 def test_the_encoder_and_only_the_encoder_looks_ahead(row):
     model = row.build("AutoModel")
     ids = tokens(1, 9)
@@ -156,10 +178,10 @@ def test_the_encoder_and_only_the_encoder_looks_ahead(row):
     assert same == row.causal
 
 
-@causal_rows
+@number_rows
 def test_shifted_positions(row):
     """Only differences of rotary positions count; learned positions do depend on the place."""
-    model = row.causal_lm(torch.float64)
+    model = row.predictor(torch.float64)
     ids = tokens(2, 20)
     position_ids = torch.arange(20)[None]
     with torch.no_grad():

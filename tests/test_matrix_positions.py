@@ -11,8 +11,9 @@ from common.padding import TOLERANCE
 from torch.nn.functional import pad
 
 from hf_linear_attn import RecurrentCache
-from hf_linear_attn.modeling import recurrent_cache, sequence_inputs
-from hf_linear_attn.modeling.past_columns import PastColumns, fingerprint
+from hf_linear_attn.modeling.shared import sequence as sequence_inputs
+from hf_linear_attn.modeling.shared.states import generation
+from hf_linear_attn.modeling.shared.states.past_columns import PastColumns, fingerprint
 
 FIRST, SECOND = 9, 6
 HOLE = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1]])
@@ -59,7 +60,7 @@ def test_generate_after_a_packed_row(row, kind):
 def test_control_generate_counts_columns(monkeypatch):
     """Positions of Transformers' making, which number the columns of a row, are seen."""
     model = next(row for row in CAUSAL if row.name == "leap").causal_lm(torch.float64)
-    monkeypatch.delattr(recurrent_cache.RecurrentGenerationMixin, "_prepare_position_ids_for_generation")
+    monkeypatch.delattr(generation.RecurrentGenerationMixin, "_prepare_position_ids_for_generation")
     with pytest.raises((AssertionError, ValueError)):
         check_generate_after_a_packed_row(model, "position_ids")
 

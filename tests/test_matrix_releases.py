@@ -27,8 +27,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import ModelOutput
 
 from hf_linear_attn import RecurrentCache
-from hf_linear_attn.modeling.releases import NEWEST, OLDEST, RELEASE, check_release
-from hf_linear_attn.modeling.sequence_inputs import GENERATION_KEYWORDS
+from hf_linear_attn.modeling.shared.releases import NEWEST, OLDEST, RELEASE, check_release
+from hf_linear_attn.modeling.shared.sequence import GENERATION_KEYWORDS
 
 ROOT = Path(__file__).parents[1]
 either_name = pytest.mark.parametrize("name", CACHE_NAMES)
@@ -330,7 +330,7 @@ def test_a_generating_function_of_the_users_own(row, tokenizer):
 
 
 def test_one_statement_of_what_is_supported():
-    """modeling/releases.py, pyproject.toml and constraints.txt agree; the range ends below the first untested minor release."""
+    """shared/releases.py, pyproject.toml and constraints.txt agree; the range ends below the first untested minor release."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     stated = SpecifierSet(
         next(x for x in project["dependencies"] if x.startswith("transformers")).removeprefix("transformers")
@@ -388,7 +388,7 @@ def test_the_newest_release_is_a_tested_one():
     pinned = re.search(r"^transformers==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
     assert Version(newest) <= Version(pinned), (
         f"transformers {newest} is out, the newest tested release is {pinned}: raise `transformers=={pinned}` in "
-        "constraints.txt, run the tests, then raise the range in pyproject.toml and NEWEST in modeling/releases.py"
+        "constraints.txt, run the tests, then raise the range in pyproject.toml and NEWEST in modeling/shared/releases.py"
     )
 
 
@@ -412,17 +412,18 @@ def test_nothing_is_printed_that_is_not_ours(name):
 
 def test_classes_are_found_on_the_transformers_module():
     """`transformers serve` looks `architectures[0]` up there, by name."""
-    from hf_linear_attn.registration import FAMILIES
+    from hf_linear_attn.families import FAMILIES
 
-    for config_class, heads in FAMILIES.values():
-        for ours in (config_class, *heads.values()):
+    for family in FAMILIES.values():
+        for ours in (family.config_class(), *family.head_classes().values()):
             assert getattr(transformers, ours.__name__) is ours
 
 
 def test_a_class_of_transformers_own_is_not_hidden(monkeypatch):
     from hf_linear_attn.registration import register_all
 
-    monkeypatch.setattr(transformers, "__all__", [*transformers.__all__, "LeapModel"])
+    module = sys.modules["transformers"]  # made anew since this file imported it (`registration.Published`)
+    monkeypatch.setattr(module, "__all__", [*module.__all__, "LeapModel"])
     with pytest.raises(ImportError, match="a class LeapModel of its own"):
         register_all()
 

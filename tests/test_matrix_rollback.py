@@ -8,13 +8,23 @@ import torch
 import transformers
 from common.batches import left_padded, tokens
 from common.caches import CACHE_NAME, is_hybrid, skip_recording_windows
-from common.families import CAUSAL, FIRST, HYBRIDS, STATES, causal_rows, first_rows, first_state_rows, state_rows
+from common.families import (
+    CAUSAL,
+    FIRST,
+    HYBRIDS,
+    NUMBERS,
+    STATES,
+    causal_rows,
+    first_rows,
+    first_state_rows,
+    state_rows,
+)
 from common.generation import PROMPT, assert_same_text, generate, texts
 from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 from hf_linear_attn import RecurrentCache
-from hf_linear_attn.modeling.recurrent_cache import RecurrentStateLayer
+from hf_linear_attn.modeling.shared.states.state_layer import RecurrentStateLayer
 
 # The calls that come after recording starts (number of tokens each), and how many of their tokens are undone.
 CALLS = {
@@ -80,7 +90,8 @@ CROPS = [
         id=f"{row.name}-{name}-{'after-a-prompt' if prompt else 'from-nothing'}-{'padded' if padded else 'full'}",
         marks=[pytest.mark.slow] * (row not in FIRST + HYBRIDS and not (prompt and padded)),
     )
-    for row in STATES
+    for row in NUMBERS
+    if row.causal
     for name, calls in CALLS.items()
     for prompt in (0, 9)
     for padded in (False, True)

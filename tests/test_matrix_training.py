@@ -8,11 +8,26 @@ import torch
 import torch.nn.functional as F
 import transformers
 from common.batches import tokens
-from common.families import VOCAB, all_rows, causal_rows, first_rows, rows_with_heads
+from common.families import (
+    CAUSAL,
+    FIRST,
+    HYBRIDS,
+    KINDS,
+    NUMBERS,
+    ROWS,
+    VOCAB,
+    all_rows,
+    causal_rows,
+    first_rows,
+    rows_and,
+    rows_with_heads,
+)
 from common.tasks import RATE, every_task, task_batch, tasks_of, trainer_for, without_targets
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
+
+pytestmark = pytest.mark.long
 
 
 class Texts(Dataset):
@@ -72,12 +87,14 @@ def train(model, folder, **options) -> list[float]:
         ),
     ],
 )
-@first_rows
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row in FIRST or row.name == "danet-encoder"], ids=lambda row: row.name
+)
 def test_trainer_lowers_the_loss(row, options, tmp_path):
     if "activation_checkpointing" in options and not hasattr(TrainingArguments, "activation_checkpointing"):
         options = {**options, "gradient_checkpointing": options["activation_checkpointing"]}
         del options["activation_checkpointing"]
-    losses = train(row.causal_lm(initializer_range=0.1).train(), tmp_path, **options)
+    losses = train(row.predictor(initializer_range=0.1).train(), tmp_path, **options)
     assert all(torch.isfinite(torch.tensor(losses)))
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
 
@@ -187,14 +204,16 @@ def test_loss_is_the_mean_over_next_tokens(row):
 
 def parameter_gradients(model, **arguments) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    model(tokens(2, 20), labels=tokens(2, 20), **arguments).loss.backward()
+    classes = VOCAB if model.get_output_embeddings() is not None else model.config.num_labels
+    model(tokens(2, 20), labels=tokens(2, 20) % classes, **arguments).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@causal_rows
+@rows_and(
+    "reentrant", {"True": True, "False": False}, NUMBERS, lambda row, reentrant: row in KINDS or reentrant == "False"
+)
 def test_checkpointing_gives_the_same_gradients(row, reentrant):
-    model = row.causal_lm(torch.float64, hidden_dropout_prob=0.1).train()
+    model = row.predictor(torch.float64, hidden_dropout_prob=0.1).train()
     plain = seeded_gradients(model)
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:
@@ -285,6 +304,8 @@ def test_saved_and_loaded(row, head, tmp_path):
     assert fields(loaded.config) == fields(model.config)
     with torch.no_grad():
         assert torch.equal(loaded(tokens(2, 9))[0], model(tokens(2, 9))[0])
+    if model.get_output_embeddings() is not None:
+        assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
 
 
 @all_rows
@@ -311,11 +332,12 @@ def test_a_body_loads_into_a_language_model_and_back(row, tmp_path):
 def test_resized_vocabulary(row):
     model = row.causal_lm()
     model.resize_token_embeddings(VOCAB + 5)
+    assert model.config.vocab_size == model.config.get_text_config().vocab_size == VOCAB + 5
     assert model(tokens(1, 4)).logits.shape[-1] == VOCAB + 5
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-@causal_rows
+@pytest.mark.parametrize("row", [*CAUSAL, HYBRIDS[0]], ids=lambda row: row.name)
 def test_lora_on_all_linear_layers(row):
     """Every adapter gets a gradient, generation works, and merging changes nothing."""
     peft = pytest.importorskip("peft")
@@ -340,7 +362,7 @@ def test_lora_on_all_linear_layers(row):
         assert torch.equal(merged.generate(tokens(1, 4), max_new_tokens=4), text)
 
 
-@causal_rows
+@pytest.mark.parametrize("row", [*CAUSAL, HYBRIDS[0]], ids=lambda row: row.name)
 def test_lora_finds_targets_by_itself(row):
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(row.causal_lm(), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
@@ -368,7 +390,7 @@ def test_prefix_tuning_is_refused(row):
 
 
 @pytest.mark.parametrize("category", [FutureWarning, DeprecationWarning])
-@pytest.mark.parametrize("module", ["transformers.trainer", "transformers", "hf_linear_attn.modeling.causal_lm"])
+@pytest.mark.parametrize("module", ["transformers.trainer", "transformers", "hf_linear_attn.modeling.shared.causal_lm"])
 def test_deprecations_of_transformers_are_errors(category, module):
     """The filters in pyproject.toml act on every module of the packages, not only on the top one."""
     with pytest.raises(category):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_linear_attn.modeling.causal_lm import next_token_labels
-from hf_linear_attn.modeling.sequence_inputs import SequenceInputs, padding_mask, prepare_sequence
+from hf_linear_attn.modeling.shared.causal_lm import next_token_labels
+from hf_linear_attn.modeling.shared.sequence import SequenceInputs, padding_mask, prepare_sequence
 
 
 def rows(*values):

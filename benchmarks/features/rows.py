@@ -14,7 +14,7 @@ GENERATE, ROLLBACK = "tests/test_matrix_generate.py::", "tests/test_matrix_rollb
 PACKING, TRAINING = "tests/test_matrix_packing.py::", "tests/test_matrix_training.py::"
 COMPILE, PACKED = "tests/test_matrix_compile.py::", "tests/integrations/test_packed_training.py::"
 EVALUATION, EXPORT = "tests/integrations/test_evaluation.py::", "tests/integrations/test_export.py::"
-SEA_MODELS, SEA_TEXT = "tests/sea/test_sea_models.py::", "tests/sea/test_sea_generation.py::"
+SEA_MODELS = "tests/sea/test_sea_models.py::"
 CHECKED = "tests/test_feature_checks.py::test_check"
 
 NO_DECODER = "an encoder does not generate"
@@ -62,42 +62,30 @@ GROUPS: dict[str, list[Row]] = {
         Row(check="float16", tests=(TRAINING + "test_half_precision_is_finite_and_close", CHECKED)),
         Row(
             check="right_padding",
-            tests=(PADDING + "test_outputs_and_gradients", SEA_MODELS + "test_padding_anywhere_changes_nothing"),
+            tests=(PADDING + "test_outputs_and_gradients",),
         ),
         Row(
             check="left_padding",
-            tests=(PADDING + "test_outputs_and_gradients", SEA_MODELS + "test_padding_anywhere_changes_nothing"),
+            tests=(PADDING + "test_outputs_and_gradients",),
         ),
         Row(check="right_padded_prefill", tests=(PADDING + "test_state_left_behind", CHECKED)),
         Row(
             check="ragged_generation",
-            tests=(
-                GENERATE + "test_left_padded_batch",
-                SEA_TEXT + "test_generation_with_a_cache_equals_generation_without",
-            ),
+            tests=(GENERATE + "test_left_padded_batch",),
         ),
         Row(
             check="one_token_a_step",
-            tests=(
-                FORWARD + "test_calls_with_a_state_are_one_call",
-                SEA_TEXT + "test_logits_step_by_step_equal_the_full_forward",
-            ),
+            tests=(FORWARD + "test_calls_with_a_state_are_one_call",),
         ),
         Row(check="two_chunks", tests=(FORWARD + "test_calls_with_a_state_are_one_call", CHECKED)),
         Row(check="fixed_state", tests=(GENERATE + "test_state_does_not_grow",), no=GROWS),
         Row(
             check="greedy",
-            tests=(
-                GENERATE + "test_state_or_not_gives_the_same_text",
-                SEA_TEXT + "test_generation_with_a_cache_equals_generation_without",
-            ),
+            tests=(GENERATE + "test_state_or_not_gives_the_same_text",),
         ),
         Row(
             check="beam",
-            tests=(
-                GENERATE + "test_state_or_not_gives_the_same_text",
-                SEA_TEXT + "test_generation_with_a_cache_equals_generation_without",
-            ),
+            tests=(GENERATE + "test_state_or_not_gives_the_same_text",),
         ),
         Row(check="several_returns", tests=(GENERATE + "test_state_or_not_gives_the_same_text", CHECKED)),
         Row(check="prefill_chunks", tests=(GENERATE + "test_prefill_in_chunks", CHECKED)),
@@ -120,7 +108,6 @@ GROUPS: dict[str, list[Row]] = {
             check="gradient_checkpointing",
             tests=(
                 TRAINING + "test_checkpointing_gives_the_same_gradients",
-                SEA_MODELS + "test_gradient_checkpointing_gives_the_same_gradients",
                 CHECKED,
             ),
         ),
@@ -273,28 +260,21 @@ GROUPS: dict[str, list[Row]] = {
             check="prompt_lookup",
             tests=(
                 ROLLBACK + "test_prompt_lookup_is_greedy_decoding",
-                SEA_TEXT + "test_prompt_lookup_decoding_equals_greedy",
                 CHECKED,
             ),
         ),
         Row(
             "Exact undoing of tokens",
-            tests=(ROLLBACK + "test_crop", SEA_TEXT + "test_tokens_can_be_undone_exactly"),
+            tests=(ROLLBACK + "test_crop",),
             no=ENCODER,
         ),
         Row(
             check="saved_state",
-            tests=(
-                "tests/test_matrix_cache_files.py::test_resumes_in_another_process",
-                SEA_TEXT + "test_a_cache_can_be_saved_and_loaded",
-            ),
+            tests=("tests/test_matrix_cache_files.py::test_resumes_in_another_process",),
         ),
         Row(
             check="forked_state",
-            tests=(
-                GENERATE + "test_forks_are_independent",
-                SEA_TEXT + "test_generation_continues_from_a_cache_and_forks",
-            ),
+            tests=(GENERATE + "test_forks_are_independent",),
         ),
     ],
     "Export": [

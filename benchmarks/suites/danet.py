@@ -1,12 +1,11 @@
 r"""DANet encoders against BERT (Transformers, SDPA) and a plain linear-attention encoder of as many parameters.
 
-    python -m benchmarks.cpu_speed danet-forward danet-train --sizes 30m 330m
-
 The sizes are BERT's. A DANet block has 9 d^2 weights and a BERT block 12 d^2, so DANet is 4/3 as deep. All have learned
 positions, compute without dropout and return hidden states. The linear-attention encoder is BERT with softmax
 replaced by the 1 + elu feature map. "By operations" is what the operations of the blocks' matrix products alone would give.
 """
 
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -14,11 +13,51 @@ from transformers import AttentionInterface, BertConfig, BertModel
 
 from hf_linear_attn import DanetConfig, DanetModel
 
-from ..measure import Contender, Job
-from . import Settings
+from ..harness import Case, Work
 
 LENGTHS = (128, 1024, 4096, 16384)
-TOKENS_PER_RUN = 1024  # rows are added until a run has as many tokens
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of BERT. slices: models are built with this part of the depth, and a run of it counts as many tokens less."""
+
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int = 30528
+    slices: int = 1
+    tokens: int = 1024  # rows are added until a run has as many
+
+
+# A row of 16,384 tokens takes the large BERT three minutes: an eighth of its equal layers is timed instead.
+SIZES = {"30m": Size(384, 10, 6), "330m": Size(1024, 24, 16, slices=8)}
+QUICK = Size(32, 3, 1, 50, tokens=24)
+
+
+def about(suite: str) -> dict:
+    """Facts for the head of the JSON."""
+    return {"dtype": dtype_of(suite), "settings": asdict(SIZES[suite.split("-")[2]])}
+
+
+def dtype_of(suite: str) -> str:
+    """Of weights and activations, as the suite's name tells."""
+    return "bfloat16" if suite.endswith("-bfloat16") else "float32"
+
+
+def cases(suite: str, lengths: list[int], quick: bool) -> list[Case]:
+    """One job a length: a forward pass, or forward and backward and update."""
+    _, what, name, *_ = suite.split("-")
+    size, dtype = QUICK if quick else SIZES[name], getattr(torch, dtype_of(suite))
+    make, title = {"forward": (forward, "forward"), "train": (train, "training step")}[what]
+    made = []
+    for length in lengths or ([12] if quick else LENGTHS):
+        rows = max(1, size.tokens // length)
+        for contender, build in MODELS.items():
+            work = partial(make, build, size, dtype, rows, length)
+            counted = OPERATIONS[contender](size, length)
+            made.append(Case(contender, length, work, job=f"{title}, {rows} x {length:,} tokens", operations=counted))
+    return made
 
 
 def linear_attention(module, query, key, value, attention_mask, **kwargs):
@@ -31,38 +70,27 @@ def linear_attention(module, query, key, value, attention_mask, **kwargs):
 AttentionInterface.register("elu_linear_attention", linear_attention)
 
 
-def blocks(settings: Settings) -> tuple[int, int]:
+def blocks(size: Size) -> tuple[int, int]:
     """Layers of BERT and blocks of DANet (as many weights, to the nearest block) that are built."""
-    return settings.num_layers // settings.slices, round(settings.num_layers * 4 / 3 / settings.slices)
+    return size.layers // size.slices, round(size.layers * 4 / 3 / size.slices)
 
 
-def danet(settings: Settings, length: int, heads: int):
+def danet(size: Size, length: int, heads: int):
     """Our encoder."""
-    return DanetModel(
-        DanetConfig(
-            vocab_size=settings.vocab_size,
-            hidden_size=settings.hidden_size,
-            num_hidden_layers=blocks(settings)[1],
-            num_attention_heads=heads,
-            position_embedding_type="learned",
-            max_position_embeddings=length,
-        )
-    )
+    config = DanetConfig(
+        vocab_size=size.vocabulary, hidden_size=size.width, num_hidden_layers=blocks(size)[1], num_attention_heads=heads,
+        position_embedding_type="learned", max_position_embeddings=length,
+    )  # fmt: skip
+    return DanetModel(config)
 
 
-def bert(settings: Settings, length: int, attention: str):
+def bert(size: Size, length: int, attention: str):
     """BERT with one of Transformers' attention implementations."""
     config = BertConfig(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.hidden_size,
-        num_hidden_layers=blocks(settings)[0],
-        num_attention_heads=settings.num_heads,
-        intermediate_size=4 * settings.hidden_size,
-        max_position_embeddings=length,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        attn_implementation=attention,
-    )
+        vocab_size=size.vocabulary, hidden_size=size.width, num_hidden_layers=blocks(size)[0],
+        num_attention_heads=size.heads, intermediate_size=4 * size.width, max_position_embeddings=length,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=attention,
+    )  # fmt: skip
     return BertModel(config, add_pooling_layer=False)
 
 
@@ -74,21 +102,21 @@ MODELS = {
 }
 
 
-def bert_operations(settings: Settings, length: int, linear: bool) -> float:
+def bert_operations(size: Size, length: int, linear: bool) -> float:
     """Multiplications and additions of the products in the layers, for one token."""
-    width, head = settings.hidden_size, settings.hidden_size // settings.num_heads
-    return settings.num_layers * (24 * width**2 + 4 * width * (head if linear else length))
+    head = size.width // size.heads
+    return size.layers * (24 * size.width**2 + 4 * size.width * (head if linear else length))
 
 
-def danet_operations(settings: Settings, length: int, heads: int) -> float:
+def danet_operations(size: Size, length: int, heads: int) -> float:
     """The same for DANet, in the order of the products that our layers take."""
-    width, head = settings.hidden_size, settings.hidden_size // heads
+    width, head = size.width, size.width // heads
     attention = 2 * width**2 + 4 * width * min(head, length)
     if length > width:  # queries fold into the memory: d x d, once a row
         attention = 2 * width**2 + 2 * width * head + 2 * width**2 * head / length
     if length > 4 * width:  # and the first feed-forward matrix, too
         attention = 2 * width * head + (2 * width**2 * head + 8 * width**3) / length
-    return blocks(settings)[1] * settings.slices * (16 * width**2 + attention)
+    return blocks(size)[1] * size.slices * (16 * width**2 + attention)
 
 
 OPERATIONS = {
@@ -99,57 +127,31 @@ OPERATIONS = {
 }
 
 
-def jobs(settings: Settings, training: bool) -> list[Job]:
-    """One job a length: a forward pass, or forward and backward and update."""
-    made = []
-    for length in settings.lengths or LENGTHS:
-        rows = max(1, TOKENS_PER_RUN // length)
-        kind = TrainingStep if training else Forward
-        makers: dict = {name: partial(kind, make, settings, rows, length) for name, make in MODELS.items()}
-        what = "training step" if training else "forward"
-        counts = {name: count(settings, length) for name, count in OPERATIONS.items()}
-        made.append(Job(f"{what}, {rows} x {length:,} tokens", makers, counts))
-    return made
+def build_model(make, size: Size, dtype: torch.dtype, rows: int, length: int):
+    """A model, random tokens, and MiB of the weights that a whole model would have besides, in the layers that are left out."""
+    torch.manual_seed(0)
+    model = make(size, length).eval().to(dtype)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    built = sum(p.numel() * p.element_size() for each in layers for p in each.parameters())
+    return model, torch.randint(0, size.vocabulary, (rows, length)), built * (size.slices - 1) / 2**20
 
 
-class Forward(Contender):
-    """One forward pass over random tokens, without gradients.
-
-    Where a part of the equal layers is built, their activations are those of the whole model, and `absent_mb` is the rest of the
-    weights.
-    """
-
-    runs_to_peak = 1
-
-    def __init__(self, make, settings: Settings, rows: int, length: int):
-        torch.manual_seed(0)
-        self.model = make(settings, length).eval().to(getattr(torch, settings.dtype))
-        self.ids = torch.randint(0, settings.vocab_size, (rows, length))
-        self.tokens = rows * length // settings.slices
-        layers = [module for module in self.model.modules() if isinstance(module, torch.nn.ModuleList)]
-        built = sum(p.numel() * p.element_size() for each in layers for p in each.parameters())
-        self.absent_mb = built * (settings.slices - 1) / 2**20
-
-    def run(self) -> None:
-        """Hidden states."""
-        with torch.no_grad():
-            self.model(self.ids)
+def forward(make, size: Size, dtype: torch.dtype, rows: int, length: int) -> Work:
+    """One forward pass without gradients. Where a part of the equal layers is built, their activations are the whole model's."""
+    model, ids, absent = build_model(make, size, dtype, rows, length)
+    return Work(torch.no_grad()(lambda: model(ids)), ids.numel() // size.slices, runs_to_peak=1, absent_mb=absent)
 
 
-class TrainingStep(Forward):
-    """Forward, backward and AdamW over random tokens, with a loss on the hidden states."""
+def train(make, size: Size, dtype: torch.dtype, rows: int, length: int) -> Work:
+    """Forward, backward and AdamW with a loss on the hidden states; its moments are made at the end of the first step."""
+    model, ids, _ = build_model(make, size, dtype, rows, length)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
 
-    runs_to_peak = 2  # AdamW's moments are made at the end of the first step
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        model(ids).last_hidden_state.square().mean().backward()
+        optimizer.step()
 
-    def __init__(self, make, settings: Settings, rows: int, length: int):
-        super().__init__(make, settings, rows, length)
-        if settings.slices != 1:
-            self.absent_mb = float("nan")  # activations of all layers are kept: a part does not tell
-        self.model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-
-    def run(self) -> None:
-        """One update."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model(self.ids).last_hidden_state.square().mean().backward()
-        self.optimizer.step()
+    # Activations of all layers are kept: a part does not tell the whole's memory.
+    absent = 0.0 if size.slices == 1 else float("nan")
+    return Work(step, ids.numel() // size.slices, absent_mb=absent)

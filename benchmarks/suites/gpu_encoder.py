@@ -13,15 +13,13 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from hf_linear_attn import DanetConfig, DanetModel
-from hf_linear_attn.modeling.backend import use_backend
 
-from ..published_danet import PublishedDanet
-from ..registry import Case, Work, device, relative_error
+from ..harness import Case, Work, device, relative_error
+from ..peers import PublishedDanet
+from ..private import private
 from .danet import linear_attention  # noqa: F401  (registers the attention "elu_linear_attention")
 
 LENGTHS = (128, 1024, 16384, 131072)
-TOKENS, TRAINING_TOKENS = 131072, 65536
-VOCABULARY = 30528
 TFLOPS = 790  # a large bfloat16 product on an H200
 
 
@@ -33,9 +31,11 @@ class Size:
     layers: int
     bert_layers: int
     bert_heads: int
+    tokens: int = 131072  # a batch; half of them in training
+    vocabulary: int = 30528
 
 
-LARGE, SMALL = Size(1024, 32, 24, 16), Size(384, 13, 10, 6)
+LARGE, SMALL, QUICK = Size(1024, 32, 24, 16), Size(384, 13, 10, 6), Size(16, 2, 2, 2, 48, 50)
 
 
 def size_of(suite: str) -> Size:
@@ -50,7 +50,7 @@ def trains(suite: str) -> bool:
 
 def about(suite: str) -> dict:
     """Facts for the head of the JSON."""
-    tokens = TRAINING_TOKENS if trains(suite) else TOKENS
+    tokens = size_of(suite).tokens // (2 if trains(suite) else 1)
     return {"unit": "ktokens_per_s", "tokens_a_batch": tokens, "dtype": "bfloat16"}
 
 
@@ -70,14 +70,14 @@ def danet(size: Size, length: int, mode: str = "auto", layers: int | None = None
     """Our encoder."""
     config = DanetConfig.preset(
         "bert-large-128", max_position_embeddings=length, attention_mode=mode, num_hidden_layers=layers or size.layers,
-        vocab_size=VOCABULARY, hidden_size=size.width,
+        vocab_size=size.vocabulary, hidden_size=size.width,
     )  # fmt: skip
     return DanetModel(config)
 
 
 def published(size: Size, length: int):
     """The peer with the same sizes."""
-    return PublishedDanet(VOCABULARY, size.width, size.layers, length)
+    return PublishedDanet(size.vocabulary, size.width, size.layers, length)
 
 
 def bert(size: Size, length: int, attention: str = "sdpa"):
@@ -85,7 +85,7 @@ def bert(size: Size, length: int, attention: str = "sdpa"):
     sizes = {"hidden_size": size.width, "num_hidden_layers": size.bert_layers, "intermediate_size": 4 * size.width}
     drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(
-        vocab_size=VOCABULARY, num_attention_heads=size.bert_heads, max_position_embeddings=length,
+        vocab_size=size.vocabulary, num_attention_heads=size.bert_heads, max_position_embeddings=length,
         attn_implementation=attention, **sizes, **drop,
     )  # fmt: skip
     return BertModel(config, add_pooling_layer=False)
@@ -96,16 +96,17 @@ def blocks(model) -> nn.ModuleList:
     return model.encoder.layer if isinstance(model, BertModel) else model.layers
 
 
-def make(build, length: int, compiled: bool, training: bool, tokens: int) -> Work:
+def make(build, size: Size, length: int, compiled: bool, training: bool) -> Work:
     """A model on the device and one pass over random tokens."""
     torch.manual_seed(0)
     with torch.device(device()):
-        model = build(length)
+        model = build(size, length)
     model = model.to(torch.bfloat16).train(training)
     if compiled:
         for layer in blocks(model):
             layer.compile()
-    ids = torch.randint(0, VOCABULARY, (max(1, tokens // length), length), device=device())
+    tokens = size.tokens // 2 if training else size.tokens
+    ids = torch.randint(0, size.vocabulary, (max(1, tokens // length), length), device=device())
 
     @torch.inference_mode()
     def forward():
@@ -127,11 +128,11 @@ def check(size: Size, length: int, compiled: bool, training: bool) -> tuple[floa
         mode = "linear" if length > size.width else "auto"
         model, plain = danet(size, length, layers=2), danet(size, length, mode, layers=2)
     plain.load_state_dict(model.state_dict())
-    ids = torch.randint(0, VOCABULARY, (1, length), device=device())
+    ids = torch.randint(0, size.vocabulary, (1, length), device=device())
 
     def run(model, backend, dtype):
         model = model.to(dtype)
-        with use_backend(backend), torch.set_grad_enabled(training):
+        with private("use_backend")(backend), torch.set_grad_enabled(training):
             out = model(ids).last_hidden_state
             if not training:
                 return out
@@ -147,24 +148,22 @@ def check(size: Size, length: int, compiled: bool, training: bool) -> tuple[floa
     return relative_error(run(model, "auto", torch.bfloat16), exact), 2 * relative_error(same, exact) + 1e-6
 
 
-def cases(suite: str, lengths: list[int]) -> list[Case]:
+def cases(suite: str, lengths: list[int], quick: bool) -> list[Case]:
     """All contenders at all lengths."""
-    size, training = size_of(suite), trains(suite)
-    tokens = TRAINING_TOKENS if training else TOKENS
-    passes = 3 if training else 1
+    size, training = QUICK if quick else size_of(suite), trains(suite)
     peers = {
         "DANet, published block, compiled": published,
         "BERT, FlashAttention, compiled": bert,
         "linear attention (1 + elu), compiled": partial(bert, attention="elu_linear_attention"),
     }
     made = []
-    for length in lengths or LENGTHS:
-        limit = TFLOPS * 1e9 / passes
+    for length in lengths or ([12] if quick else LENGTHS):
+        limit = TFLOPS * 1e9 / (3 if training else 1)
         ours, theirs = limit / operations(size, length, True), limit / operations(size, length, False)
         for name, compiled in (("DANet, ours", False), ("DANet, ours, compiled blocks", True)):
-            work = partial(make, partial(danet, size), length, compiled, training, tokens)
+            work = partial(make, danet, size, length, compiled, training)
             made.append(Case(name, length, work, partial(check, size, length, compiled, training), ours))
         for name, build in peers.items():
-            work = partial(make, partial(build, size), length, True, training, tokens)
+            work = partial(make, build, size, length, True, training)
             made.append(Case(name, length, work, limit=theirs if build is published else None))
     return made

@@ -5,17 +5,18 @@ Rows of 1,024 tokens by default. Dynamic float8 for activations and weights, a s
 near, not equal. torchao's settings for the compiler are not taken: they time every choice of every kernel, for minutes.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from hf_linear_attn import LeapModel
 
-from ..registry import Case, Work, device, relative_error
+from ..harness import Case, Work, device, relative_error
 from . import gpu_encoder, gpu_train
 
 LENGTHS = (1024,)
-TOKENS = 65536
+TOKENS, QUICK_TOKENS = 65536, 128  # a batch
 LAYERS = 4  # all alike, but torch.compile takes each quantized one for itself
 
 
@@ -29,18 +30,18 @@ def about(suite: str) -> dict:
     }
 
 
-def leap(length: int) -> LeapModel:
+def leap(size: gpu_train.Size, length: int) -> LeapModel:
     """LEAP with one layer of each window."""
-    return LeapModel(gpu_train.config(length, LAYERS))
+    return LeapModel(gpu_train.config(size, length))
 
 
-def make(build, vocabulary: int, float8: bool, length: int) -> Work:
+def make(build, vocabulary: int, float8: bool, tokens: int, length: int) -> Work:
     """A body on the device and one forward."""
     torch.manual_seed(0)
     with torch.device(device()):
         model = build(length)
     model = model.eval()
-    ids = torch.randint(0, vocabulary, (max(1, TOKENS // length), length), device=device())
+    ids = torch.randint(0, vocabulary, (max(1, tokens // length), length), device=device())
     with torch.no_grad():
         exact = model(ids[:4]).last_hidden_state
         model = model.to(torch.bfloat16)
@@ -59,17 +60,18 @@ def make(build, vocabulary: int, float8: bool, length: int) -> Work:
     return Work(step, ids.numel(), facts)
 
 
-def cases(suite: str, lengths: list[int]) -> list[Case]:
+def cases(suite: str, lengths: list[int], quick: bool) -> list[Case]:
     """Both families, both precisions."""
-    danet = partial(gpu_encoder.danet, gpu_encoder.LARGE, layers=LAYERS)
+    encoder = gpu_encoder.QUICK if quick else gpu_encoder.LARGE
+    body = replace(gpu_train.QUICK if quick else gpu_train.FULL, layers=LAYERS)
     families = {
-        f"DANet, {LAYERS} x {gpu_encoder.LARGE.width}": (danet, gpu_encoder.VOCABULARY),
-        f"LEAP, {LAYERS} x {gpu_train.WIDTH}": (leap, 64),
+        f"DANet, {LAYERS} x {encoder.width}": (partial(gpu_encoder.danet, encoder, layers=LAYERS), encoder.vocabulary),
+        f"LEAP, {LAYERS} x {body.width}": (partial(leap, body), 64),
     }
-    made = []
-    for length in lengths or LENGTHS:
+    made, tokens = [], QUICK_TOKENS if quick else TOKENS
+    for length in lengths or ([16] if quick else LENGTHS):
         for name, family in families.items():
             for float8 in (False, True):
                 label = f"{name}, {'float8' if float8 else 'bfloat16'}"
-                made.append(Case(label, length, partial(make, *family, float8, length)))
+                made.append(Case(label, length, partial(make, *family, float8, tokens, length)))
     return made

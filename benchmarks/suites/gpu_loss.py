@@ -10,13 +10,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.modeling.cross_entropy import cross_entropy, linear_cross_entropy
-from hf_linear_attn.modeling.vocabulary_logits import vocabulary_logits
-
-from ..registry import Case, Work, device, relative_error
+from ..harness import Case, Work, device, relative_error
+from ..private import private
 
 LENGTHS = (8192, 32768, 65536)
-WIDTH, VOCABULARY = 768, 50257
+WIDTH, VOCABULARY, QUICK_VOCABULARY = 768, 50257, 50
 
 
 def about(suite: str) -> dict:
@@ -26,14 +24,14 @@ def about(suite: str) -> dict:
 
 def fused(hidden, weight, labels):
     """Ours, opt-in: `config.fused_linear_cross_entropy`."""
-    return linear_cross_entropy(hidden, weight, None, labels)
+    return private("linear_cross_entropy")(hidden, weight, None, labels)
 
 
 def kept(hidden, weight, labels):
     """Ours, default: logits kept."""
     linear = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
     linear.weight = weight
-    return cross_entropy(vocabulary_logits(linear, hidden[None])[0], labels)
+    return private("cross_entropy")(private("vocabulary_logits")(linear, hidden[None])[0], labels)
 
 
 def plain(hidden, weight, labels):
@@ -48,17 +46,25 @@ def liger(hidden, weight, labels):
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
 
 
-def inputs(rows: int, dtype=torch.bfloat16):
+LOSSES = {
+    "ours, fused with the product": fused,
+    "ours, logits kept": kept,
+    "PyTorch, float32 logits": plain,
+    "liger-kernel, fused": liger,
+}
+
+
+def inputs(rows: int, vocabulary: int, dtype=torch.bfloat16):
     """Hidden states, output matrix, labels."""
     torch.manual_seed(0)
     hidden = torch.randn(rows, WIDTH, device=device(), dtype=dtype, requires_grad=True)
-    weight = (torch.randn(VOCABULARY, WIDTH, device=device()) * WIDTH**-0.5).to(dtype)
-    return hidden, torch.nn.Parameter(weight), torch.randint(0, VOCABULARY, (rows,), device=device())
+    weight = (torch.randn(vocabulary, WIDTH, device=device()) * WIDTH**-0.5).to(dtype)
+    return hidden, torch.nn.Parameter(weight), torch.randint(0, vocabulary, (rows,), device=device())
 
 
-def make(loss, rows: int) -> Work:
+def make(loss, rows: int, vocabulary: int) -> Work:
     """Forward and backward."""
-    hidden, weight, labels = inputs(rows)
+    hidden, weight, labels = inputs(rows, vocabulary)
 
     def step():
         hidden.grad = weight.grad = None
@@ -67,10 +73,10 @@ def make(loss, rows: int) -> Work:
     return Work(step, rows)
 
 
-def check(loss) -> tuple[float, float]:
+def check(loss, vocabulary: int) -> tuple[float, float]:
     """The hidden states' gradient against float32, beside PyTorch's in bfloat16."""
     found = []
-    hidden, weight, labels = (x.detach() for x in inputs(1024))
+    hidden, weight, labels = (x.detach() for x in inputs(1024, vocabulary))
     for function, dtype in ((loss, torch.bfloat16), (plain, torch.bfloat16), (plain, torch.float32)):
         h, w = (torch.nn.Parameter(x.to(dtype)) for x in (hidden, weight))
         function(h, w, labels).backward()
@@ -78,13 +84,12 @@ def check(loss) -> tuple[float, float]:
     return relative_error(found[0], found[2]), 2 * relative_error(found[1], found[2]) + 1e-6
 
 
-def cases(suite: str, lengths: list[int]) -> list[Case]:
+def cases(suite: str, lengths: list[int], quick: bool) -> list[Case]:
     """All contenders at all sizes."""
-    made = []
-    for rows in lengths or LENGTHS:
-        made.append(Case("ours, fused with the product", rows, partial(make, fused, rows), partial(check, fused)))
-        made.append(Case("ours, logits kept", rows, partial(make, kept, rows), partial(check, kept)))
-        made.append(Case("PyTorch, float32 logits", rows, partial(make, plain, rows)))
-        if importlib.util.find_spec("liger_kernel"):
-            made.append(Case("liger-kernel, fused", rows, partial(make, liger, rows)))
+    made, vocabulary = [], QUICK_VOCABULARY if quick else VOCABULARY
+    for rows in lengths or ([16] if quick else LENGTHS):
+        for name, loss in LOSSES.items():
+            if loss is not liger or importlib.util.find_spec("liger_kernel"):
+                gate = partial(check, loss, vocabulary) if name.startswith("ours") else None
+                made.append(Case(name, rows, partial(make, loss, rows, vocabulary), gate))
     return made

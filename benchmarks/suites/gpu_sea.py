@@ -9,13 +9,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.modeling.backend import use_backend
-from hf_linear_attn.modeling.sea_attention import SeaAttentionCore, SeaOptions
-
-from ..registry import Case, Work, device, layer_pass, relative_error
+from ..harness import Case, Work, device, layer_pass, relative_error
+from ..private import private
 
 LENGTHS = (512, 2048, 8192, 32768, 65536, 262144)
-TOKENS = 65536
+TOKENS, QUICK_TOKENS = 65536, 128  # a batch
 HEADS, DIM, K, CELLS = 12, 64, 64, 64
 LONGEST_DENSE = 8192  # a row of it takes 12 T^2 numbers a few times over
 
@@ -25,20 +23,20 @@ def about(suite: str) -> dict:
     return {"unit": "ktokens_per_s", "tokens_a_batch": TOKENS, "dtype": "bfloat16", "heads": HEADS, "head_dim": DIM}
 
 
-def inputs(length: int, dtype=torch.bfloat16, tokens: int | None = None, grad: bool = False):
+def inputs(length: int, tokens: int, dtype=torch.bfloat16, grad: bool = False):
     """Queries (scaled, as in a causal host), keys and values (B, H, T, D)."""
     torch.manual_seed(0)
-    shape = (max(1, (tokens or TOKENS) // length), HEADS, length, DIM)
+    shape = (max(1, tokens // length), HEADS, length, DIM)
     made = [torch.randn(shape, device=device(), dtype=dtype) for _ in range(3)]
     made[0] *= DIM**-0.5
     return [x.requires_grad_(grad) for x in made]
 
 
-def core(length: int) -> SeaAttentionCore:
+def core(length: int) -> torch.nn.Module:
     """What SEA adds to a host's layer."""
     torch.manual_seed(0)
     with torch.device(device()):
-        return SeaAttentionCore(SeaOptions(HEADS, DIM, True, K, CELLS, max_positions=length))
+        return private("SeaAttentionCore")(private("SeaOptions")(HEADS, DIM, True, K, CELLS, max_positions=length))
 
 
 def sea(length: int):
@@ -69,9 +67,17 @@ def flash(length: int):
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
 
 
-def make(build, length: int, training: bool) -> Work:
+CONTENDERS = {
+    "SEA, ours": sea,
+    "SEA, ours, compiled": sea_compiled,
+    "dense, eager": dense,
+    "FlashAttention (SDPA)": flash,
+}
+
+
+def make(build, tokens: int, length: int, training: bool) -> Work:
     """One pass of a layer."""
-    given = inputs(length, grad=training)
+    given = inputs(length, tokens, grad=training)
     return layer_pass(build(length), given, given[0].shape[0] * length, training)
 
 
@@ -80,10 +86,9 @@ def check(length: int) -> tuple[float, float]:
 
     Two roundings of the estimate choose different cells, so each precision attends where the exact layer would.
     """
-    from hf_linear_attn.modeling.sparse_attention import chunked_sparse_attention
-
+    attend, use_backend = private("chunked_sparse_attention"), private("use_backend")
     length = min(length, 8192)
-    given = inputs(length, torch.float32, tokens=length)
+    given = inputs(length, length, torch.float32)
     with torch.no_grad():
         with use_backend("torch"):
             out = core(length)(*given, scaling=1.0)
@@ -91,30 +96,21 @@ def check(length: int) -> tuple[float, float]:
 
         def run(backend, dtype):
             with use_backend(backend):
-                return chunked_sparse_attention(*(x.to(dtype) for x in given), out.cells, seen, 1.0, K)
+                return attend(*(x.to(dtype) for x in given), out.cells, seen, 1.0, K)
 
         exact, same = run("torch", torch.float32), run("torch", torch.bfloat16)
         return relative_error(run("auto", torch.bfloat16), exact), 2 * relative_error(same, exact) + 1e-6
 
 
-def cases(suite: str, lengths: list[int]) -> list[Case]:
+def cases(suite: str, lengths: list[int], quick: bool) -> list[Case]:
     """All contenders at all lengths, forward first."""
     made = []
-    for length in lengths or LENGTHS:
+    tokens = QUICK_TOKENS if quick else TOKENS
+    for length in lengths or ([tokens // 2] if quick else LENGTHS):
         for training in (False, True):
             what = "forward and backward" if training else "forward"
-            made.append(
-                Case(f"SEA, ours, {what}", length, partial(make, sea, length, training), partial(check, length))
-            )
-            made.append(
-                Case(
-                    f"SEA, ours, compiled, {what}",
-                    length,
-                    partial(make, sea_compiled, length, training),
-                    partial(check, length),
-                )
-            )
-            if length <= LONGEST_DENSE:
-                made.append(Case(f"dense, eager, {what}", length, partial(make, dense, length, training)))
-            made.append(Case(f"FlashAttention (SDPA), {what}", length, partial(make, flash, length, training)))
+            for name, build in CONTENDERS.items():
+                if build is not dense or length <= LONGEST_DENSE:
+                    gate = partial(check, length) if name.startswith("SEA") else None
+                    made.append(Case(f"{name}, {what}", length, partial(make, build, tokens, length, training), gate))
     return made

@@ -1,147 +1,151 @@
 """LEAP against the published LEAP and GPT-2 (Transformers, SDPA): a training step, and decoding from a state or a cache.
 
 All three have the same size, learned positions, float32, and no dropout (with dropout, PyTorch's CPU attention leaves its fused
-kernel for one that builds the T x T matrix, and GPT-2 would be slower still). GPT-2's GELU is the fused spelling of its own.
+kernel for one that builds the T x T matrix, and GPT-2 would be slower still). GPT-2's GELU is the fused form of its own.
 """
 
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 from transformers import DynamicCache
 
 from hf_linear_attn import LeapConfig, LeapForCausalLM, RecurrentCache
-from hf_linear_attn.modeling.compat import cache_keyword
 
-from ..gpt2 import gpt2 as build_gpt2
-from ..measure import Contender, Job
-from ..published_leap import PublishedLeap
-from . import Settings
+from ..harness import Case, Work
+from ..peers import PublishedLeap
+from ..peers import gpt2 as build_gpt2
+from ..private import private
 
+
+@dataclass(frozen=True)
+class Size:
+    """Of all three models."""
+
+    width: int = 256
+    layers: int = 6
+    heads: int = 4
+    vocabulary: int = 4096
+    tokens: int = 2048  # rows are added until a training step has as many
+
+
+FULL, QUICK = Size(), Size(32, 2, 1, 50, 24)
 TRAINING_LENGTHS = (512, 2048, 8192)
-TOKENS_PER_STEP = 2048  # rows are added until a step has as many tokens
 DECODING_CONTEXTS = (100, 1000, 8000)
 DECODING_BATCH = 8
 NEW_TOKENS = 16
 
 
-def training_jobs(settings: Settings) -> list[Job]:
-    """Forward, backward and AdamW on rows of each length."""
-    jobs = []
-    for length in settings.lengths or TRAINING_LENGTHS:
-        rows = max(1, TOKENS_PER_STEP // length)
-        makers = {name: partial(TrainingStep, make, settings, rows, length) for name, make in MODELS.items()}
-        jobs.append(Job(f"training step, {rows} x {length:,} tokens", makers))
-    return jobs
+def about(suite: str) -> dict:
+    """Facts for the head of the JSON."""
+    return {"dtype": "float32", "settings": asdict(FULL)}
 
 
-def decoding_jobs(settings: Settings) -> list[Job]:
+def cases(suite: str, lengths: list[int], quick: bool) -> list[Case]:
+    """Jobs of a training step, or of decoding after a context."""
+    size, default = (QUICK, [12]) if quick else (FULL, None)
+    if suite == "leap-train":
+        return [case for n in lengths or default or TRAINING_LENGTHS for case in training(size, n)]
+    contexts = lengths or default or DECODING_CONTEXTS
+    if suite == "leap-decode":
+        return [case for n in contexts for case in decoding(size, n)]
+    # LEAP alone, from states of several contexts: the longest first, so that the others are compared with it. GPT-2 is not in the
+    # process, since its cache of a long context takes the processor's caches from whatever runs next.
+    return [
+        Case(f"LEAP (ours), context {n:,}", n, partial(decode, our_leap, RecurrentCache, size, n), job=decoding_job())
+        for n in sorted(contexts, reverse=True)
+    ]
+
+
+def decoding_job(context: int | None = None) -> str:
+    """The name of a job."""
+    return f"decode, batch {DECODING_BATCH}" + ("" if context is None else f", context {context:,}")
+
+
+def training(size: Size, length: int) -> list[Case]:
+    """Forward, backward and AdamW on rows of a length."""
+    rows = max(1, size.tokens // length)
+    job = f"training step, {rows} x {length:,} tokens"
+    return [Case(name, length, partial(train, make, size, rows, length), job=job) for name, make in MODELS.items()]
+
+
+def decoding(size: Size, context: int) -> list[Case]:
     """New tokens one by one after a context, batch 8."""
-    jobs = []
-    for context in settings.lengths or DECODING_CONTEXTS:
-        makers: dict = {
-            "LEAP (ours), state": partial(Decoding, our_leap, RecurrentCache, settings, context),
-            "GPT-2, cache": partial(Decoding, gpt2, DynamicCache, settings, context),
-            "LEAP (published form), recomputes": partial(Recomputing, settings, context),
-        }
-        jobs.append(Job(f"decode, batch {DECODING_BATCH}, context {context:,}", makers))
-    return jobs
+    makers = {
+        "LEAP (ours), state": partial(decode, our_leap, RecurrentCache, size, context),
+        "GPT-2, cache": partial(decode, gpt2, DynamicCache, size, context),
+        "LEAP (published form), recomputes": partial(recompute, size, context),
+    }
+    return [Case(name, context, make, job=decoding_job(context)) for name, make in makers.items()]
 
 
-def context_jobs(settings: Settings) -> list[Job]:
-    """LEAP alone, from states of several contexts: the longest first, so that the others are compared with it.
-
-    Without GPT-2 in the process, whose cache of a long context takes the processor's caches from whatever runs next.
-    """
-    contexts = sorted(settings.lengths or DECODING_CONTEXTS, reverse=True)
-    makers = {f"LEAP (ours), context {n:,}": partial(Decoding, our_leap, RecurrentCache, settings, n) for n in contexts}
-    return [Job(f"decode, batch {DECODING_BATCH}", makers)]
-
-
-def our_leap(settings: Settings, positions: int):
+def our_leap(size: Size, positions: int):
     """Our LEAP with its default windows."""
-    return LeapForCausalLM(
-        LeapConfig(
-            vocab_size=settings.vocab_size,
-            hidden_size=settings.hidden_size,
-            num_hidden_layers=settings.num_layers,
-            num_attention_heads=settings.num_heads,
-            max_position_embeddings=positions,
-            hidden_dropout_prob=0.0,
-        )
-    )
+    config = LeapConfig(
+        vocab_size=size.vocabulary, hidden_size=size.width, num_hidden_layers=size.layers, num_attention_heads=size.heads,
+        max_position_embeddings=positions, hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    return LeapForCausalLM(config)
 
 
-def published_leap(settings: Settings, positions: int):
+def published_leap(size: Size, positions: int):
     """The published form with the same windows."""
-    windows = LeapConfig(num_hidden_layers=settings.num_layers).layer_windows
-    return PublishedLeap(settings.vocab_size, settings.hidden_size, settings.num_heads, windows, positions)
+    windows = LeapConfig(num_hidden_layers=size.layers).layer_windows
+    return PublishedLeap(size.vocabulary, size.width, size.heads, windows, positions)
 
 
-def gpt2(settings: Settings, positions: int):
+def gpt2(size: Size, positions: int):
     """GPT-2 of the same size."""
-    return build_gpt2(settings.vocab_size, settings.hidden_size, settings.num_layers, settings.num_heads, positions)
+    return build_gpt2(size.vocabulary, size.width, size.layers, size.heads, positions)
 
 
 MODELS = {"LEAP (ours)": our_leap, "LEAP (published form)": published_leap, "GPT-2": gpt2}
 
 
-class TrainingStep(Contender):
-    """One optimizer step of a model on random tokens."""
+def train(make, size: Size, rows: int, length: int) -> Work:
+    """One optimizer step on random tokens: forward, backward, update."""
+    torch.manual_seed(0)
+    model = make(size, length).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, size.vocabulary, (rows, length))
 
-    def __init__(self, make, settings: Settings, rows: int, length: int):
-        torch.manual_seed(0)
-        self.model = make(settings, length).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.ids = torch.randint(0, settings.vocab_size, (rows, length))
-        self.tokens = rows * length
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        output = model(input_ids=ids, labels=ids)
+        (output if isinstance(output, torch.Tensor) else output.loss).backward()
+        optimizer.step()
 
-    def run(self) -> None:
-        """Forward, backward, update."""
-        self.optimizer.zero_grad(set_to_none=True)
-        output = self.model(input_ids=self.ids, labels=self.ids)
-        loss = output if isinstance(output, torch.Tensor) else output.loss
-        loss.backward()
-        self.optimizer.step()
+    return Work(step, rows * length)
 
 
-class Decoding(Contender):
-    """New tokens one by one from a state or cache that holds the context."""
+def decode(make, cache_class, size: Size, context: int) -> Work:
+    """New tokens one by one from a state or cache that holds the context: the logits of each."""
+    torch.manual_seed(0)
+    model, cache_keyword = make(size, context + NEW_TOKENS).eval(), private("cache_keyword")
+    ids = torch.randint(0, size.vocabulary, (DECODING_BATCH, context + NEW_TOKENS))
+    kept = cache_class(config=model.config)
+    with torch.no_grad():
+        for start in range(0, context, 1000):  # in parts, so that prefilling does not set the peak memory
+            part = ids[:, start : min(start + 1000, context)]
+            model(input_ids=part, use_cache=True, logits_to_keep=1, **cache_keyword(kept))
 
-    def __init__(self, make, cache_class, settings: Settings, context: int):
-        torch.manual_seed(0)
-        self.model = make(settings, context + NEW_TOKENS).eval()
-        self.ids = torch.randint(0, settings.vocab_size, (DECODING_BATCH, context + NEW_TOKENS))
-        self.context = context
-        self.tokens = DECODING_BATCH * NEW_TOKENS
-        self.cache = cache_class(config=self.model.config)
-        with torch.no_grad():
-            for start in range(0, context, 1000):  # in parts, so that prefilling does not set the peak memory
-                part = self.ids[:, start : min(start + 1000, context)]
-                self.model(input_ids=part, use_cache=True, logits_to_keep=1, **cache_keyword(self.cache))
+    @torch.no_grad()
+    def step():
+        cache = kept
+        if isinstance(kept, RecurrentCache):
+            cache = kept.fork()  # its time counts against us
+        elif (grown := kept.get_seq_length() - context) > 0:
+            kept.crop(-grown)  # in place, and free
+        for i in range(context, context + NEW_TOKENS):
+            model(input_ids=ids[:, i : i + 1], use_cache=True, **cache_keyword(cache))
+        return cache
 
-    def run(self) -> None:
-        """Read the logits of each new token, from the end of the context."""
-        if isinstance(self.cache, RecurrentCache):
-            cache = self.cache.fork()  # its time counts against us
-        else:
-            cache = self.cache
-            if (grown := cache.get_seq_length() - self.context) > 0:
-                cache.crop(-grown)  # in place, and free
-        with torch.no_grad():
-            for i in range(self.context, self.context + NEW_TOKENS):
-                self.model(input_ids=self.ids[:, i : i + 1], use_cache=True, **cache_keyword(cache))
+    return Work(step, DECODING_BATCH * NEW_TOKENS)
 
 
-class Recomputing(Contender):
+def recompute(size: Size, context: int) -> Work:
     """The published form has no state: the context is read again for every new token."""
-
-    def __init__(self, settings: Settings, context: int):
-        torch.manual_seed(0)
-        self.model = published_leap(settings, context + 1).eval()
-        self.ids = torch.randint(0, settings.vocab_size, (DECODING_BATCH, context + 1))
-        self.tokens = DECODING_BATCH
-
-    def run(self) -> None:
-        """One new token for each row."""
-        with torch.no_grad():
-            self.model(self.ids)
+    torch.manual_seed(0)
+    model = published_leap(size, context + 1).eval()
+    ids = torch.randint(0, size.vocabulary, (DECODING_BATCH, context + 1))
+    return Work(torch.no_grad()(lambda: model(ids)), DECODING_BATCH)

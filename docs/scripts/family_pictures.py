@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from hf_linear_attn import FastformerAttention, FastformerConfig, LeapAttention, LeapConfig
-from hf_linear_attn.modeling.dense_attention import pattern_mask
-from hf_linear_attn.modeling.modeling_fastformer import FastformerEncoderAttention
-from hf_linear_attn.modeling.sea_attention import SeaAttentionCore, SeaOptions
+from hf_linear_attn.modeling.danet.dense_attention import pattern_mask
+from hf_linear_attn.modeling.fastformer.modeling_fastformer import FastformerEncoderAttention
+from hf_linear_attn.modeling.sea.attention import SeaAttentionCore, SeaOptions
 
 IMAGES = Path(__file__).parents[1] / "images"
 LENGTH = 24

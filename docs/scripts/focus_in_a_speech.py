@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_linear_attn.cli.generate import PACKAGED
+from hf_linear_attn import PACKAGED_MODEL
 from hf_linear_attn.explain import importance
 from hf_linear_attn.training.text_data import EXCERPT_FOLDER
 
@@ -23,7 +23,10 @@ IMAGE = Path(__file__).parents[1] / "images" / "focus_in_a_speech.png"
 
 def main() -> None:
     """Draw the map of the first lines."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(PACKAGED).eval(), AutoTokenizer.from_pretrained(PACKAGED)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(PACKAGED_MODEL).eval(),
+        AutoTokenizer.from_pretrained(PACKAGED_MODEL),
+    )
     text = (EXCERPT_FOLDER / SPEECH).read_text()[:CHARACTERS].rpartition(" ")[0]
     importance(model, tokenizer, text).draw().savefig(IMAGE, dpi=120)
     print(IMAGE)

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments, set_seed
 
 from hf_linear_attn.conversion import linearize
-from hf_linear_attn.registration import FAMILIES
+from hf_linear_attn.families import FAMILIES
 from hf_linear_attn.training import SeaDistillationArguments, SeaDistillationTrainer
 from hf_linear_attn.training.masked_words import MaskedOnce, MaskingCollator
 from hf_linear_attn.training.text_data import load_files, load_speeches
@@ -60,7 +60,7 @@ def build_model(options: argparse.Namespace, vocabulary: int, shards: int):
         model = linearize(auto_class(options).from_pretrained(options.teacher), "sea", **options.config)
     else:
         sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "hidden_dropout_prob": 0.0}
-        config = FAMILIES[options.family][0](**(sizes | {"vocab_size": vocabulary} | options.config))
+        config = FAMILIES[options.family].config_class()(**(sizes | {"vocab_size": vocabulary} | options.config))
         model = auto_class(options).from_config(config)
     if shards == 1:
         return model

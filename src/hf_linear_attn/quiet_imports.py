@@ -1,33 +1,30 @@
-"""Imports the part of Transformers that brings torchao along, without what torchao and PyTorch print about each other.
+"""What torchao and PyTorch say about each other, which no user of this package can act on, is not printed.
 
-Where torchao is installed, Transformers imports it with its first model, and four lines appear that no user of this package
-can act on: kernels of torchao for other machines, and a call of PyTorch's that torchao should not make any more. Imported
-first by the package; messages at any other time, and those of other loggers, are left alone.
+Where torchao is installed, Transformers imports it with its first model, and four lines appear: kernels of torchao for other
+machines, and a call of PyTorch's that torchao should not make any more. All other messages, of these loggers too, are left alone.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 
-TALKATIVE = ("torchao", "torch.utils._pytree")
-
-
-@contextmanager
-def unheard(*names: str) -> Iterator[None]:
-    """Drop warnings of these loggers (errors pass) while the context is open."""
-
-    def passes(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.WARNING
-
-    loggers = [logging.getLogger(name) for name in names]
-    for logger in loggers:
-        logger.addFilter(passes)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(passes)
+TALK = {
+    "torchao": re.compile(r"Failed to load .*_C\w*\.(abi3|cpython)"),
+    "torch.utils._pytree": re.compile(r"register_constant\(\)"),
+}
 
 
-with unheard(*TALKATIVE):
-    from transformers import PreTrainedModel  # noqa: F401
+class Unheard(logging.Filter):
+    """Drops the warnings of one logger that say what `TALK` lists; errors pass."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is printed."""
+        return record.levelno > logging.WARNING or not TALK[record.name].search(record.getMessage())
+
+
+_unheard = Unheard()
+
+
+def drop_torchao_talk() -> None:
+    """From now on; harmless when repeated."""
+    for name in TALK:
+        logging.getLogger(name).addFilter(_unheard)

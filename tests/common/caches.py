@@ -7,8 +7,8 @@ and messages know the release's name alone: `cache_keyword(cache)`, `cache_of(ou
 import pytest
 import torch
 
-from hf_linear_attn.modeling.compat import CACHE_NAME, CACHE_NAMES, cache_keyword, cache_of
-from hf_linear_attn.modeling.releases import RELEASE
+from hf_linear_attn.modeling.shared.compat import CACHE_NAME, CACHE_NAMES, cache_keyword, cache_of
+from hf_linear_attn.modeling.shared.releases import RELEASE
 
 __all__ = ["CACHE_NAME", "CACHE_NAMES", "cache_keyword", "cache_of", "held", "is_hybrid", "skip_recording_windows"]
 

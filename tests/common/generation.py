@@ -43,10 +43,10 @@ def check_cache(model, padded: bool = False, **kwargs) -> None:
 def check_rows_alone(model, **kwargs) -> None:
     """A left-padded batch gives each text what it gets alone."""
     ids, mask = left_padded(texts())
-    together = generate(model, ids, mask, **kwargs).sequences[:, PROMPT:]
-    for row, text in zip(together, texts()):
-        alone = generate(model, text[None], **kwargs).sequences[0, len(text) :]
-        assert torch.equal(row, alone), f"the text of length {len(text)} continues otherwise in a batch"
+    together = generate(model, ids, mask, **kwargs).sequences[:, PROMPT:].unflatten(0, (len(texts()), -1))
+    for rows, text in zip(together, texts()):
+        alone = generate(model, text[None], **kwargs).sequences[:, len(text) :]
+        assert torch.equal(rows, alone), f"the text of length {len(text)} continues otherwise in a batch"
 
 
 def check_batch_operations(model) -> None:

@@ -34,8 +34,6 @@ ENCODERS = {
         "final_norm": "standard_ln",
     },
     "cosine qkv l_sl_g": {"position_embedding_type": "cosine", "relpe_scheme": "qkv", "layer_pattern": "l_sl_g"},
-    "cos_minus_sin g_l": {"position_embedding_type": "cos_minus_sin", "layer_pattern": "g_l", "local_relpe": False},
-    "sinusoidal g": {"position_embedding_type": "sinusoidal"},
     "softmax g": {"layer_pattern": "softmax_g_l", "softmax_attention_heads": 2},
     "l@softmax_sl@softmax_g": {"layer_pattern": "l@softmax_sl@softmax_g", "softmax_attention_heads": 2},
 }
@@ -48,10 +46,8 @@ DECODERS = {
         "position_embedding_type": "learned",
         "max_position_embeddings": 64,
     },
-    "l_sl_sw cosine": {"layer_pattern": "l_sl_sw", "position_embedding_type": "cosine", "relpe_scheme": "qkv"},
     "swa@softmax_g_l": {"layer_pattern": "swa@softmax_g_l", "softmax_attention_heads": 2},
     "l@softmax_sl@softmax_g": {"layer_pattern": "l@softmax_sl@softmax_g", "softmax_attention_heads": 2},
-    "g_softmax_sw": {"layer_pattern": "g_softmax_sw", "softmax_attention_heads": 2},
 }
 
 

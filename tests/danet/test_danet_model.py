@@ -1,10 +1,12 @@
-"""The body and the encoder's heads: padding, packing, positions, scales, bounds, precision, errors."""
+"""The body and the encoder's heads: positions, scales, bounds, precision, errors; what every family has is in the matrix."""
 
 import accelerate
 import pytest
 import torch
+from common.families import NUMBERS
+from danet.models import ENCODER_HEADS, VOCAB, build, config, decoder, encoder, pad, tokens
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForMultipleChoice
+from transformers import AutoModelForMultipleChoice
 
 from hf_linear_attn import (
     DanetBlock,
@@ -19,99 +21,14 @@ from hf_linear_attn import (
     DanetModel,
     DenseAttention,
 )
-from hf_linear_attn.modeling import danet_block, dense_self_attention, relu_feed_forward, relu_product
-from hf_linear_attn.modeling.danet_presets import PRESETS
-from hf_linear_attn.modeling.dense_attention import pattern_mask
-from hf_linear_attn.modeling.dense_attention_state import DenseAttentionState
-from tests.danet.models import DECODERS, ENCODER_HEADS, ENCODERS, VOCAB, build, config, decoder, encoder, pad, tokens
+from hf_linear_attn.modeling.danet.dense_attention import pattern_mask
+from hf_linear_attn.modeling.danet.kernels import relu_feed_forward, self_attention
+from hf_linear_attn.modeling.danet.presets import PRESETS
+from hf_linear_attn.modeling.danet.state import DenseAttentionState
+from hf_linear_attn.modeling.kernels.fast_paths import recorded_choices
 
 TOL = {"rtol": 1e-9, "atol": 1e-9}
 SIDES = ["right", "left", "both", "inside"]
-ALL = {**{f"encoder {n}": (n, encoder) for n in ENCODERS}, **{f"decoder {n}": (n, decoder) for n in DECODERS}}
-
-
-def make(name):
-    kind, factory = ALL[name]
-    return factory(kind)
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", ALL)
-def test_padding_on_any_side_changes_nothing(name, side):
-    if side == "inside" and "swa@softmax" in name:
-        pytest.skip("refused, see test_padding_inside_a_sliding_softmax_window_is_refused")
-    model = make(name)
-    rows = [tokens(n, seed=n) for n in (11, 7, 3, 1)]
-    ids, mask = pad(rows, side, 14)
-    out = model(ids, attention_mask=mask, use_cache=False).logits
-    for i, row in enumerate(rows):
-        alone = model(row[None], use_cache=False).logits[0]
-        torch.testing.assert_close(out[i, mask[i].bool()], alone, **TOL)
-
-
-@pytest.mark.parametrize("side", ["right", "left", "inside"])
-@pytest.mark.parametrize("name", ["encoder rotary l_sl_g swiglu", "encoder learned g relu", "decoder sw_sw_g swiglu"])
-def test_gradients_are_those_of_the_unpadded_texts(name, side):
-    model = make(name)
-    rows = [tokens(n, seed=n) for n in (9, 4)]
-    ids, mask = pad(rows, side, 12)
-    logits = model(ids, attention_mask=mask, use_cache=False).logits
-    sum(logits[i, mask[i].bool()].sin().sum() for i in range(2)).backward()
-    padded = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    sum(model(row[None], use_cache=False).logits.sin().sum() for row in rows).backward()
-    for n, p in model.named_parameters():
-        torch.testing.assert_close(padded[n], p.grad, **TOL)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_row_of_padding_alone_is_finite(name):
-    model = make(name)
-    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0] * 6])
-    out = model(ids, attention_mask=mask, use_cache=False).logits
-    assert torch.isfinite(out).all()
-    out.sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-DOCUMENTS = [5, 1, 6, 2]
-
-
-@pytest.mark.parametrize("how", ["position_ids", "seq_idx", "cu_seq_lens_q"])
-@pytest.mark.parametrize("name", ALL)
-def test_packed_documents_equal_separate_ones(name, how):
-    model = make(name)
-    rows = [tokens(n, seed=n) for n in DOCUMENTS]
-    ids = torch.cat(rows)[None]
-    described = {
-        "position_ids": torch.cat([torch.arange(n) for n in DOCUMENTS])[None],
-        "seq_idx": torch.repeat_interleave(torch.arange(4), torch.tensor(DOCUMENTS))[None],
-        "cu_seq_lens_q": torch.tensor([0, *DOCUMENTS]).cumsum(0),
-    }[how]
-    out = model(ids, use_cache=False, **{how: described}).logits[0].split(DOCUMENTS)
-    for row, packed in zip(rows, out, strict=True):
-        torch.testing.assert_close(packed, model(row[None], use_cache=False).logits[0], **TOL)
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_decoder_does_not_see_later_tokens_or_the_length(name):
-    model = decoder(name)
-    ids = tokens(1, 13)
-    changed = ids.clone()
-    changed[:, 8:] = tokens(1, 5, seed=5)
-    a, b = model(ids).logits, model(changed).logits
-    assert torch.equal(a[:, :8], b[:, :8])
-    assert not torch.allclose(a[:, 8:], b[:, 8:])
-    torch.testing.assert_close(model(ids[:, :8]).logits, a[:, :8], **TOL)
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_sees_later_tokens(name):
-    model = encoder(name)
-    ids = tokens(1, 9)
-    changed = ids.clone()
-    changed[:, 8:] += 1
-    assert not torch.allclose(model(ids).logits[:, 8 - 2], model(changed % VOCAB).logits[:, 8 - 2])
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -136,22 +53,20 @@ def test_orders_agree(modes):
 
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("ffn_type", ["relu", "swiglu"])
-@pytest.mark.parametrize(("length", "folds"), [(15, False), (20, True), (70, True)])
-def test_folding_products_changes_neither_values_nor_gradients(length, folds, ffn_type, heads, monkeypatch):
+@pytest.mark.parametrize(("length", "folded"), [(15, []), (20, ["queries"]), (70, ["queries and feed-forward"])])
+def test_folding_products_changes_neither_values_nor_gradients(length, folded, ffn_type, heads):
     """Rows longer than d need no queries, and rows longer than the feed-forward layer is wide no attention output either."""
-    seen = []
-    fold = danet_block.DenseAttention.fold
-    monkeypatch.setattr(danet_block.DenseAttention, "fold", lambda *a: seen.append(fold(*a)) or seen[-1])
     options = {"ffn_type": ffn_type, "intermediate_size": 24, "num_attention_heads": heads, "num_hidden_layers": 2}
     ids, mask = pad([tokens(length), tokens(length // 2, seed=1)], "left", length)
     found = []
     for mode in ("auto", "linear"):
-        seen.clear()
         model = encoder("learned g relu", attention_mode=mode, max_position_embeddings=80, **options)
-        logits = model(ids, attention_mask=mask).logits[mask.bool()]
+        with recorded_choices() as choices:
+            logits = model(ids, attention_mask=mask).logits[mask.bool()]
         logits.sin().sum().backward()
         found.append({"logits": logits, **{name: p.grad for name, p in model.named_parameters()}})
-        assert all((folded is not None) == (folds and mode == "auto") for folded in seen)
+        paths = [x.path.removesuffix(" folded into one matrix") for x in choices if "folded" in (x.path or "")]
+        assert paths == 2 * folded * (mode == "auto")
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], **TOL)
 
@@ -366,17 +281,6 @@ def test_pretraining_loss_is_the_sum_of_both():
     assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
 
 
-def test_auto_classes_and_tied_weights(tmp_path):
-    model = encoder("rotary l_sl_g swiglu", dtype=torch.float32)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
-    assert type(again) is DanetForMaskedLM
-    assert again.lm_head.decoder.weight is again.model.embed_tokens.weight
-    assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
-    ids = tokens(2, 9)
-    assert torch.equal(model(ids).logits, again(ids).logits)
-
-
 def test_resizing_the_vocabulary_keeps_the_logits_and_grows_the_bias():
     model = encoder("learned g relu")
     ids = tokens(2, 6)
@@ -406,15 +310,15 @@ def test_initial_weights():
     assert DanetForTokenClassification(c).model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_raw_scores_give_back_the_attention(name):
-    model = make(name)
-    if "softmax" in name:
+@pytest.mark.parametrize("row", [row for row in NUMBERS if row.family == "danet"], ids=lambda row: row.name)
+def test_raw_scores_give_back_the_attention(row):
+    model = row.predictor(torch.float64)
+    if "softmax" in row.name:
         model.set_attn_implementation("eager")
     ids, mask = pad([tokens(9), tokens(5, seed=1)], "left", 10)
     out = model(ids, attention_mask=mask, output_attentions=True, use_cache=False)
     assert [tuple(a.shape) for a in out.attentions] == [(2, 2, 10, 10)] * 3
-    if "softmax" in name:
+    if "softmax" in row.name:
         return
     layer, seen = model.model.layers[1], []
     hook = layer.attention.register_forward_hook(lambda m, args, o: seen.append((args[0], o.hidden_states)))
@@ -447,66 +351,6 @@ def test_a_block_alone_honours_masks_and_goes_on_from_its_state(pattern):
     torch.testing.assert_close(torch.cat((first, second, third), dim=1), whole, **TOL)
     mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 1], [1] * 9])
     torch.testing.assert_close(block(x, attention_mask=mask)[0, mask[0].bool()], block(x[:1, mask[0].bool()])[0], **TOL)
-
-
-@pytest.mark.parametrize("name", ["encoder rotary l_sl_g swiglu", "encoder learned g relu", "decoder sw_sw_g swiglu"])
-def test_checkpointing_gives_the_same_gradients(name):
-    model = make(name)
-    ids, mask = pad([tokens(9), tokens(5, seed=1)], "left", 10)
-    grads = []
-    for checkpointing in (False, True):
-        model.zero_grad()
-        if checkpointing:
-            enable = "activation_checkpointing_enable"  # the older name is deprecated where this one exists
-            getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")()
-        model.train()
-        model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
-        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    for n, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][n], grad, **TOL)
-
-
-# One configuration of each pattern and each way to put positions; the others with `make test-slow`.
-TRACED = "decoder l_sl_sw cosine"  # in every run; others there in tests/test_matrix_compile.py
-traced_models = pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x != TRACED)) for x in ALL]
-)
-
-
-@traced_models
-def test_compiles_in_one_graph(name):
-    torch._dynamo.reset()
-    model = make(name)
-    ids, mask = pad([tokens(9), tokens(5, seed=1)], "left", 10)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    out = compiled(ids, attention_mask=mask, use_cache=False).logits
-    expected = model(ids, attention_mask=mask, use_cache=False).logits
-    torch.testing.assert_close(out[mask.bool()], expected[mask.bool()], **TOL)
-
-
-class Forward(torch.nn.Module):
-    """Tokens and mask to logits."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-
-@traced_models
-def test_exports_with_a_dynamic_length(name):
-    model = make(name)
-    ids, mask = pad([tokens(9), tokens(5, seed=1)], "left", 12)
-    shapes = {name: {1: torch.export.Dim.DYNAMIC} for name in ("input_ids", "attention_mask")}
-    program = torch.export.export(
-        Forward(model), (), {"input_ids": ids, "attention_mask": mask}, dynamic_shapes=shapes, strict=False
-    )
-    for width in (19, 12):
-        ids, mask = pad([tokens(11), tokens(8, seed=1)], "right", width)
-        out = program.module()(input_ids=ids, attention_mask=mask)
-        torch.testing.assert_close(out[mask.bool()], Forward(model)(ids, mask)[mask.bool()], **TOL)
 
 
 @pytest.mark.parametrize(
@@ -649,8 +493,8 @@ def test_steps_that_a_gpu_takes_in_training(length, monkeypatch):
     model = DanetModel(DanetConfig(**size, position_embedding_type="learned", max_position_embeddings=50)).double()
     ids, found = torch.arange(2 * length).view(2, length) % 50, []
     for fused in (False, True, True):
-        for module in (dense_self_attention, relu_feed_forward, relu_product):
-            monkeypatch.setattr(module, "prefers_fused", lambda x, fused=fused: fused)
+        for module in (self_attention, relu_feed_forward):
+            monkeypatch.setattr(module, "on_cuda", lambda x, fused=fused: None if fused else "no GPU")
         if len(found) == 2:
             model.layers[0].compile(backend="aot_eager", fullgraph=True)
         model.zero_grad()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_linear_attn.modeling.danet_norms import NORM_NAMES, build_norm
-from hf_linear_attn.modeling.relative_positions import (
+from hf_linear_attn.modeling.danet.norms import NORM_NAMES, build_norm
+from hf_linear_attn.modeling.shared.positions import (
     apply_position_factors,
     position_factors,
     sinusoidal_embeddings,

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hf_linear_attn import DanetConfig, DanetForPreTraining, DanetForSequenceClassification
 from hf_linear_attn.conversion import from_published
 from hf_linear_attn.conversion.danet import fuse_norm_weights
-from hf_linear_attn.modeling.danet_presets import PRESETS
+from hf_linear_attn.modeling.danet.presets import PRESETS
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "danet.json").read_text())["cases"]
 

@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
+from danet.brute_force import brute_force
 
-from hf_linear_attn.modeling.dense_attention import (
+from hf_linear_attn.modeling.danet.dense_attention import (
     dense_attention,
     dense_attention_reference,
     dense_attention_scores,
     pattern_mask,
 )
-from tests.danet.brute_force import brute_force
 
 WINDOW = 4
 CASES = [("g", False), ("l", False), ("sl", False), ("g", True), ("l", True), ("sl", True), ("sw", True)]

@@ -29,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from hf_linear_attn.conversion import linearize
 from hf_linear_attn.training.tokenized_text import train_bpe_tokenizer
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"
 RUNNER = Path(__file__).with_name("run_examples.py")

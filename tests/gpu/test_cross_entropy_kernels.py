@@ -7,12 +7,12 @@ from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_kernels, poison
 
 pytest.importorskip("triton")
 
-from hf_linear_attn.modeling import cross_entropy as module
-from hf_linear_attn.modeling import cross_entropy_triton
-from hf_linear_attn.modeling.backend import use_backend
-from hf_linear_attn.modeling.vocabulary_logits import _PaddedLinear
+from hf_linear_attn.modeling.kernels import cross_entropy as cross_entropy_triton
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
+from hf_linear_attn.modeling.shared import cross_entropy as module
+from hf_linear_attn.modeling.shared.kernels.padded_vocabulary import PaddedLinear
 
-pytestmark = needs_kernels
+pytestmark = [*needs_kernels, pytest.mark.interpreted]
 WIDTH, ROWS = 32, 7
 
 
@@ -20,8 +20,8 @@ WIDTH, ROWS = 32, 7
 def several_pieces(monkeypatch):
     """Small rows go through the kernel's loops, too, and small batches through several blocks."""
     monkeypatch.setattr(cross_entropy_triton, "PIECE", 16 if DEVICE == "cpu" else 4096)
-    monkeypatch.setattr(module, "BLOCK_ON_CPU", 150)
-    monkeypatch.setattr(module, "BLOCK_ON_GPU", 3 * 50257)
+    monkeypatch.setattr(cross_entropy_triton, "BLOCK_ON_CPU", 150)
+    monkeypatch.setattr(cross_entropy_triton, "BLOCK_ON_GPU", 3 * 50257)
 
 
 def draw(classes, dtype):
@@ -92,7 +92,7 @@ def test_logits_with_gaps(classes, with_bias, dense, dtype):
     bias = [torch.randn(classes, device=DEVICE).to(dtype)] if with_bias else []
 
     def ours(hidden, weight, *rest):
-        logits = _PaddedLinear.apply(hidden[None], weight, rest[0] if with_bias else None)[0]
+        logits = PaddedLinear.apply(hidden[None], weight, rest[0] if with_bias else None)[0]
         assert logits.stride(0) % 64 == 0
         return module.cross_entropy(logits.contiguous() if dense else logits, rest[-1])
 

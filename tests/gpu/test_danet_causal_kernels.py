@@ -4,8 +4,8 @@ import pytest
 import torch
 from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_gpu, needs_kernels, poison, sizes
 
-from hf_linear_attn.modeling.backend import use_backend
-from hf_linear_attn.modeling.dense_attention import dense_attention
+from hf_linear_attn.modeling.danet.dense_attention import dense_attention
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
 
 pytestmark = needs_kernels
 WINDOWS = [None, 2, 64, 100]
@@ -50,11 +50,13 @@ def test_heads(head, window, dtype):
 
 
 @pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.interpreted
 def test_keys_that_are_the_values(window):
     compare(inputs(70), window, shared=True)
 
 
 @pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.interpreted
 def test_padding(window):
     mask = torch.ones(2, 70, dtype=torch.long, device=DEVICE)
     mask[0, :9], mask[1, 30:40] = 0, 0

@@ -5,16 +5,15 @@ import torch
 from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_gpu, needs_kernels, poison, sizes
 
 from hf_linear_attn import DanetConfig, DanetModel
-from hf_linear_attn.modeling import modeling_danet
-from hf_linear_attn.modeling import relu_feed_forward as relu_feed_forward_module
-from hf_linear_attn.modeling.backend import use_backend
-from hf_linear_attn.modeling.danet_norms import VectorNorm
-from hf_linear_attn.modeling.dense_self_attention import self_attention
-from hf_linear_attn.modeling.gram import gram, with_transpose
-from hf_linear_attn.modeling.relu_feed_forward import masked_product, relu_feed_forward
-from hf_linear_attn.modeling.relu_product import relu_product
+from hf_linear_attn.modeling.danet.kernels import relu_feed_forward as relu_feed_forward_module
+from hf_linear_attn.modeling.danet.kernels.gram import gram, with_transpose
+from hf_linear_attn.modeling.danet.kernels.relu_feed_forward import masked_product, relu_feed_forward, relu_product
+from hf_linear_attn.modeling.danet.kernels.self_attention import self_attention
+from hf_linear_attn.modeling.danet.norms import VectorNorm
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
+from hf_linear_attn.modeling.kernels.fast_paths import recorded_choices
 
-pytestmark = needs_kernels
+pytestmark = [*needs_kernels, pytest.mark.interpreted]
 
 
 def normalise(backend, y, scale, residual):
@@ -106,7 +105,8 @@ def run_folded_and_plain(seed, length, heads, ffn_type, dtype):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("norm", ["max_norm", "fixed_max_norm"])
-def test_norms_between_blocks_in_one_pass(norm, training, padded, dtype, monkeypatch):
+@pytest.mark.interpreted("max_norm-(False-False|True-True)")
+def test_norms_between_blocks_in_one_pass(norm, training, padded, dtype):
     """The stream runs from block to block: the same hidden states and (in float32) gradients as block by block.
 
     In half precision the gradient of a model hangs on which of two nearly equal entries rounding makes the largest of its row:
@@ -121,25 +121,20 @@ def test_norms_between_blocks_in_one_pass(norm, training, padded, dtype, monkeyp
     if padded:
         mask = torch.ones_like(ids)
         mask[0, 3:5] = 0
-    calls = []
-    run = modeling_danet.stream_blocks
-    monkeypatch.setattr(modeling_danet, "stream_blocks", lambda *a: calls.append(1) or run(*a))
 
     def go(dtype, backend):
         typed = model.to(dtype)
         typed.zero_grad()
         poison(10_000)
-        with use_backend(backend), torch.set_grad_enabled(training):
+        with use_backend(backend), torch.set_grad_enabled(training), recorded_choices() as choices:
             out = typed(ids, attention_mask=mask).last_hidden_state
+        assert ("norms between blocks in one pass" in [x.path for x in choices]) == (backend == "triton")
         if not training:
             return [out]
         (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)).sum().backward()
         return [out.detach(), *(p.grad.clone() for p in typed.parameters())]
 
-    exact, plain = go(torch.float64, "torch"), go(dtype, "torch")
-    assert not calls
-    ours = go(dtype, "triton")
-    assert calls
+    exact, plain, ours = go(torch.float64, "torch"), go(dtype, "torch"), go(dtype, "triton")
     assert_as_accurate(ours, plain, exact, ("hidden states", *(name for name, _ in model.named_parameters())))
 
 
@@ -148,7 +143,7 @@ def test_norms_between_blocks_in_one_pass(norm, training, padded, dtype, monkeyp
 @pytest.mark.parametrize("width", sizes([60], [1000]))
 def test_two_steps_of_the_stream(width, lazy, dtype):
     """Two ends of blocks, one after the other: what they give, and the gradients of what blocks add and of the stream."""
-    from hf_linear_attn.modeling.danet_norms_triton import between_blocks, leave_stream
+    from hf_linear_attn.modeling.danet.kernels.between_blocks import between_blocks, leave_stream
 
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(2, 7, width, generator=generator).to(DEVICE, dtype) for _ in range(6)]

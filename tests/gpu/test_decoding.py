@@ -14,7 +14,8 @@ from hf_linear_attn import (
     LeapForCausalLM,
     RecurrentCache,
 )
-from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
+from hf_linear_attn.modeling.kernels.fast_paths import recorded_choices
 
 pytestmark = needs_kernels
 LAYERS = [(1, 16, 50), (16, 768, 3072), (16, 3072, 768), (16, 4000, 50257), (9, 5000, 768)]  # rows, depth, columns
@@ -49,16 +50,17 @@ def decode(model, ids, backend, dtype, static):
     "sizes", sizes([(48, 2, 3)], [(128, 2, 1), (200, 2, 16), (768, 12, 16), (768, 12, 40)]), ids=str
 )
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.interpreted("True-.*-rotary")
 def test_fused_step(static, sizes, positions, dtype, monkeypatch):
     """Windows global, 1 (no state but itself), 4 and 8: logits, states, counts and lengths."""
     width, heads, batch = sizes
     model = build(width=width, heads=heads, position_embedding_type=positions, layer_windows=[None, 1, 4, 8])
     ids = torch.randint(0, 50, (batch, 12), device=DEVICE)
-    from hf_linear_attn.modeling import leap_step_triton
+    from hf_linear_attn.modeling.leap.kernels import block_step as leap_step
 
     calls = []
-    run = leap_step_triton.step_kernels
-    monkeypatch.setattr(leap_step_triton, "step_kernels", lambda *a: calls.append(1) or run(*a))
+    run = leap_step.step_kernels
+    monkeypatch.setattr(leap_step, "step_kernels", lambda *a: calls.append(1) or run(*a))
     exact, lengths = decode(model, ids, "torch", torch.float64, static)
     plain, _ = decode(model, ids, "torch", dtype, static)
     assert not calls
@@ -71,9 +73,10 @@ def test_fused_step(static, sizes, positions, dtype, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("position", [10**6, 10**7])
+@pytest.mark.interpreted
 def test_a_step_turns_by_exact_angles_far_out(position):
     """Queries and keys of the fused step at large positions: within float32 of the layer in float64."""
-    from hf_linear_attn.modeling.leap_step_triton import _mix
+    from hf_linear_attn.modeling.leap.kernels.block_step import _mix
 
     attention = build(position_embedding_type="rotary", layer_windows=[4] * 4).model.layers[0].attention
     hidden, state = torch.randn(1, 1, 48, device=DEVICE), [torch.randn(1, 3, 2, 2, 24), torch.rand(1, 3, 2)]
@@ -91,17 +94,18 @@ def test_a_step_turns_by_exact_angles_far_out(position):
     "sizes", sizes([(48, 2, 3)], [(128, 2, 1), (200, 2, 16), (768, 12, 16), (256, 1, 40)]), ids=str
 )
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.interpreted("True-.*-g_sw-rotary")
 def test_danet_step(static, sizes, pattern, positions, dtype, monkeypatch):
     """Memories of rows and of windows that end meanwhile, rings: logits, states, counts and lengths."""
     width, heads, batch = sizes
     options = {"layer_pattern": pattern, "window_size": 4, "is_causal": True, "scale_mode": "fixed"}
     model = build(DanetForCausalLM, DanetConfig, width, heads, position_embedding_type=positions, **options)
     ids = torch.randint(0, 50, (batch, 12), device=DEVICE)
-    from hf_linear_attn.modeling import dense_attention_step_triton
+    from hf_linear_attn.modeling.danet.kernels import attention_step
 
     calls = []
-    run = dense_attention_step_triton.step_kernel
-    monkeypatch.setattr(dense_attention_step_triton, "step_kernel", lambda *a: calls.append(1) or run(*a))
+    run = attention_step.step_kernel
+    monkeypatch.setattr(attention_step, "step_kernel", lambda *a: calls.append(1) or run(*a))
     exact, lengths = decode(model, ids, "torch", torch.float64, static)
     plain, _ = decode(model, ids, "torch", dtype, static)
     assert not calls
@@ -118,13 +122,14 @@ def test_danet_step(static, sizes, pattern, positions, dtype, monkeypatch):
     "size", sizes([(3, 40, 70)], [(1, 16, 50), (16, 768, 3072), (16, 3072, 768), (16, 4000, 50257), (9, 5000, 768)])
 )
 @pytest.mark.parametrize("around", ["", "norm", "gelu", "relu", "residual"])
+@pytest.mark.interpreted
 def test_linear_layer_on_one_token(around, size, dtype, monkeypatch):
     """Whole weights at once (in small pieces on a CPU), each part around the product, values that the allocator left."""
-    from hf_linear_attn.modeling import step_linear_triton
+    from hf_linear_attn.modeling.kernels import step_linear as module
 
     if DEVICE == "cpu":
-        monkeypatch.setattr(step_linear_triton, "WHOLE_DTYPES", DTYPES)
-        monkeypatch.setattr(step_linear_triton, "WHOLE_DEPTH", 64 if around == "norm" else 16)
+        monkeypatch.setattr(module, "WHOLE_DTYPES", DTYPES)
+        monkeypatch.setattr(module, "WHOLE_DEPTH", 64 if around == "norm" else 16)
     rows, depth, columns = size
     torch.manual_seed(0)
     linear, norm = torch.nn.Linear(depth, columns).to(DEVICE), torch.nn.LayerNorm(depth).to(DEVICE)
@@ -143,7 +148,7 @@ def test_linear_layer_on_one_token(around, size, dtype, monkeypatch):
     options = {"norm": norm if around == "norm" else None, "gelu": around == "gelu", "relu": around == "relu"}
     for _ in range(3):  # pieces are counted anew each time
         added = residual.to(dtype) if around == "residual" else None
-        ours = step_linear_triton.project(x.to(dtype), linear, residual=added, **options)
+        ours = module.project(x.to(dtype), linear, residual=added, **options)
         assert_as_accurate([ours], [same], [exact], ("output",))
 
 
@@ -151,7 +156,7 @@ def test_linear_layer_on_one_token(around, size, dtype, monkeypatch):
 def test_steps_that_the_kernels_leave_to_pytorch(what, monkeypatch):
     model = build()
     ids = torch.randint(0, 50, (2, 9), device=DEVICE)
-    kernels = "hf_linear_attn.modeling.leap_step_triton.step_kernels"
+    kernels = "hf_linear_attn.modeling.leap.kernels.block_step.step_kernels"
     monkeypatch.setattr(kernels, lambda *a: pytest.fail("the kernels ran"))
     cache, options = RecurrentCache(config=model.config), {}
     if what == "padding":
@@ -169,10 +174,14 @@ def test_steps_that_the_kernels_leave_to_pytorch(what, monkeypatch):
         if DEVICE == "cuda":
             model(ids[:, 8:], cache=cache, use_cache=True, **options)
         else:
-            from hf_linear_attn.modeling import leap_step
-
-            monkeypatch.setattr(leap_step, "runs_triton", lambda x, obstacle: obstacle is None)
-            model(ids[:, 8:], cache=cache, use_cache=True, **options)
+            with recorded_choices() as choices:
+                model(ids[:, 8:], cache=cache, use_cache=True, **options)
+            device = "it runs on CUDA devices, the input is on cpu"
+            reasons = [
+                x.reasons["one decoding step in four kernels"] for x in choices if x.function == "LeapBlock.forward"
+            ]
+            assert len(reasons) == 4
+            assert all(reason.removeprefix(device) for reason in reasons), "nothing but the device speaks against it"
 
 
 FAMILIES = {

@@ -8,10 +8,10 @@ from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_gpu, needs_kern
 from torch import nn
 
 from hf_linear_attn import LeapConfig, LeapModel
-from hf_linear_attn.modeling.backend import use_backend
-from hf_linear_attn.modeling.modeling_leap import LeapMLP
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
+from hf_linear_attn.modeling.leap.modeling_leap import LeapMLP
 
-pytestmark = needs_kernels
+pytestmark = [*needs_kernels, pytest.mark.interpreted]
 NAMES = ("output", "input", "up weight", "up bias", "down weight", "down bias")
 
 
@@ -41,7 +41,7 @@ def test_feed_forward(rows, width, dtype):
 def test_all_values(dtype):
     """Every number from -12 to 12, without its neighbours' help: the error of GELU itself and of its derivative."""
     x = torch.linspace(-12, 12, 100_001, device=DEVICE).to(dtype)[:, None]
-    from hf_linear_attn.modeling.gelu_linear_triton import bias_gelu, bias_gelu_backward
+    from hf_linear_attn.modeling.kernels.gelu_linear import bias_gelu, bias_gelu_backward
 
     zero, ones = torch.zeros(1, device=DEVICE, dtype=dtype), torch.ones_like(x)
     wide = x.double().requires_grad_()

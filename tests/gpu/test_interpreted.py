@@ -5,6 +5,7 @@ Also: a machine with Triton, or with flash-linear-attention, and no GPU runs eve
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,29 +13,24 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Of each module one case or a few of every kernel, chosen by name, in one process: all of them take four minutes.
-QUICK = {
-    "test_leap_kernels": "near_windows and 70-4-True or masks_documents and None-True-True-True",
-    "test_danet_kernels": "test and not fixed_max_norm and not max_norm-True-False and not max_norm-False-True",
-    "test_danet_causal_kernels": "padding or keys_that_are",
-    "test_sea_kernels": "slots or narrow or causal_kernel and 16 and False and not 70 or sort and 1-query",
-    "test_decoding": "exact_angles or linear or fused_step and True and rotary or danet_step and True and g_sw-rotary",
-    "test_gelu_kernels": "test",
-    "test_normed_linear": "test",
-    "test_cross_entropy_kernels": "test",
-    "test_launches": "test",
-    "test_leap_block_training": "recomputed-4",
-    "test_second_derivatives": "test and not mechanism and not padded",
+# Of each module one case or a few of every kernel, by their mark, in one process: all of them take four minutes.
+MODULES = {
+    path.stem: path.read_text()
+    for path in sorted(Path(__file__).parent.glob("test_*.py"))
+    if "mark.interpreted" in path.read_text() and path.name != Path(__file__).name
 }
+
 
 RUN_EVERY_FAMILY = """
 import torch
 import hf_linear_attn
 from transformers import AutoConfig, AutoModel
-from hf_linear_attn.modeling import backend
+from hf_linear_attn.modeling.kernels import dispatch as backend
 assert backend.HAS_TRITON, "the machine of this test has Triton"
 size = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 64}
 for family in ("leap", "fastformer", "danet"):
@@ -43,7 +39,7 @@ for family in ("leap", "fastformer", "danet"):
     out.square().mean().backward()
     with torch.no_grad():
         model.eval()(torch.randint(0, 20, (2, 40)))
-from hf_linear_attn.modeling.sea_attention import SeaAttentionCore, SeaOptions
+from hf_linear_attn.modeling.sea.attention import SeaAttentionCore, SeaOptions
 layer = SeaAttentionCore(SeaOptions(2, 8, True, 4, 8, max_positions=32))
 layer(*torch.randn(3, 1, 2, 20, 8).requires_grad_()).context.sum().backward()
 print("ran")
@@ -73,18 +69,21 @@ def interpret(modules, *selection: str) -> str:
 @pytest.fixture(scope="module")
 def quick_run():
     """The quick cases of all modules in one process: what was printed."""
-    return interpret(QUICK, "-k", " or ".join(f"{module} and ({cases})" for module, cases in QUICK.items()))
+    return interpret(MODULES, "-m", "interpreted")
 
 
 @needs_interpreter
-@pytest.mark.parametrize("module", QUICK)
+@pytest.mark.parametrize("module", MODULES)
 def test_small_cases_through_the_interpreter(quick_run, module):
+    """Of every module a case ran, and of every test that has the mark by itself."""
     assert f"PASSED tests/gpu/{module}.py::" in quick_run
+    for test in re.findall(r"^@pytest\.mark\.interpreted.*\ndef (test_\w+)", MODULES[module], flags=re.MULTILINE):
+        assert re.search(rf"^PASSED tests/gpu/{module}\.py::{test}\b", quick_run, flags=re.MULTILINE), test
 
 
 @pytest.mark.slow
 @needs_interpreter
-@pytest.mark.parametrize("module", QUICK)
+@pytest.mark.parametrize("module", MODULES)
 def test_all_small_cases_through_the_interpreter(module):
     assert "PASSED" in interpret([module])
 

@@ -5,16 +5,19 @@ import torch
 import torch.nn.functional as F
 from gpu.device import DEVICE, needs_kernels
 
-from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
 
 pytest.importorskip("triton")
 
-from hf_linear_attn.modeling import dense_attention_triton, gram_triton, sparse_attention_triton, sparse_tiles_triton
-from hf_linear_attn.modeling.cross_entropy import cross_entropy
-from hf_linear_attn.modeling.danet_norms_triton import between_blocks
-from hf_linear_attn.modeling.step_linear import step_linear
+from hf_linear_attn.modeling.danet.kernels import gram as gram_kernels
+from hf_linear_attn.modeling.danet.kernels.between_blocks import between_blocks
+from hf_linear_attn.modeling.kernels import causal_bilinear as dense_attention_triton
+from hf_linear_attn.modeling.kernels.step_linear import step_linear
+from hf_linear_attn.modeling.sea.kernels import sparse_attention as sparse_attention_triton
+from hf_linear_attn.modeling.sea.kernels import sparse_tiles as sparse_tiles_triton
+from hf_linear_attn.modeling.shared.cross_entropy import cross_entropy
 
-pytestmark = needs_kernels
+pytestmark = [*needs_kernels, pytest.mark.interpreted]
 LAST_AXES = 65535  # most programs along the second and third axis of a CUDA grid
 MANY = LAST_AXES + 1
 
@@ -36,8 +39,8 @@ def bilinear():
 
 
 def gram():
-    gram_triton._gram(torch.empty(MANY, 64, 128, dtype=torch.bfloat16, device=DEVICE))
-    gram_triton.add_transpose_(torch.empty(MANY, 1, 1, device=DEVICE))
+    gram_kernels._gram(torch.empty(MANY, 64, 128, dtype=torch.bfloat16, device=DEVICE))
+    gram_kernels.add_transpose_(torch.empty(MANY, 1, 1, device=DEVICE))
 
 
 def select():
@@ -55,7 +58,7 @@ def tiles():
 def test_any_number_of_rows(launch, monkeypatch):
     """A row of a million tokens has thousands of windows, and a packed one thousands of documents: each is a row here."""
     grids = []
-    for module in (dense_attention_triton, gram_triton, sparse_attention_triton, sparse_tiles_triton):
+    for module in (dense_attention_triton, gram_kernels, sparse_attention_triton, sparse_tiles_triton):
         for name in [name for name in vars(module) if name.endswith("_kernel") and name.startswith("_")]:
             monkeypatch.setattr(module, name, Recorder(grids))
     launch()
@@ -88,7 +91,7 @@ def test_a_transposed_weight():
     with torch.no_grad(), use_backend("auto" if DEVICE == "cuda" else "torch"):
         expected = F.linear(x, linear.weight)
         torch.testing.assert_close(step_linear(linear, x), expected, atol=1e-4, rtol=1e-4)
-    with torch.no_grad(), use_backend("triton"), pytest.raises(ValueError, match="more than its weight"):
+    with torch.no_grad(), use_backend("triton"), pytest.raises(ValueError, match="more than a Linear with its weight"):
         step_linear(linear, x)
 
 

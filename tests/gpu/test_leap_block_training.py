@@ -8,8 +8,8 @@ from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_gpu, needs_kern
 from torch import nn
 
 from hf_linear_attn import LeapBlock, LeapConfig
-from hf_linear_attn.modeling import leap_block_training
-from hf_linear_attn.modeling.backend import use_backend
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
+from hf_linear_attn.modeling.leap.kernels import block_training as leap_block_training
 
 pytestmark = needs_kernels
 WIDTH, HEADS = (256, 4) if DEVICE == "cuda" else (32, 2)
@@ -60,6 +60,7 @@ def steps(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("kind", ["whole", "recomputed", "packed", "padded", "rotary"])
+@pytest.mark.interpreted("recomputed-4")
 def test_block(kind, window, dtype, steps):
     block, x, arguments = make_block(window), make_input(), {}
     if kind == "recomputed":

@@ -4,8 +4,8 @@ import pytest
 import torch
 from gpu.device import DEVICE, DTYPES, assert_as_accurate, needs_gpu, needs_kernels, poison, sizes
 
-from hf_linear_attn.modeling.backend import use_backend
-from hf_linear_attn.modeling.leap_mechanism import leap_mechanism
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
+from hf_linear_attn.modeling.leap.mechanism import leap_mechanism
 
 pytestmark = needs_kernels
 
@@ -60,9 +60,10 @@ def test_head_sizes(dtype, window, head):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [1, 4, 17])
 @pytest.mark.parametrize("length", [2, 31, 70])
+@pytest.mark.interpreted("70-4-True")
 def test_near_windows_in_one_backward_kernel(length, window, packed, monkeypatch):
     """What bfloat16 takes by itself, in float32."""
-    monkeypatch.setattr("hf_linear_attn.modeling.leap_mechanism_triton.SMALL_DTYPES", (torch.float32,))
+    monkeypatch.setattr("hf_linear_attn.modeling.leap.kernels.mechanism.SMALL_DTYPES", (torch.float32,))
     projected, arguments = make(length, 16, packed=packed)
     compare(projected, window, arguments)
 
@@ -71,6 +72,7 @@ def test_near_windows_in_one_backward_kernel(length, window, packed, monkeypatch
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.interpreted("None-True-True-True")
 def test_masks_documents_rotation(window, masked, packed, rotated):
     for length in (50, 333) if DEVICE == "cuda" else (70,):
         projected, arguments = make(length, masked=masked, packed=packed)

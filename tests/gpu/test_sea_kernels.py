@@ -6,11 +6,11 @@ import pytest
 import torch
 from gpu.device import DEVICE, DTYPES, INTERPRETED, assert_as_accurate, needs_gpu, needs_kernels, poison, sizes
 
-from hf_linear_attn.modeling.backend import use_backend
-from hf_linear_attn.modeling.cell_maps import select_cells
-from hf_linear_attn.modeling.kernel_attention import causal_kernel_attention
-from hf_linear_attn.modeling.narrow_norm import narrow_layer_norm
-from hf_linear_attn.modeling.sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
+from hf_linear_attn.modeling.sea.cells import select_cells
+from hf_linear_attn.modeling.sea.estimator import narrow_layer_norm
+from hf_linear_attn.modeling.sea.kernel_attention import causal_kernel_attention
+from hf_linear_attn.modeling.sea.sparse_attention import chunked_sparse_attention, dense_sparse_attention, grow_cells
 
 pytestmark = needs_kernels
 
@@ -33,7 +33,7 @@ def case(length, head=16, heads=4, groups=2, cells=16, causal=True, dtype=torch.
 def form(request, monkeypatch):
     """Short rows run in tiles of pairs, long ones key by key: both forms on the small cases."""
     if request.param == "keys":
-        monkeypatch.setattr("hf_linear_attn.modeling.sparse_attention_triton.TILED_KEYS", 0)
+        monkeypatch.setattr("hf_linear_attn.modeling.sea.kernels.sparse_attention.TILED_KEYS", 0)
 
 
 def attend(backend, inputs, chosen, seen, limit, slots):
@@ -66,6 +66,7 @@ def test_head_sizes_and_limits(head, limit, form):
     compare(*case(20, head), limit=limit)
 
 
+@pytest.mark.interpreted
 def test_slots_of_a_cache():
     inputs, chosen, seen = case(18)
     slots = torch.stack([torch.randperm(21)[:18] for _ in range(2)]).to(DEVICE)
@@ -95,6 +96,7 @@ def test_agrees_with_the_definition():
 
 @pytest.mark.parametrize("group", ["causal_batch", "query"])
 @pytest.mark.parametrize("length", sizes([1, 15], [500, 3000]))
+@pytest.mark.interpreted("1-query")
 def test_the_same_cells_as_the_sort(length, group):
     generator = torch.Generator().manual_seed(length)
     # Rounded, so that many entries are equal: ties go to the smaller index.
@@ -111,6 +113,7 @@ def test_the_same_cells_as_the_sort(length, group):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 60), (300, 16), (5, 256)])
+@pytest.mark.interpreted
 def test_narrow_layer_norm(rows, width, dtype):
     generator = torch.Generator().manual_seed(width)
     norm = torch.nn.LayerNorm(width)
@@ -135,6 +138,7 @@ def test_narrow_layer_norm(rows, width, dtype):
 
 @pytest.mark.parametrize("continued", [False, True])
 @pytest.mark.parametrize("size", sizes([(2, 5, 16), (70, 33, 16)], [(500, 33, 64), (300, 100, 80)]), ids=str)
+@pytest.mark.interpreted(r"\(2, 5, 16\)-False")
 def test_causal_kernel_attention(size, continued):
     """Numerators and the sum of features, all gradients, and the state that goes on."""
     length, features, width = size

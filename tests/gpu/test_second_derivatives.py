@@ -5,8 +5,8 @@ import torch
 from gpu.device import DEVICE, needs_kernels
 
 from hf_linear_attn import DanetConfig, DanetModel, LeapConfig, LeapModel
-from hf_linear_attn.modeling.backend import use_backend
-from hf_linear_attn.modeling.sea_attention import SeaAttentionCore, SeaOptions
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
+from hf_linear_attn.modeling.sea.attention import SeaAttentionCore, SeaOptions
 
 pytestmark = needs_kernels
 SIZE = {
@@ -68,6 +68,7 @@ def assert_close(found, wanted):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.interpreted("blocks of LEAP|stream of DANet")
 def test_models(name):
     make, padded, steps = MODELS[name]
     torch.manual_seed(0)
@@ -94,6 +95,7 @@ def test_models(name):
     assert all(step in behind for step in steps), behind
 
 
+@pytest.mark.interpreted
 def test_sea_layer():
     """Kernel attention, narrow norms and attention on the kept keys."""
     torch.manual_seed(0)
@@ -110,6 +112,7 @@ def test_sea_layer():
     assert_close(gradients(torch.float32, "triton"), wanted)
 
 
+@pytest.mark.interpreted
 def test_dropped_entries_are_refused():
     """The kernel draws them for first derivatives alone."""
     model = leap(attention_dropout=0.5).to(DEVICE).train()

@@ -10,10 +10,9 @@ from huggingface_hub import ModelCard
 from transformers import Trainer, TrainingArguments
 
 from hf_linear_attn.cli.main import main
+from hf_linear_attn.families import FAMILIES
 from hf_linear_attn.hub import ModelCardCallback, build_card
-from hf_linear_attn.hub.card_facts import FAMILY_TEXTS
-from hf_linear_attn.modeling.recurrent_cache import RecurrentCache
-from hf_linear_attn.registration import FAMILIES
+from hf_linear_attn.modeling.shared.states.cache import RecurrentCache
 
 REPORT = {
     "family": "leap", "parameters": 1, "text": "speeches: 1790 to 2026", "steps": 40, "training_tokens": 4000,
@@ -102,11 +101,10 @@ def test_state_and_speed_are_measured():
 
 
 def test_every_family_has_its_text():
-    """Each family of the registration table, and a citation that names a work."""
-    assert set(FAMILIES) <= set(FAMILY_TEXTS)
-    for summary, citation in FAMILY_TEXTS.values():
-        assert summary.endswith(".")
-        assert re.match(r"@\w+\{\w+,\n.*title = ", citation, flags=re.S)
+    """What it is, and a citation that names a work."""
+    for family in FAMILIES.values():
+        assert family.card.summary.endswith(".")
+        assert re.match(r"@\w+\{\w+,\n.*title = ", family.card.citation, flags=re.S)
 
 
 def test_other_models_are_refused(tmp_path):

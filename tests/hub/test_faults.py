@@ -95,6 +95,11 @@ class TestConfigurations:
             AutoModel.from_pretrained(saved[1])
 
 
+def contents(folder):
+    """Every file of a folder, and what is in it."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 class TestFullDisk:
     """A save that cannot finish leaves the checkpoint that was there."""
 
@@ -114,10 +119,10 @@ class TestFullDisk:
     @pytest.mark.parametrize("options", [{}, {"include_code": False}, {"max_shard_size": "4KB"}], ids=str)
     def test_previous_checkpoint_survives(self, saved, row, options):
         """The error says so, nothing of the attempt stays, and the old weights load."""
-        before = {path.name: path.read_bytes() for path in saved[1].iterdir()}
+        before = contents(saved[1])
         with pytest.raises(OSError, match=r"could not be written.*unchanged"):
             self.save_with_little_room(row.build("AutoModel", seed=1), saved[1], **options)
-        assert {path.name: path.read_bytes() for path in saved[1].iterdir()} == before
+        assert contents(saved[1]) == before
         torch.testing.assert_close(first_output(AutoModel.from_pretrained(saved[1]).eval()), first_output(saved[0]))
 
     @one_row_a_family
@@ -192,7 +197,9 @@ class TestUnwantedCode:
     """Code in a checkpoint runs only for who asked for it."""
 
     def _spoil(self, folder, marker):
-        for path in folder.glob("*.py"):
+        files = list((folder / "code").glob("*.py"))
+        assert files
+        for path in files:
             path.write_text(f"open({str(marker)!r}, 'w')\n" + path.read_text())
 
     @one_row_a_family

@@ -1,6 +1,7 @@
 """Every family and head goes to the Hub and comes back the same, with everything `push_to_hub` offers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
+from hf_linear_attn.families import FAMILIES
 from hf_linear_attn.hub import PushCodeCallback
-from hf_linear_attn.registration import FAMILIES
+
+pytestmark = pytest.mark.long
 
 
 def auto(head):
@@ -38,10 +41,10 @@ def test_the_repository_holds_code_and_a_complete_map(hub, row):
     row.build("AutoModel").push_to_hub("user/model")
     files = hub.files("user/model")
     auto_map = json.loads(files["config.json"])["auto_map"]
-    assert set(auto_map) == {"AutoConfig", *FAMILIES[row.family][1]}
+    assert set(auto_map) == {"AutoConfig", *FAMILIES[row.family].heads}
     for reference in auto_map.values():
         file, name = reference.split(".")
-        assert f"class {name}(" in files[f"{file}.py"].decode()
+        assert re.search(rf"^(class {name}\(|    {name},$)", files[f"{file}.py"].decode(), re.MULTILINE), reference
 
 
 @one_row_a_family
@@ -147,11 +150,11 @@ def test_trainer_pushes_each_save_with_its_code(hub, tokenizer, tmp_path):
     train("during", [PushCodeCallback()])
     for commit in hub.commits("user/during"):
         if "config.json" in commit["files"]:
-            assert f"modeling_{row.family}.py" in commit["files"], commit["title"]
+            assert f"code/modeling_{row.family}.py" in commit["files"], commit["title"]
     trainer = train("after", [])
     trainer.push_to_hub()
     files = hub.files("user/after")
-    assert {"README.md", "tokenizer.json", "model.safetensors", f"modeling_{row.family}.py"} <= set(files)
+    assert {"README.md", "tokenizer.json", "model.safetensors", f"code/modeling_{row.family}.py"} <= set(files)
     loaded = auto("AutoModelForCausalLM").from_pretrained("user/after").eval()
     torch.testing.assert_close(first_output(loaded), first_output(trainer.model.eval()), rtol=0, atol=0)
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from hf_linear_attn import FastformerConfig, FastformerModel, LeapConfig, LeapForCausalLM, LeapModel
 from hf_linear_attn.hub import add_code
-from hf_linear_attn.modeling import whole_files
-from hf_linear_attn.modeling.whole_files import write_whole
+from hf_linear_attn.modeling.shared.files import whole_files
+from hf_linear_attn.modeling.shared.files.whole_files import write_whole
 
 SMALL, WHOLE = {"max_shard_size": "2KB"}, {}
 link = os.link
@@ -121,8 +121,8 @@ def test_killed_after_any_operation(tmp_path, after_each_operation, change):
     for state in (states[switched - 1], states[switched], states[switched + 2]):
         numbered(3).save_pretrained(state)
         assert number_in(state) == 3
-        others = {path.name for path in state.iterdir()} - {path.name for path in state.glob("*.py")}
-        assert others == {"config.json", "generation_config.json", "model.safetensors"}
+        names = {path.name for path in state.iterdir()}
+        assert names == {"code", "config.json", "generation_config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(("change", "auto"), [("same sizes", True), ("same sizes", False), ("whole to shards", False)])
@@ -270,6 +270,7 @@ class TestWhatStays:
             "own.py": "y",
             "model_card.md": "z",
             "other.safetensors": "w",
+            "code/own.py": "u",
             "extra/model.safetensors": "v",
         }
         (tmp_path / "extra").mkdir()
@@ -281,8 +282,8 @@ class TestWhatStays:
         fresh = tmp_path / "fresh"
         FastformerModel(FastformerConfig(**sizes)).save_pretrained(fresh)
         tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-        files = {path.name for path in tmp_path.iterdir() if path.is_file()}
-        assert files - tokenizer == {path.name for path in fresh.iterdir()} | {n for n in own if "/" not in n}
+        files = whole_files.files_in(tmp_path)
+        assert files - tokenizer == whole_files.files_in(fresh) | {n for n in own if not n.startswith("extra/")}
         assert {name: (tmp_path / name).read_text() for name in own} == own
 
     def test_over_a_checkpoint_of_transformers(self, tmp_path, after_each_operation):
@@ -344,7 +345,7 @@ class TestLeftovers:
         with whole_files.staging_folder(tmp_path) as living:
             numbered(2).save_pretrained(tmp_path)
             names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
-            assert names == {living.name, "saving-in-progress-kept"}  # the last is nobody's name
+            assert names == {"code", living.name, "saving-in-progress-kept"}  # the last is nobody's name
 
     def test_a_killed_process(self, tmp_path):
         """SIGKILL while it saves, again and again: one of the two, and nothing left after the next save."""
@@ -391,7 +392,7 @@ def test_pushing_while_saving(hub, tmp_path):
     (folder / "notes.txt").write_text("my own")
     numbered(2).save_pretrained(folder, push_to_hub=True, repo_id="user/model", commit_message="second")
     files = hub.files("user/model")
-    assert {"config.json", "model.safetensors", "modeling_leap.py", "README.md"} <= set(files)
+    assert {"config.json", "model.safetensors", "code/modeling_leap.py", "README.md"} <= set(files)
     assert "notes.txt" not in files
     assert hub.commits("user/model")[-1]["title"] == "second"
     assert number_in("user/model") == number_in(folder) == 2
@@ -405,7 +406,7 @@ def test_code_is_completed_at_one_stroke(tmp_path, after_each_operation):
     """`add_code` killed at any moment leaves a checkpoint that loads, and no code of another release is half replaced."""
     folder = tmp_path / "model"
     numbered(1).save_pretrained(folder)
-    for path in folder.glob("*.py"):
+    for path in (folder / "code").glob("*.py"):
         path.write_text("raise ImportError('of an older release')\n" + path.read_text())
     states = states_of(folder, after_each_operation, lambda: add_code(folder))
     kinds = []

@@ -16,6 +16,8 @@ from torch.export import Dim, export
 
 from hf_linear_attn.exporting import DecodeStep, OnnxDecoder, Prefill, empty_state, save_onnx_step
 
+pytestmark = pytest.mark.long
+
 BATCH, LENGTH = Dim("batch", min=1, max=64), Dim("length", min=2, max=128)
 
 # LEAP's step in every run of the tests, those of the other families among the slow ones: each export takes seconds.

@@ -8,8 +8,8 @@ from common.tiny import one_row_a_family, some_ids
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_linear_attn.modeling.releases import RELEASE
-from hf_linear_attn.registration import LORA_TARGETS
+from hf_linear_attn.families import FAMILIES
+from hf_linear_attn.modeling.shared.releases import RELEASE
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install hf-linear-attn[peft]")
 # PEFT itself still asks for a name that Transformers will drop in its version 6.
@@ -49,7 +49,7 @@ def test_default_targets(row):
     model = peft.get_peft_model(row.build("AutoModel"), peft.LoraConfig(r=2))
     found = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_" in name}
     assert found
-    assert found <= set(LORA_TARGETS[row.family])  # a hybrid family also names the layers of its other blocks
+    assert found <= set(FAMILIES[row.family].lora_targets)  # a hybrid family also names the layers of its other blocks
     stirred(model)
     output = model(input_ids=some_ids()).last_hidden_state
     output.square().sum().backward()
@@ -191,7 +191,9 @@ def test_adapters_of_transformers_own(row, tmp_path):
     if row.family == "sea" and Version(peft.__version__) < Version("0.21"):
         pytest.skip("this PEFT finds the adapters of a body called `model` only; SEA's is called `host`")
     model = row.causal_lm()
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=LORA_TARGETS[row.family]), adapter_name="default")
+    model.add_adapter(
+        peft.LoraConfig(r=2, target_modules=list(FAMILIES[row.family].lora_targets)), adapter_name="default"
+    )
     stirred(model)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} & {"config.json", "model.safetensors"} == set()

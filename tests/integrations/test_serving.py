@@ -1,5 +1,6 @@
 """Transformers' own server, with this package imported in its process, answers for a saved folder, whole and in a stream."""
 
+import contextlib
 import json
 import os
 import socket
@@ -10,8 +11,12 @@ import urllib.error
 import urllib.request
 
 import pytest
-from common.families import first_rows
+from common.families import ROWS, first_rows
 from common.tiny import word_tokenizer
+
+from hf_linear_attn import PACKAGED_MODEL
+from hf_linear_attn.cli.main import main
+from hf_linear_attn.cli.serve import _lines, parser
 
 pytest.importorskip("fastapi", reason="needs the server's packages: pip install hf-linear-attn[serve]")
 pytest.importorskip("uvicorn", reason="needs the server's packages: pip install hf-linear-attn[serve]")
@@ -37,14 +42,13 @@ def post(url: str, body: dict) -> str:
         raise AssertionError(f"{error.code}: {error.read().decode()[:2000]}") from error
 
 
-@pytest.fixture(scope="module")
-def server():
-    """The address of `transformers serve`, started as its own command would start it."""
-    port = free_port()
-    command = [sys.executable, "-c", START, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+@contextlib.contextmanager
+def started(words: list[str], port: int):
+    """The address of a server that these words start, when it answers; stopped at the end."""
     process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, *words, "--port", str(port), "--device", "cpu"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
@@ -61,6 +65,13 @@ def server():
         process.terminate()
         process.wait(30)
         process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of `transformers serve`, started as its own command would start it."""
+    with started(["-c", START, "serve", "--host", "127.0.0.1"], free_port()) as url:
+        yield url
 
 
 @first_rows
@@ -83,3 +94,47 @@ def test_chat(row, server, tmp_path):
     parts = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: {")]
     streamed = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts if part.get("choices"))
     assert streamed.split() == text.split()
+
+
+def streamed(url: str, body: dict) -> str:
+    """The text of a stream of events."""
+    events = post(url, {**body, "stream": True})
+    parts = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: {")]
+    return "".join(part["choices"][0].get("text") or "" for part in parts if part.get("choices"))
+
+
+def test_our_command_serves_the_packaged_model():
+    """`hf-linear-attn serve`: a whole answer, the same as a stream, and OpenAI's client."""
+    port = free_port()
+    body = {"model": PACKAGED_MODEL, "prompt": "My fellow citizens", "max_tokens": 6, "temperature": 0.0}
+    with started(["-m", "hf_linear_attn_cli", "serve"], port) as url:
+        text = json.loads(post(f"{url}/v1/completions", body))["choices"][0]["text"]
+        assert text.split()
+        assert streamed(f"{url}/v1/completions", body).split() == text.split()
+        openai = pytest.importorskip("openai")
+        found = openai.OpenAI(base_url=f"{url}/v1", api_key="none").completions.create(**body)
+        assert found.choices[0].text.split() == text.split()
+
+
+def test_our_command_listens_on_loopback_and_refuses_what_it_cannot_serve(capsys, tmp_path):
+    """Before anything is loaded: a folder that is not there, a port that is taken; then a model that writes no text."""
+    assert parser().parse([])["host"] == "127.0.0.1"
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", str(tmp_path / "absent")])
+    assert stop.value.code == 2
+    assert "there is no folder" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["serve", "--port", str(taken.getsockname()[1])]) == 1
+    assert "--port takes another one" in capsys.readouterr().err
+    next(row for row in ROWS if row.name == "danet-encoder").build("AutoModelForMaskedLM").save_pretrained(tmp_path)
+    assert main(["serve", str(tmp_path), "--port", str(free_port())]) == 1
+    assert "writes no text" in capsys.readouterr().err
+
+
+def test_what_is_not_loopback_is_said():
+    about = {"model": "m", "address": "http://0.0.0.0:8000/v1", "chat": True}
+    assert "transformers chat m http://0.0.0.0:8000/v1" in "\n".join(_lines(about, "0.0.0.0"))
+    assert "there is no password" in "\n".join(_lines(about, "0.0.0.0"))
+    assert "there is no password" not in "\n".join(_lines(about, "127.0.0.1"))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common.families import HYBRIDS, first_rows
+from common.families import FIRST, HYBRIDS, first_rows, in_every_run
 from common.tiny import some_ids, word_tokenizer
 
 trl = pytest.importorskip("trl", reason="needs trl: pip install trl")
@@ -64,7 +64,7 @@ def test_sft_trains_the_models_own_loss(row, tmp_path):
     assert trainer.model.eval().generate(ids, max_new_tokens=3, pad_token_id=0).shape == (1, ids.shape[1] + 3)
 
 
-@first_rows
+@in_every_run("leap", "danet", "sea", of=FIRST)
 def test_adapters_of_sft(row, tmp_path):
     """Every adapter that the model's own loss reaches is trained, those in front of the output matrix, too."""
     peft = pytest.importorskip("peft", reason="needs peft: pip install hf-linear-attn[peft]")
@@ -80,7 +80,7 @@ def test_adapters_of_sft(row, tmp_path):
     assert all("lora_" in name for name in moved)
 
 
-@first_rows
+@in_every_run("leap", "sea", of=FIRST)
 def test_dpo(row, tmp_path):
     """Policy and reference agree at first, so the loss begins at log 2; then the policy moves."""
     arguments = trl.DPOConfig(str(tmp_path), per_device_train_batch_size=2, save_strategy="no", **FEW_STEPS)

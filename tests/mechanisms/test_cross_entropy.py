@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_linear_attn.modeling import cross_entropy as module
-from hf_linear_attn.modeling.cross_entropy import batch_share, cross_entropy, linear_cross_entropy
-from hf_linear_attn.modeling.vocabulary_logits import _PaddedLinear
+from hf_linear_attn.modeling.kernels import cross_entropy as module
+from hf_linear_attn.modeling.shared.cross_entropy import batch_share, cross_entropy, linear_cross_entropy
+from hf_linear_attn.modeling.shared.kernels.padded_vocabulary import PaddedLinear
 
 
 @pytest.fixture(autouse=True)
@@ -141,5 +141,5 @@ def test_logits_of_a_padded_vocabulary_can_be_differentiated_twice():
     x, weight, bias = (
         torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 5), (11, 5), (11,))
     )
-    assert torch.autograd.gradcheck(_PaddedLinear.apply, (x, weight, bias))
-    assert torch.autograd.gradgradcheck(_PaddedLinear.apply, (x, weight, bias))
+    assert torch.autograd.gradcheck(PaddedLinear.apply, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(PaddedLinear.apply, (x, weight, bias))

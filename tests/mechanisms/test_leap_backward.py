@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from hf_linear_attn import LeapConfig, LeapModel
-from hf_linear_attn.modeling import leap_mechanism_torch as spelling
+from hf_linear_attn.modeling.leap.formula import gated_means
+from hf_linear_attn.modeling.leap.kernels.eager_backward import _Leap
+from hf_linear_attn.modeling.leap.mechanism import leap_mechanism
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 150, 3, 8  # three chunks of the scan, the last of them not full
 WINDOWS = [None, 1, 2, 3, 64, 65, 66, 100, 129, 400]
@@ -21,8 +23,10 @@ def draw(dtype=torch.float64, rotated=False):
 
 def compare(inputs, window, kept=None, mask=None, segment_ids=None, tolerance=1e-12):
     given = [x for x in inputs if x is not None]
-    expected, _ = spelling._formula(*inputs, window, kept, mask=mask, segment_ids=segment_ids)
-    out = spelling._Leap.apply(*inputs, window, kept, mask, segment_ids)
+    projected, *rotated = inputs
+    rotated = None if rotated[1] is None else rotated
+    expected, _ = gated_means(projected, rotated, window, kept, mask=mask, segment_ids=segment_ids)
+    out = _Leap.apply(*inputs, window, kept, mask, segment_ids)
     torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
     grad = torch.randn_like(out)
     grads = torch.autograd.grad(out, given, grad)
@@ -53,8 +57,8 @@ def test_equals_formula_with_padding_and_dropped_logits():
 def test_half_precision_sums_in_float32():
     projected, *_ = draw(torch.bfloat16)
     exact = projected.detach().double().requires_grad_()
-    out, wanted = spelling._Leap.apply(projected, None, None, None, None, None, None), None
-    wanted, _ = spelling._formula(exact, None, None, None, None)
+    out, wanted = _Leap.apply(projected, None, None, None, None, None, None), None
+    wanted, _ = gated_means(exact, None, None)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), wanted, rtol=2**-8, atol=1e-6)  # one rounding, at the end
     grad = torch.randn_like(out)
@@ -68,7 +72,7 @@ def test_can_be_differentiated_twice():
     small = torch.randn(1, 5, 4, 1, 2, dtype=torch.float64, requires_grad=True)
 
     def run(x):
-        return spelling.leap_torch(x, None, 3, 0.0)[0]
+        return leap_mechanism(x, 3)[0]
 
     assert run(small).grad_fn.name() == "_LeapBackward"
     assert torch.autograd.gradgradcheck(run, (small,))
@@ -78,7 +82,7 @@ def test_function_transforms_take_the_formula():
     projected, *_ = draw()
 
     def total(x):
-        return spelling.leap_torch(x, None, None, 0.0)[0].square().sum()
+        return leap_mechanism(x)[0].square().sum()
 
     wanted = torch.autograd.grad(total(projected), projected)[0]
     torch.testing.assert_close(torch.func.grad(total)(projected.detach()), wanted)
@@ -86,7 +90,7 @@ def test_function_transforms_take_the_formula():
 
 def test_dropout_spares_keys_and_keeps_the_mean():
     projected = torch.ones(1, 4000, 4, 1, 4, dtype=torch.float64, requires_grad=True)
-    out, _ = spelling.leap_torch(projected, None, None, 0.5)
+    out, _ = leap_mechanism(projected, dropout=0.5)
     seen = out[0, -1].mean() / torch.sigmoid(torch.tensor(2.0))  # a gate between those of dropped queries
     assert 0.5 < seen < 1.2
     assert (out == 0).float().mean() < 0.2, "the gate and the mean are never dropped themselves"

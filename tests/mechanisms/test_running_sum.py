@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_linear_attn.modeling.running_sum import RUN, running_sum
+from hf_linear_attn.modeling.kernels.running_sum import RUN, running_sum
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

@@ -15,29 +15,30 @@ from common.families import FIRST, ROWS
 from common.padding import padded_batch
 
 import hf_linear_attn
-from hf_linear_attn.modeling import (
-    cross_entropy,
-    dense_self_attention,
-    leap_mechanism_torch,
-    normed_linear,
-    relu_feed_forward,
-    relu_product,
-    sparse_attention,
-    vocabulary_logits,
-)
-from hf_linear_attn.modeling.leap_mechanism import leap_mechanism
-from hf_linear_attn.modeling.rotary_embedding import rotate
+from hf_linear_attn.modeling.danet.kernels import relu_feed_forward
+from hf_linear_attn.modeling.danet.kernels import self_attention as dense_self_attention
+from hf_linear_attn.modeling.kernels import normed_linear
+from hf_linear_attn.modeling.leap.formula import gated_means
+from hf_linear_attn.modeling.leap.mechanism import leap_mechanism
+from hf_linear_attn.modeling.sea import sparse_attention
+from hf_linear_attn.modeling.shared import cross_entropy
+from hf_linear_attn.modeling.shared.kernels.padded_vocabulary import PaddedLinear
+from hf_linear_attn.modeling.shared.positions import apply_position_factors, position_factors
+
+
+def turned(projected):
+    """Queries and keys after rotation."""
+    factors = position_factors("rotary", torch.arange(5)[None], projected.shape[-1], 1e4, projected.dtype)
+    return tuple(apply_position_factors(projected[:, :, i], factors) for i in (0, 2))
 
 
 def leap_with_rotation(projected):
     """Rotated queries and keys are made from the projections, which the step takes as well."""
-    rotated = tuple(rotate(projected[:, :, i], torch.arange(5)[None]) for i in (0, 2))
-    return leap_mechanism(projected, None, rotated=rotated)[0]
+    return leap_mechanism(projected, None, rotated=turned(projected))[0]
 
 
 def leap_formula(projected):
-    rotated = (rotate(projected[:, :, i], torch.arange(5)[None]) for i in (0, 2))
-    return leap_mechanism_torch._formula(projected, *rotated, None, None)[0]
+    return gated_means(projected, turned(projected), None)[0]
 
 
 CELLS = torch.rand(1, 2, 5, 4, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -101,16 +102,16 @@ STEPS = {
         lambda x, m, d: F.linear((x @ m).relu(), d),
         [(2, 3, 4), (4, 6), (4, 6)],
     ),
-    "relu_product": (relu_product._relu_product, lambda x, m: (x @ m).relu(), [(2, 3, 4), (4, 6)]),
+    "relu_product": (relu_feed_forward._relu_product, lambda x, m: (x @ m).relu(), [(2, 3, 4), (4, 6)]),
     "_NormedLinear": (normed, normed_formula, [(2, 3, 4), (4,), (4,), (6, 4), (6,)]),
-    "_PaddedLinear": (
-        lambda *inputs: vocabulary_logits._PaddedLinear.apply(*inputs),
+    "PaddedLinear": (
+        lambda *inputs: PaddedLinear.apply(*inputs),
         F.linear,
         [(2, 3, 4), (11, 4), (11,)],
     ),
 }
 # Tested on kernels (tests/gpu/test_second_derivatives.py), or refused (below).
-ELSEWHERE = {"_Rest", "_BetweenBlocks", "_LeaveStream", "_LinearCrossEntropy"}
+ELSEWHERE = {"_Rest", "_BetweenBlocks", "_LeaveStream", "_KernelCrossEntropy", "LinearCrossEntropy"}
 
 
 def inputs_of(shapes):
@@ -151,7 +152,7 @@ def test_every_step_of_its_own_is_here():
         if isinstance(node, ast.ClassDef)
         and any(ast.unparse(base).endswith("autograd.Function") for base in node.bases)
     }
-    assert classes == {name for name in STEPS if name.startswith("_") and " " not in name} | ELSEWHERE
+    assert classes == {name for name in STEPS if name.lstrip("_")[0].isupper() and " " not in name} | ELSEWHERE
 
 
 @pytest.mark.parametrize("row", FIRST[:3], ids=lambda row: row.name)

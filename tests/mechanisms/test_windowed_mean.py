@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from hf_linear_attn.modeling import windowed_mean as module
-from hf_linear_attn.modeling.windowed_mean import attention_rows, windowed_mean, windowed_mean_reference
+from hf_linear_attn.modeling.shared import windowed_mean as module
+from hf_linear_attn.modeling.shared.windowed_mean import attention_rows, windowed_mean, windowed_mean_reference
 
 WINDOWS = [None, 1, 2, 3, 7, 16, 70]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from hf_linear_attn.modeling.sea_attention import SeaAttentionCore, SeaOptions
+from hf_linear_attn.modeling.sea.attention import SeaAttentionCore, SeaOptions
 
 PUBLISHED = Path(__file__).parent / "published_layers.safetensors"
 PUBLISHED_CASES = ("bidirectional_batch", "bidirectional_query_padded", "causal")

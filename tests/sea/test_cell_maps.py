@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_linear_attn.modeling.cell_maps import (
+from hf_linear_attn.modeling.sea.cells import (
     cell_budget,
     cell_start,
     cell_widths,
@@ -92,5 +92,5 @@ def test_published_padded_rows_take_what_the_budget_leaves_over(group):
 
 
 def test_an_unknown_group_is_refused():
-    with pytest.raises(ValueError, match="topk_group must be one of"):
+    with pytest.raises(ValueError, match="`topk_group` is 'rows', expected one of"):
         cell_budget(torch.tensor([3]), 1, 1, 4, "rows")

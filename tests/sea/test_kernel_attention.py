@@ -3,12 +3,10 @@ import math
 import pytest
 import torch
 
-from hf_linear_attn.modeling.kernel_attention import (
+from hf_linear_attn.modeling.sea.kernel_attention import (
     bidirectional_kernel_attention,
     causal_kernel_attention,
     causal_kernel_attention_reference,
-)
-from hf_linear_attn.modeling.random_features import (
     default_num_features,
     orthogonal_gaussian_features,
     relu_features,

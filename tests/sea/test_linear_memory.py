@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_linear_attn.modeling import sea_losses
-from hf_linear_attn.modeling.sea_losses import TeacherTargets
+from hf_linear_attn.modeling.sea import losses as sea_losses
+from hf_linear_attn.modeling.sea.losses import TeacherTargets
 
 from .layers import make_core, make_inputs
 

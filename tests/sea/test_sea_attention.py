@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from hf_linear_attn.conversion.sea import from_published
-from hf_linear_attn.modeling.cell_maps import select_cells
-from hf_linear_attn.modeling.real_token_order import TokenLayout
-from hf_linear_attn.modeling.sea_attention import SeaAttentionCore, SeaOptions
-from hf_linear_attn.modeling.sea_losses import TeacherTargets
+from hf_linear_attn.modeling.sea.attention import SeaAttentionCore, SeaOptions
+from hf_linear_attn.modeling.sea.cells import KeyLayout, select_cells
+from hf_linear_attn.modeling.sea.losses import TeacherTargets
 
 from .layers import PUBLISHED_CASES, make_core, make_inputs, published_case
 
@@ -177,7 +176,7 @@ def decode(core, inputs, mask, pieces):
     state, contexts, start = None, [], 0
     for size in pieces:
         stop = start + size
-        layout = TokenLayout.from_mask(
+        layout = KeyLayout.from_mask(
             None if mask is None else mask[:, :stop], q.shape[0], size, q.device, past_slots=start
         )
         part = (x[:, :, start:stop] for x in (q, k, v))
@@ -261,9 +260,9 @@ def test_gradients_of_a_layer_agree_with_finite_differences(monkeypatch):
         core = make_core(causal, num_heads=1, head_dim=4, predictor_length=8, dtype=torch.float64, backend="chunked")
         inputs = make_inputs(1, 1, 7, 4, dtype=torch.float64, requires_grad=True)
         frozen = core(*inputs).cells
-        monkeypatch.setattr("hf_linear_attn.modeling.sea_attention.select_cells", lambda *_, f=frozen: f)
+        monkeypatch.setattr("hf_linear_attn.modeling.sea.attention.select_cells", lambda *_, f=frozen: f)
         assert torch.autograd.gradcheck(lambda *x, c=core: c(*x).context, inputs)
-        monkeypatch.setattr("hf_linear_attn.modeling.sea_attention.select_cells", select_cells)
+        monkeypatch.setattr("hf_linear_attn.modeling.sea.attention.select_cells", select_cells)
 
 
 def test_redrawn_features_change_the_estimate_and_are_saved():
@@ -283,13 +282,13 @@ def test_redrawn_features_change_the_estimate_and_are_saved():
     [
         ({"predictor_length": 6, "causal": True}, "multiple of 4"),
         ({"predictor_length": 7, "causal": False}, "multiple of 2"),
-        ({"k": 0}, "k must be a positive"),
-        ({"predictor_length": -4}, "predictor_length must be a positive"),
+        ({"k": 0}, "`k` is 0, expected a positive integer"),
+        ({"predictor_length": -4}, "`predictor_length` is -4, expected a positive integer"),
         ({"topk_group": "batch", "causal": True}, "see how later rows score"),
-        ({"topk_group": "rows"}, "topk_group must be one of"),
-        ({"backend": "cuda"}, "backend must be one of"),
-        ({"feature_factor": 0}, "feature_factor must be positive"),
-        ({"max_keys_per_cell": 0}, "max_keys_per_cell must be 1 to 2,147,483,647 or None, got 0"),
+        ({"topk_group": "rows"}, "`topk_group` is 'rows', expected one of"),
+        ({"backend": "cuda"}, "`backend` is 'cuda', expected one of"),
+        ({"feature_factor": 0}, "`feature_factor` is 0, expected a positive number"),
+        ({"max_keys_per_cell": 0}, "`max_keys_per_cell` is 0, expected 1 to 2,147,483,647 or None"),
     ],
 )
 def test_options_outside_their_range_are_refused(options, message):
@@ -309,11 +308,11 @@ def test_inputs_that_do_not_fit_are_refused():
         core(*short, attention_mask=torch.ones(2, 1, 9, 9))
     with pytest.raises(ValueError, match="`attention_mask` has shape"):
         core(*short, attention_mask=torch.ones(2, 8))
-    with pytest.raises(ValueError, match="q must have the shape"):
+    with pytest.raises(ValueError, match="`q` has shape"):
         core(q[:, :1], k, v)
-    with pytest.raises(ValueError, match="v must have the shape"):
+    with pytest.raises(ValueError, match="`v` has shape"):
         core(short[0], short[1], v)
-    with pytest.raises(ValueError, match="scores must have the shape"):
+    with pytest.raises(ValueError, match="the teacher's `scores` has shape"):
         core(*short, teacher=(torch.zeros(2, 2, 8, 9), torch.zeros(2, 9, 16)))
-    with pytest.raises(ValueError, match="either scores"):
+    with pytest.raises(ValueError, match="either `scores`"):
         core(*short, teacher=TeacherTargets(torch.zeros(2, 9, 16)))

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from hf_linear_attn.conversion import linearize
-from hf_linear_attn.modeling.sea_losses import TeacherTargets
+from hf_linear_attn.modeling.sea.losses import TeacherTargets
 from hf_linear_attn.training import sea_distillation
 from hf_linear_attn.training.sea_distillation import (
     SeaDistillationArguments,
@@ -17,6 +17,8 @@ from hf_linear_attn.training.sea_distillation import (
 
 from .hosts import make_ids, make_student, make_teacher
 from .test_linear_memory import LargestTensors
+
+pytestmark = pytest.mark.long
 
 TASKS = {"bert": "AutoModelForSequenceClassification", "llama": "AutoModelForCausalLM", "gpt2": None, "opt": None}
 
@@ -285,8 +287,8 @@ def test_models_that_do_not_belong_together_are_refused(tmp_path):
         make_trainer("llama", tmp_path, student=student, teacher=other)
     with pytest.raises(ValueError, match="holds no SEA model"):
         make_trainer("llama", tmp_path, student=make_teacher("llama"))
-    with pytest.raises(ValueError, match="must have the shape"):
+    with pytest.raises(ValueError, match="has shape"):
         TeacherTargets(scores=torch.zeros(1, 2, 3, 3)).check(1, 2, 4, 8)
     for key in (torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 4, 5), torch.zeros(1, 3, 4, 4)):
-        with pytest.raises(ValueError, match="the teacher's k must have the shape"):
+        with pytest.raises(ValueError, match="the teacher's `k` has shape"):
             TeacherTargets(q=torch.zeros(1, 2, 4, 4), k=key).check(1, 2, 4, 8)

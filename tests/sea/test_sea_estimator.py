@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_linear_attn.modeling.sea_estimator import (
+from hf_linear_attn.modeling.sea.estimator import (
     BidirectionalCellNetwork,
     CausalCellNetwork,
     interpolated_identity,

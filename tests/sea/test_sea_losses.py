@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from hf_linear_attn.modeling import sea_attention, sea_losses
-from hf_linear_attn.modeling.cell_maps import select_cells
-from hf_linear_attn.modeling.sea_losses import TeacherTargets, attention_fidelity, attention_losses
+from hf_linear_attn.modeling.sea import attention as sea_attention
+from hf_linear_attn.modeling.sea import losses as sea_losses
+from hf_linear_attn.modeling.sea.cells import select_cells
+from hf_linear_attn.modeling.sea.losses import TeacherTargets, attention_fidelity, attention_losses
 
 from .layers import make_core, make_inputs
 

@@ -1,4 +1,6 @@
 import json
+import pickle
+from pathlib import Path
 from threading import Thread
 from unittest.mock import patch
 
@@ -8,15 +10,18 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, T5Config
 
 import hf_linear_attn
+from hf_linear_attn import SeaConfig
 from hf_linear_attn.cli.main import main
 from hf_linear_attn.conversion import linearize
-from hf_linear_attn.modeling.configuration_common import FORMAT_FIELD
-from hf_linear_attn.modeling.sea_host_attention import Distillation
-from hf_linear_attn.modeling.sea_inputs import without_padding
-from hf_linear_attn.modeling.sea_losses import TeacherTargets
+from hf_linear_attn.modeling.sea import pretrained
+from hf_linear_attn.modeling.sea.host_attention import Distillation
+from hf_linear_attn.modeling.sea.hosts import padding_known
+from hf_linear_attn.modeling.sea.losses import TeacherTargets
+from hf_linear_attn.modeling.shared.configuration import FORMAT_FIELD
+from hf_linear_attn.modeling.shared.files.exporter import export_code
 from hf_linear_attn.pipelines import QuestionAnsweringPipeline
 
-from .hosts import CAUSAL_HOSTS, HOSTS, host_config, make_ids, make_student, make_teacher
+from .hosts import HOSTS, host_config, make_ids, make_student, make_teacher
 
 TASKS = {
     "bert": [
@@ -154,29 +159,6 @@ def test_fresh_models_draw_the_initial_values_of_the_design(host):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("backend", ["dense", "chunked"])
-def test_padding_anywhere_changes_nothing(host, backend):
-    student = make_student(host, backend=backend)
-    ids = make_ids(3, 24)
-    mask = torch.ones(3, 24, dtype=torch.long)
-    mask[0, 16:] = mask[1, :8] = mask[2, 5:13] = 0
-    padded = student(ids.masked_fill(mask == 0, 7), attention_mask=mask).logits
-    for row in range(3):
-        real = mask[row].bool()
-        torch.testing.assert_close(padded[row, real], student(ids[row : row + 1, real]).logits[0], atol=1e-4, rtol=1e-3)
-    assert student(ids, attention_mask=torch.zeros_like(mask)).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("host", CAUSAL_HOSTS)
-def test_labels_of_padded_tokens_do_not_count(host):
-    student = make_student(host)
-    ids, mask = make_ids(1, 20), torch.ones(1, 20, dtype=torch.long)
-    mask[0, :6] = 0
-    padded = student(ids, attention_mask=mask, labels=ids).loss
-    torch.testing.assert_close(padded, student(ids[:, 6:], labels=ids[:, 6:]).loss, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("host", HOSTS)
 def test_chosen_layers_keep_softmax_attention(host):
     teacher, ids = make_teacher(host), make_ids()
     both = linearize(teacher, "sea", k=4, predictor_length=16, softmax_layers=[0, 1])
@@ -217,27 +199,6 @@ def test_outputs_can_be_taken_apart_and_built_again(host):
     assert type(again) is type(output)
     assert list(again) == list(output)
     assert again.kept_cells[1] is output.kept_cells[1]
-
-
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(host, reentrant):
-    ids, grads = make_ids(), []
-    for checkpointing in (False, True):
-        student = make_student(host)
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        student.train()
-        if checkpointing:
-            name = "activation_checkpointing_enable"  # its name since transformers 5.2x
-            enable = getattr(student, name, None) or student.gradient_checkpointing_enable
-            enable({"use_reentrant": reentrant})
-        student(ids, labels=ids).loss.backward()
-        grads.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-3)
 
 
 def test_targets_give_a_loss_for_each_layer():
@@ -358,14 +319,6 @@ def test_a_resized_host_is_a_resized_model(tmp_path):
     assert loaded(make_ids() + 4).logits.shape[-1] == 44
 
 
-def test_embeddings_can_be_resized():
-    student = make_student("llama", host={"tie_word_embeddings": True})
-    student.resize_token_embeddings(44)
-    assert student.config.vocab_size == student.config.host_config.vocab_size == 44
-    assert student(make_ids()).logits.shape[-1] == 44
-    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
-
-
 def test_number_of_labels_follows_the_host_and_the_keyword():
     config = hf_linear_attn.SeaConfig(host_config=host_config("bert", num_labels=5))
     assert config.num_labels == 5
@@ -383,8 +336,8 @@ def test_number_of_labels_follows_the_host_and_the_keyword():
             r"cannot be put into a model of type 't5'; supported hosts: bert, gpt2, llama, opt",
         ),
         ({"host_config": host_config("llama"), "predictor_length": 18}, "multiple of 4"),
-        ({"host_config": host_config("llama"), "topk_group": "batch"}, "topk_group must be one of"),
-        ({"host_config": host_config("llama"), "k": 0}, "k must be a positive"),
+        ({"host_config": host_config("llama"), "topk_group": "batch"}, "`topk_group` is 'batch', expected one of"),
+        ({"host_config": host_config("llama"), "k": 0}, "`k` is 0, expected a positive"),
         ({"host_config": host_config("bert"), "softmax_layers": [2]}, "layers 0 to 1"),
         ({"host_config": host_config("bert", is_decoder=True)}, "is_decoder=True"),
         ({"host_config": host_config("gpt2", add_cross_attention=True)}, "add_cross_attention"),
@@ -419,7 +372,7 @@ def test_inputs_that_cannot_work_are_refused():
         hf_linear_attn.SeaForTokenClassification(hf_linear_attn.SeaConfig(host_config=host_config("opt")))
     with pytest.raises(ValueError, match="unknown option"):
         linearize(make_teacher("bert"), "sea", windows=3)
-    with pytest.raises(ValueError, match='"sea" only'):
+    with pytest.raises(ValueError, match="turned into sea only"):
         linearize(make_teacher("bert"), "leap")
     with pytest.raises(ValueError, match="leave them out"):
         linearize(make_teacher("bert"), "sea", dtype=torch.float16)
@@ -429,7 +382,7 @@ def test_inputs_that_cannot_work_are_refused():
         hf_linear_attn.SeaConfig(hidden_size=32)
     with pytest.raises(TypeError, match="encoder_hidden_states"):
         student(ids, encoder_hidden_states=torch.zeros(2, 3, 16))
-    with pytest.raises(ValueError, match="the teacher's scores"):
+    with pytest.raises(ValueError, match="the teacher's `scores`"):
         student(ids, distillation=Distillation({0: TeacherTargets(scores=torch.zeros(2, 2, 9, 9))}))
     batch, length = ids.shape
     fit = {0: TeacherTargets(scores=torch.zeros(batch, 2, length, length))}
@@ -439,7 +392,7 @@ def test_inputs_that_cannot_work_are_refused():
         with pytest.raises(ValueError, match="loss_rows"):
             student(ids, distillation=Distillation(fit, torch.tensor(rows, dtype=torch.long)))
     student.set_sparsity(3)
-    with pytest.raises(ValueError, match="k must be a positive integer"):
+    with pytest.raises(ValueError, match="`k` is 0, expected a positive integer"):
         student.set_sparsity(0)
     assert student.config.k == 3
 
@@ -450,11 +403,35 @@ def test_another_thread_pools_its_own_rows():
     row, mask, found = make_ids()[:1], torch.ones(2, 20, dtype=torch.bool), []
     mask[:, :5] = False
     expected = student(row).logits
-    with without_padding(student.host_model, mask):
+    with padding_known(mask):
         other = Thread(target=lambda: found.append(student(row).logits))
         other.start()
         other.join()
     assert torch.equal(found[0], expected)
+
+
+def test_a_pickled_bert_student_still_knows_its_padding():
+    """What its modules know of padding lies in their classes, and goes where the model goes."""
+    student = make_student("bert", "AutoModelForSequenceClassification").eval()
+    ids, mask = make_ids(), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = mask[1, 12:] = 0
+    again = pickle.loads(pickle.dumps(student))
+    assert torch.equal(again(ids, attention_mask=mask).logits, student(ids, attention_mask=mask).logits)
+    alone = again(ids[:1, 7:]).logits
+    torch.testing.assert_close(again(ids, attention_mask=mask).logits[:1], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_the_code_of_an_encoder_generates_nothing(tmp_path):
+    """What only a causal language model needs travels with that alone."""
+    needed = {}
+    for host in ("bert", "llama"):
+        entry = SeaConfig(host_config=host_config(host)).modeling_file
+        needed[entry] = {
+            path.stem for path in export_code(Path(pretrained.__file__).with_name(f"{entry}.py"), tmp_path)
+        }
+    generating = {"shared_causal_lm", "shared_states_generation", "shared_kernels_decoding_graph"}
+    assert not generating & needed["modeling_sea"]
+    assert generating <= needed["modeling_sea_causal"]
 
 
 @pytest.mark.parametrize("host", ["opt", "gpt2"])

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_linear_attn.modeling.cell_maps import select_cells
-from hf_linear_attn.modeling.sparse_attention import (
+from hf_linear_attn.modeling.sea.cells import select_cells
+from hf_linear_attn.modeling.sea.sparse_attention import (
     chunked_sparse_attention,
     dense_sparse_attention,
     grow_cells,

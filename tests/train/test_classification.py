@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score
 from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainerCallback, TrainingArguments, pipeline
 
 from hf_linear_attn.cli import main as cli
+from hf_linear_attn.families import DANET
 from hf_linear_attn.training import classification, language_modeling
 from hf_linear_attn.training.checkpoints import StopOnSignal
 from hf_linear_attn.training.classification import train_classifier
@@ -27,9 +28,10 @@ from hf_linear_attn.training.masked_words import (
     guesses_and_losses,
     measures_of_words,
 )
-from hf_linear_attn.training.model_choice import DANET_POOLER_NORM
 from hf_linear_attn.training.options import TrainingOptions
 from hf_linear_attn.training.tokenized_text import TokenBlocks, train_bpe_tokenizer
+
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture
@@ -260,10 +262,13 @@ def test_the_pooled_vector_of_danet_has_a_norm_that_can_be_switched_off(encoder,
         "vocab_size": 4096,
     }
     few |= {"num_hidden_layers": 4, "num_attention_heads": 2}
-    assert norm_of(classifier(output=str(tmp_path / "normed"), **few)) == DANET_POOLER_NORM
+    assert norm_of(classifier(output=str(tmp_path / "normed"), **few)) == DANET.sizes.classifier["pooler_norm"]
     assert norm_of(classifier(output=plain, config=["pooler_norm=no_ln"], **few)) == "no_ln"
     assert norm_of(classifier(output=str(tmp_path / "again"), **(few | {"from_checkpoint": plain}))) == "no_ln"
-    assert norm_of(classifier(output=str(tmp_path / "new"), steps=2, eval_every=2)) == DANET_POOLER_NORM
+    assert (
+        norm_of(classifier(output=str(tmp_path / "new"), steps=2, eval_every=2))
+        == DANET.sizes.classifier["pooler_norm"]
+    )
 
 
 def test_wrong_checkpoints_are_named(encoder, classifier, tmp_path):

@@ -26,6 +26,8 @@ from hf_linear_attn.training.language_modeling import TrainingInterrupted, train
 from hf_linear_attn.training.measuring import perplexity
 from hf_linear_attn.training.options import TrainingOptions
 
+pytestmark = pytest.mark.long
+
 
 def losses(report):
     return {kind: [(p["step"], p["loss"]) for p in points] for kind, points in report["curve"].items()}

@@ -1,28 +1,29 @@
 """The small LEAP in the package: there, small, trained, and what `generate` takes when no model is named."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_linear_attn.cli.generate import PACKAGED
+from hf_linear_attn import PACKAGED_MODEL
 from hf_linear_attn.cli.main import main
 from hf_linear_attn.training.text_data import EXCERPT_FOLDER
 
 
 def test_it_is_below_five_megabytes_and_holds_what_loading_needs():
-    files = {file.name: file.stat().st_size for file in PACKAGED.iterdir() if file.is_file()}
+    files = {file.name: file.stat().st_size for file in Path(PACKAGED_MODEL).iterdir() if file.is_file()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "training_report.json"} <= set(files)
     assert sum(files.values()) < 5_000_000
 
 
 def test_it_is_trained():
     """On a speech that it has not seen, one token in forty-odd is a fair guess; an untrained model has one in 4096."""
-    model = AutoModelForCausalLM.from_pretrained(PACKAGED).eval()
+    model = AutoModelForCausalLM.from_pretrained(PACKAGED_MODEL).eval()
     assert model.dtype == torch.float32
     speech = (EXCERPT_FOLDER / "1863-Lincoln-1.txt").read_text()[:4000]  # years in 3 are test
-    ids = AutoTokenizer.from_pretrained(PACKAGED)(speech, return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(PACKAGED_MODEL)(speech, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert model(ids, labels=ids).loss.exp() < 150
 
@@ -38,7 +39,7 @@ def test_generate_without_a_model_takes_it(capsys):
 
 def test_a_folder_without_a_prompt_is_not_taken_for_a_prompt(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["generate", str(PACKAGED)])
+        main(["generate", PACKAGED_MODEL])
     assert stop.value.code == 2
     assert "give the text to continue" in capsys.readouterr().err
 

@@ -5,9 +5,12 @@ They come from the source archive of the installed version; every test that is l
 
 import unittest
 
+import pytest
 import torch
 from common.families import ROWS, Row
 from transformers_suite import archive
+
+pytestmark = pytest.mark.long
 
 modeling = archive.load("test_modeling_common")
 configuration = archive.load("test_configuration_common")

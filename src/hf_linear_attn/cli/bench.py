@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from ..families import sized, tasks_of
 from ..training.number_range import COUNT, LARGEST_INT, THREADS, NumberRange
-from ..training.options import path
-from .parser import Parser, one_of
+from .parser import Parser, checkpoint, one_of
+from .quiet import begin_work
 from .result import show, words_aside
 
 DESCRIPTION = """\
@@ -20,14 +21,15 @@ examples:
   hf-linear-attn bench --families leap danet gpt2 --hidden-size 512 --num-hidden-layers 8 --device cuda --dtype bfloat16
 """
 
-FAMILIES = ("leap", "fastformer", "danet", "gpt2")
+FAMILIES = tuple(name for name in sized() if "causal-lm" in tasks_of(name))
+LENGTHS = [128, 512, 2048]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn bench", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("checkpoints", nargs="*", type=path, help="folders or Hub names of causal language models")
+    made.add_argument("checkpoints", nargs="*", type=checkpoint, help="folders or Hub names of causal language models")
     made.add_argument(
         "--families", nargs="+", type=one_of(FAMILIES), default=None, metavar="NAME",
         help=f"fresh models instead, of {', '.join(FAMILIES)} (default: leap gpt2)",
@@ -37,7 +39,8 @@ def parser() -> Parser:
         about = f"of the fresh models (default: {default})"
         made.add_number("--" + name.replace("_", "-"), int, COUNT, about, default)
     made.add_number(
-        "--lengths", int, NumberRange(least=2, most=LARGEST_INT), "tokens (default: 128 512 2048)", [128, 512, 2048],
+        "--lengths", int, NumberRange(least=2, most=LARGEST_INT),
+        "tokens (default: those of 128 512 2048 that the models can read)", None,
         nargs="+",
     )  # fmt: skip
     made.add_number("--new-tokens", int, COUNT, "tokens to write (default: 32)", 32)
@@ -59,19 +62,19 @@ def run(arguments: list[str]) -> int:
     given = command.parse(arguments)
     if given["checkpoints"] and given["families"]:
         command.error("give checkpoints or --families, not both")
+    begin_work()
     import torch
 
     from ..training.speed import compare_speed
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     if given["threads"]:
         torch.set_num_threads(given["threads"])
     as_json = given.get("json", False)
     with words_aside(as_json):
         models = _models(given)
+        lengths = given["lengths"] or _that_fit(models, given["new_tokens"])
         rows = compare_speed(
-            models, given["lengths"], given["batch_size"], given["new_tokens"], given["rounds"], not given["no_train"]
+            models, lengths, given["batch_size"], given["new_tokens"], given["rounds"], not given["no_train"]
         )
     from ..hub.card_facts import machine
 
@@ -102,6 +105,19 @@ def _models(given: dict[str, Any]) -> dict[str, Any]:
     return {name: _fresh(name, given).to(given["device"], dtype) for name in given["families"] or ("leap", "gpt2")}
 
 
+def _that_fit(models: dict[str, Any], new_tokens: int) -> list[int]:
+    """The usual lengths, without those that a model with learned positions cannot read."""
+    from ..hub.card_facts import position_limit
+
+    limits = {title: position_limit(model.config) for title, model in models.items()}
+    longest = min((limit for limit in limits.values() if limit is not None), default=LARGEST_INT) - new_tokens
+    fitting = [length for length in LENGTHS if length <= longest]
+    if len(fitting) < len(LENGTHS):
+        bounded = next(title for title, limit in limits.items() if limit is not None and limit - new_tokens == longest)
+        print(f"texts of {bounded} end at {limits[bounded]:,} tokens: longer ones are left out")
+    return fitting or [max(2, longest)]
+
+
 def _fresh(family: str, given: dict[str, Any]):
     """A random model of a family, as `hf-linear-attn train` would start it."""
     from types import SimpleNamespace
@@ -112,9 +128,9 @@ def _fresh(family: str, given: dict[str, Any]):
     from ..training.options import TrainingOptions
 
     options = TrainingOptions(
-        family=family, causal=family == "danet", hidden_size=given["hidden_size"], vocab_size=given["vocab_size"],
+        family=family, causal=bool(sized()[family].decoder), hidden_size=given["hidden_size"], vocab_size=given["vocab_size"],
         num_hidden_layers=given["num_hidden_layers"], num_attention_heads=given["num_attention_heads"],
-        block_length=max(given["lengths"]) + given["new_tokens"],
+        block_length=max(given["lengths"] or LENGTHS) + given["new_tokens"],
     )  # fmt: skip
     # All that a configuration takes of a tokenizer is its size and its special tokens.
     tokens = type("Vocabulary", (SimpleNamespace,), {"__len__": lambda self: given["vocab_size"]})

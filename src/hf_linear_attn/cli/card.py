@@ -3,11 +3,10 @@
 import os
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
+from ..packaged import PACKAGED_MODEL
 from ..training.options import path
 from .parser import Parser
+from .quiet import begin_work
 from .result import show
 
 DESCRIPTION = """\
@@ -28,7 +27,7 @@ examples:
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn card", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("checkpoint", type=path, help="folder of a saved model")
+    made.add_checkpoint("folder of a saved model")
     made.add_argument("--output", type=path, metavar="FILE", help="where to write (default: README.md in the folder)")
     made.add_argument("--repo", metavar="NAME", help="name on the Hub to load it by (default: the folder's name)")
     made.add_argument(
@@ -49,19 +48,23 @@ def run(arguments: list[str]) -> int:
     folder = Path(given["checkpoint"])
     if not os.path.isfile(folder / "config.json"):
         command.error(f"there is no config.json in {str(folder)!r}: give the folder of a saved model")
+    if given["checkpoint"] == PACKAGED_MODEL and not given["output"]:
+        command.error("the package is no place for a card: name its file with --output")
     output = Path(given["output"] or folder / "README.md")
     if output.exists() and not given["overwrite"]:
         command.error(f"{output} is there already; --overwrite replaces it")
     if given["repo"]:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
         try:
             validate_repo_id(given["repo"])
         except HFValidationError as error:
             command.error(f"--repo is no name on the Hub: {error}")
+    begin_work()
     from ..hub.cards import build_card
-    from ..modeling.whole_files import write_whole
-    from .quiet import quiet_libraries
+    from ..modeling.shared.files.whole_files import write_whole
 
-    quiet_libraries()
     about = {name: given[name] for name in ("repo", "license", "language", "dataset")}
     beside = output.resolve().parent == folder.resolve()
     card = build_card(folder, speed=not given["no_speed"], picture=beside, **about)

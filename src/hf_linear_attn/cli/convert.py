@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from ..families import FAMILIES
 from ..terminal_text import printable
 from ..training.options import key_values, path
 from .parser import Parser, one_of
+from .quiet import begin_work
 from .result import show, words_aside
 
 DESCRIPTION = """\
@@ -26,14 +28,15 @@ examples:
       writes outputs/onnx/step.onnx and the state before the first token beside it
 """
 
-TARGETS = ("sea", "leap", "fastformer", "danet", "onnx")
+LINEARIZED = tuple(name for name, family in FAMILIES.items() if family.linearizes)
+TARGETS = (*LINEARIZED, *(n for n, f in FAMILIES.items() if f.published and n not in LINEARIZED), "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn convert", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("source", type=path, help="folder or Hub name of the checkpoint")
+    made.add_checkpoint("folder or Hub name of the checkpoint", name="source")
     made.add_argument("output", type=path, help="folder for the converted one")
     made.add_argument("--to", required=True, type=one_of(TARGETS), metavar="|".join(TARGETS), help="what to make of it")
     made.add_argument(
@@ -61,17 +64,17 @@ def run(arguments: list[str]) -> int:
         command.error(f"{output} is not empty; --overwrite writes into it")
     if given["to"] != "onnx" and output.exists() and output.resolve() == Path(given["source"]).resolve():
         command.error(f"{output} is the checkpoint itself, which the converted one would replace: name another folder")
-    if given["to"] != "sea" and (given["set"] or given["task"]):
-        command.error("--set and --task belong to --to sea")
-    from ..modeling.configuration_sea import SeaConfig
+    if given["to"] not in LINEARIZED and (given["set"] or given["task"]):
+        command.error(f"--set and --task belong to --to {' or '.join(LINEARIZED)}")
+    begin_work()
     from ..training.model_choice import fitting_values
-    from .quiet import quiet_libraries
 
+    fields = {}
     try:
-        fields = fitting_values(SeaConfig, key_values(given["set"], "--set"), "--set") if given["set"] else {}
+        if given["set"]:
+            fields = fitting_values(FAMILIES[given["to"]].config_class(), key_values(given["set"], "--set"), "--set")
     except ValueError as error:
         command.error(str(error))
-    quiet_libraries()
     as_json = given.get("json", False)
     with words_aside(as_json):
         result = _convert(given, fields, output)
@@ -83,13 +86,11 @@ def run(arguments: list[str]) -> int:
 def _convert(given: dict[str, Any], fields: dict[str, Any], output: Path) -> dict[str, Any]:
     import torch
 
-    import hf_linear_attn  # noqa: F401  (registers our families)
-
     dtype = getattr(torch, given["dtype"]) if given["dtype"] else None
-    if given["to"] == "sea":
+    if given["to"] in LINEARIZED:
         from ..conversion import linearize
 
-        model = linearize(given["source"], "sea", task=given["task"], dtype=dtype, **fields)
+        model = linearize(given["source"], given["to"], task=given["task"], dtype=dtype, **fields)
     elif given["to"] == "onnx":
         from transformers import AutoModelForCausalLM
 

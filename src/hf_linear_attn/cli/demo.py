@@ -14,18 +14,20 @@ from ..training.number_range import COUNT, SEED, THREADS
 from ..training.options import OPTIONS_FILE, path
 from ..training.text_data import EXCERPT_FOLDER
 from .parser import Parser
+from .quiet import begin_work
 from .result import show, words_aside
 
 DESCRIPTION = """\
-Train a small windowed LEAP on the State of the Union speeches, then a causal DANet and a GPT-2 of the same size on the
-same batches; compare their curves, speed, memory and held-out perplexity; load the LEAP from disk and let it write.
-Under ten minutes on two cores.
+The LEAP that comes with the package writes; then a small LEAP, a causal DANet and a GPT-2 of the same size learn the State of
+the Union speeches from the same batches, each with its result; then their curves, speed, memory and held-out perplexity side by
+side, and the new LEAP, loaded from disk, writes. Under four minutes on two quiet cores; --full trains longer (under ten).
 """
 
 EXAMPLES = """\
 examples:
   hf-linear-attn demo
-  hf-linear-attn demo --steps 200 --output outputs/quick      a shorter one
+  hf-linear-attn demo --full                                  what the figures in the documentation are from
+  hf-linear-attn demo --steps 100 --output outputs/quick      a shorter one
 Every step prints the `hf-linear-attn train` or `generate` command that does the same.
 """
 
@@ -40,10 +42,12 @@ SHARED = {
     "block-length": 512,
     "batch-size": 2,
     "learning-rate": 3e-3,
-    "eval-tokens": 30_000,
+    "eval-tokens": 20_000,
     "log-every": 50,
-    "final-eval-tokens": 100_000,
+    "final-eval-tokens": 50_000,
 }
+STEPS = 200
+FULL = {"eval-tokens": 30_000, "final-eval-tokens": 100_000, "steps": 560}
 TINY = {
     "hidden-size": 32,
     "num-hidden-layers": 2,
@@ -54,10 +58,11 @@ TINY = {
     "data": EXCERPT_FOLDER,
 }
 TITLES = {
-    "leap": "LEAP, windows global, 4, 8, 16",
-    "danet": "DANet, causal, of the same size, on the same batches",
-    "gpt2": "GPT-2 of the same size, on the same batches",
+    "leap": "LEAP, windows global, 4, 8, 16, learns",
+    "danet": "DANet, causal, of the same size, learns from the same batches",
+    "gpt2": "GPT-2 of the same size, learns from the same batches",
 }
+STAGES = len(TITLES) + 3
 # A DANet block has 10 d^2 weights where the others have 12 d^2: one layer more gives the same number of parameters.
 EXTRA_LAYERS = {"danet": 1}
 EXTRA_WORDS = {"danet": ["--causal"]}
@@ -76,7 +81,7 @@ COLUMNS = {
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn demo", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_number("--steps", int, COUNT, "optimizer steps of each model (default: 560)", 560)
+    made.add_number("--steps", int, COUNT, f"optimizer steps of each model (default: {STEPS}; --full: {FULL['steps']})")
     made.add_argument(
         "--output",
         type=path,
@@ -86,6 +91,7 @@ def parser() -> Parser:
     )
     made.add_number("--threads", int, THREADS, "CPU threads (default: all cores, at most 8)")
     made.add_number("--seed", int, SEED, "seed of weights and batches (default: 0)", 0)
+    made.add_argument("--full", action="store_true", help="train longer: under ten minutes on two quiet cores")
     made.add_argument("--tiny", action="store_true", help="models and a text so small that it takes half a minute")
     made.add_json()
     return made
@@ -118,26 +124,62 @@ def run(arguments: list[str]) -> int:
 def _compare_and_write(given: dict, output: Path) -> tuple[int, dict]:
     """Train every model, print the comparison and a text; returns the exit code and the reports."""
     threads = given["threads"] or min(8, os.cpu_count() or 1)
+    stage = Stages(len(TITLES))
+    if not given["tiny"]:
+        minutes = "under ten" if given["full"] else "under four"
+        print(
+            f"{STAGES} stages, {minutes} minutes on two quiet cores. Each trained model stays in {output}.", flush=True
+        )
+    stage.begin("the LEAP that comes with the package writes: two million parameters, a state of 52.5 KiB")
+    words = ["generate", PROMPT, "--max-new-tokens", "60", "--seed", str(given["seed"])]
+    print(f"$ hf-linear-attn {shlex.join(words)}\n", flush=True)
+    code = run_as_process(words)
+    if code:
+        return code, {}
     reports: dict[str, dict] = {}
     for family, title in TITLES.items():
-        print(f"\n== {title}", flush=True)
+        stage.begin(title, learns=True)
         code = _train(family, output / family, given, threads)
         if code:
             return code, reports
         reports[family] = json.loads((output / family / "training_report.json").read_text())
-    print("\n== Side by side\n")
+        stage.learnt()
+    stage.begin("side by side")
     print(comparison(reports, output))
-    print("\n== Back from disk through AutoModelForCausalLM, and writing\n", flush=True)
+    stage.begin("LEAP back from disk through AutoModelForCausalLM, writing")
     _write(output, given["seed"], threads)
     return 0, reports
+
+
+class Stages:
+    """Says which stage begins, and how long the rest will take, from what the models took that have learnt."""
+
+    def __init__(self, models: int):
+        self.count, self.waiting, self.started = 0, models, 0.0
+        self.seconds: list[float] = []
+
+    def begin(self, title: str, learns: bool = False) -> None:
+        """The next stage."""
+        self.count, self.started = self.count + 1, time.perf_counter()
+        about = ""
+        if learns and self.seconds:
+            left = self.waiting * sum(self.seconds) / len(self.seconds)
+            about = f" (about {left / self.waiting:.0f} s, and {left / 60:.1f} minutes to the end)"
+        print(f"\n== {self.count} of {STAGES}: {title}{about}\n", flush=True)
+
+    def learnt(self) -> None:
+        """A model has learnt."""
+        self.waiting -= 1
+        self.seconds.append(time.perf_counter() - self.started)
 
 
 def _train(family: str, folder: Path, given: dict, threads: int) -> int:
     """One run as a process of its own, so that its peak memory is its own and the command can be shown."""
     words = ["train", "--family", family, *EXTRA_WORDS.get(family, [])]
-    sizes = SHARED | (TINY if given["tiny"] else {})
+    sizes = {**SHARED, "steps": STEPS} | (FULL if given["full"] else {}) | (TINY if given["tiny"] else {})
+    sizes |= {} if given["steps"] is None else {"steps": given["steps"]}
     sizes["num-hidden-layers"] += EXTRA_LAYERS.get(family, 0)
-    for name, value in (sizes | {"steps": given["steps"], "seed": given["seed"], "threads": threads}).items():
+    for name, value in (sizes | {"seed": given["seed"], "threads": threads}).items():
         words += [f"--{name}", str(value)]
     words += ["--cpu", "--output", str(folder), "--overwrite"]
     print(f"$ hf-linear-attn {shlex.join(words)}", flush=True)
@@ -146,7 +188,7 @@ def _train(family: str, folder: Path, given: dict, threads: int) -> int:
 
 def run_as_process(words: list[str]) -> int:
     """Run `hf-linear-attn WORDS` in a new process, its words on stderr where ours go there; returns its exit code."""
-    command = [sys.executable, "-m", "hf_linear_attn", *words]
+    command = [sys.executable, "-m", "hf_linear_attn_cli", *words]
     with subprocess.Popen(command, stdout=sys.stderr if sys.stdout is sys.stderr else None) as process:
         while True:
             try:
@@ -195,11 +237,10 @@ def _write(output: Path, seed: int, threads: int) -> None:
     """LEAP writes a paragraph; the state it needed stands beside the cache that GPT-2 needs for the same tokens."""
     import torch
 
-    from ..modeling.compat import cache_of
+    from ..modeling.shared.compat import cache_of
     from .generate import figures, load, write_text
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
+    begin_work()
     torch.set_num_threads(threads)
     print(f'$ hf-linear-attn generate {output / "leap"} "{PROMPT}" --max-new-tokens 150 --seed {seed}\n')
     model, tokenizer = load(str(output / "leap"), "cpu")

@@ -4,6 +4,7 @@ import sys
 
 from ..training.distill_options import DistillOptions
 from .parser import Parser
+from .quiet import begin_work
 from .result import show, words_aside
 
 DESCRIPTION = """\
@@ -54,11 +55,10 @@ def run(arguments: list[str]) -> int:
         options = DistillOptions.for_resume(given) if given.get("resume") else DistillOptions.from_arguments(given)
     except (ValueError, TypeError) as error:
         command.error(str(error))
+    begin_work()
     from ..training.distill import distill
     from ..training.language_modeling import TrainingInterrupted
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     try:
         with words_aside(as_json):
             report = distill(options)

@@ -3,6 +3,7 @@
 from ..training.number_range import COUNT, LARGEST_INT, SEED, NumberRange
 from ..training.options import path
 from .parser import Parser, one_of
+from .quiet import begin_work
 from .result import show, words_aside
 
 DESCRIPTION = """\
@@ -16,6 +17,8 @@ Without --data or --dataset the text is the State of the Union speeches' test sp
 
 EXAMPLES = """\
 examples:
+  hf-linear-attn evaluate
+      the small LEAP that comes with the package, on the speeches' test split
   hf-linear-attn evaluate outputs/leap
   hf-linear-attn evaluate outputs/leap --data book.txt --json
   hf-linear-attn evaluate my-classifier --data test.csv
@@ -26,13 +29,17 @@ Tasks of the lm-evaluation-harness: lm_eval run --model hf --model_args pretrain
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn evaluate", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("checkpoint", type=path, help="folder or Hub name of a saved model with its tokenizer")
-    made.add_argument("--data", nargs="+", type=path, default=[], metavar="FILE", help=".txt, .jsonl, .csv or .parquet")
+    made.add_checkpoint("folder or Hub name of a saved model with its tokenizer")
+    made.add_argument(
+        "--data", nargs="+", type=path, default=[], metavar="FILE",
+        help=".txt, .jsonl, .csv or .parquet; for a classifier also a set: speeches, spam-assassin, r8, bbc",
+    )  # fmt: skip
     made.add_argument("--dataset", type=path, metavar="NAME", help="data set of the Hub instead of files")
     made.add_argument("--dataset-config", metavar="NAME", help="its configuration")
     made.add_argument(
         "--text-column", default="text", metavar="NAME", help="column that holds the text (default: text)"
     )
+    made.add_argument("--join-rows", action="store_true", help="rows are lines of one text, not documents")
     made.add_argument(
         "--split",
         type=one_of(("train", "validation", "test")),
@@ -63,10 +70,9 @@ def run(arguments: list[str]) -> int:
     if given["data"] and given["dataset"]:
         command.error("give --data or --dataset, not both")
     as_json = given.pop("json", False)
+    begin_work()
     from ..training.evaluation import evaluate_checkpoint
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     with words_aside(as_json):
         result = evaluate_checkpoint(**given)
     shown = {k: v for k, v in result.items() if isinstance(v, int | float)}

@@ -6,6 +6,7 @@ from ..terminal_text import printable
 from ..training.number_range import COUNT, NumberRange
 from ..training.options import path
 from .parser import Parser, one_of
+from .quiet import begin_work
 from .result import show
 
 DESCRIPTION = """\
@@ -26,7 +27,7 @@ METHODS = ("auto", "focus", "received", "rollout")
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn explain", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument("checkpoint", type=path, help="folder or Hub name of a model of one of our families")
+    made.add_checkpoint("folder or Hub name of a model of one of our families")
     made.add_text("text", help="text to explain")
     made.add_argument(
         "--method", type=one_of(METHODS), default="auto", metavar="|".join(METHODS),
@@ -44,12 +45,11 @@ def run(arguments: list[str]) -> int:
     """Parse, load, explain. Exit codes: 0, 1 for a model or text that cannot be explained, 2 for a wrong call."""
     command = parser()
     given = command.parse(arguments)
+    begin_work()
     from ..explain import importance
     from ..hub.cards import load_with_its_head
     from ..hub.loading import load_tokenizer
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     model = load_with_its_head(given["checkpoint"]).to(given["device"]).eval()
     found = importance(model, load_tokenizer(given["checkpoint"]), given["text"], method=given["method"])
     result = {

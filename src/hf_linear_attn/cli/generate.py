@@ -4,12 +4,12 @@ past costs.
 
 import os
 import time
-from pathlib import Path
 
+from ..packaged import PACKAGED_MODEL
 from ..terminal_text import printable
 from ..training.number_range import COUNT, SEED, NumberRange
-from ..training.options import path
 from .parser import Parser
+from .quiet import begin_work
 from .result import show, words_aside
 
 DESCRIPTION = """\
@@ -27,8 +27,6 @@ examples:
   hf-linear-attn generate outputs/leap "We" --greedy
 """
 
-# Two million parameters, trained on the presidents' speeches by model_cards/tiny_leap.py.
-PACKAGED = Path(__file__).parents[1] / "tiny_leap"
 # Classes saved for something else than writing; their body alone would write, without having learnt it.
 ANSWER_HEADS = ("Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForMaskedLM")
 
@@ -36,12 +34,7 @@ ANSWER_HEADS = ("Classification", "ForQuestionAnswering", "ForMultipleChoice", "
 def parser() -> Parser:
     """The parser of this command."""
     made = Parser(prog="hf-linear-attn generate", description=DESCRIPTION, epilog=EXAMPLES)
-    made.add_argument(
-        "checkpoint",
-        nargs="?",
-        type=path,
-        help="folder or Hub name of a causal language model (default: the small one in the package)",
-    )
+    made.add_checkpoint("folder or Hub name of a causal language model")
     made.add_text("prompt", help="text to continue")
     made.add_number("--max-new-tokens", int, COUNT, "tokens to write (default: 120)", 120)
     made.add_number(
@@ -65,16 +58,10 @@ def run(arguments: list[str]) -> int:
     given = command.parse(arguments)
     as_json = given.pop("json", False)
     checkpoint = given.pop("checkpoint")
-    if checkpoint is None:
-        # os.path answers for any text; Path asks the system, which refuses a long one.
-        if os.path.isfile(os.path.join(given["prompt"], "config.json")):
-            command.error(f"{given['prompt']!r} is the folder of a model: give the text to continue after it")
-        checkpoint = str(PACKAGED)
-    elif ("/" in checkpoint or "." in checkpoint) and not os.path.exists(checkpoint) and checkpoint.count("/") != 1:
-        command.error(f"there is no folder {checkpoint!r}")
-    from .quiet import quiet_libraries
-
-    quiet_libraries()
+    # os.path answers for any text; Path asks the system, which refuses a long one.
+    if checkpoint == PACKAGED_MODEL and os.path.isfile(os.path.join(given["prompt"], "config.json")):
+        command.error(f"{given['prompt']!r} is the folder of a model: give the text to continue after it")
+    begin_work()
     model, tokenizer = load(checkpoint, given.pop("device"))
     with words_aside(as_json):
         result = write_text(model, tokenizer, given.pop("prompt"), **given)
@@ -86,7 +73,15 @@ def load(checkpoint: str, device: str):
     """Model and tokenizer through Transformers' Auto classes."""
     from transformers import AutoModelForCausalLM
 
-    from ..hub.loading import load_config, load_model, load_tokenizer, saved_class
+    from ..hub.loading import load_model, load_tokenizer
+
+    check_writes(checkpoint)
+    return load_model(AutoModelForCausalLM, checkpoint).to(device).eval(), load_tokenizer(checkpoint)
+
+
+def check_writes(checkpoint: str) -> None:
+    """ValueError for a model that was saved for something else than writing, OSError where there is none."""
+    from ..hub.loading import load_config, saved_class
 
     saved = saved_class(load_config(checkpoint)) or ""
     if saved.endswith(ANSWER_HEADS):
@@ -94,7 +89,6 @@ def load(checkpoint: str, device: str):
             f"{checkpoint} holds a {saved}, which writes no text: give a causal language model, or call this one with "
             "`transformers.pipeline`"
         )
-    return load_model(AutoModelForCausalLM, checkpoint).to(device).eval(), load_tokenizer(checkpoint)
 
 
 def write_text(
@@ -116,8 +110,8 @@ def write_text(
     from transformers import TextStreamer
 
     from ..hub.card_facts import position_limit
-    from ..modeling.compat import cache_keyword
-    from ..modeling.recurrent_cache import RecurrentCache
+    from ..modeling.shared.compat import cache_keyword
+    from ..modeling.shared.states.cache import RecurrentCache
 
     prompt = prompt or tokenizer.bos_token
     if not prompt:

@@ -1,16 +1,9 @@
 """The commands of `hf-linear-attn`: finds the one that is called, and turns errors that a user can mend into one message."""
 
-import csv
 import importlib
 import os
 import re
 import sys
-import tarfile
-import zlib
-from zipfile import BadZipFile
-
-from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
-from safetensors import SafetensorError
 
 from ..terminal_text import printable
 from .parser import did_you_mean
@@ -23,6 +16,7 @@ COMMANDS = {
     "distill": ("distill", "turn a pretrained model into a SEA model and distil it"),
     "convert": ("convert", "pretrained models and published checkpoints into our families; ours into ONNX"),
     "generate": ("generate", "continue a prompt with a trained model"),
+    "serve": ("serve", "Transformers' server with our families: OpenAI's protocol, streaming, chat"),
     "evaluate": ("evaluate", "perplexity, bits per byte, masked words or accuracy of a checkpoint"),
     "explain": ("explain", "which tokens of a text a model looks at, in colours and as a page"),
     "bench": ("bench", "speed and state of models on this machine, side by side"),
@@ -94,6 +88,14 @@ def user_message(error: BaseException) -> str | None:
     The one place that knows which classes are a user's: Python's for values, files and missing packages, and those of the
     libraries that say the same and derive from none of these.
     """
+    import csv
+    import tarfile
+    import zlib
+    from zipfile import BadZipFile
+
+    from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+    from safetensors import SafetensorError
+
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename!r}: {error.strerror}"

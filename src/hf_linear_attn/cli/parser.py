@@ -2,10 +2,13 @@
 
 import argparse
 import difflib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from ..checkpoint_names import no_such_folder
+from ..packaged import PACKAGED_MODEL
 from ..terminal_text import printable
 from ..training.number_range import NumberRange
 
@@ -74,6 +77,11 @@ class Parser(argparse.ArgumentParser):
         text = "print the result as one JSON object, everything else on stderr"
         self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
+    def add_checkpoint(self, about: str, name: str = "checkpoint") -> None:
+        """A positional argument that names a saved model; where it is left out, the one in the package."""
+        about += " (default: the small LEAP in the package)"
+        self.add_argument(name, nargs="?", default=PACKAGED_MODEL, type=checkpoint, help=about)
+
     def add_device(self) -> None:
         """The option `--device`; one that PyTorch cannot use here is a wrong call."""
         self.add_argument(
@@ -115,8 +123,18 @@ def is_text(word: str) -> bool:
     return True
 
 
+def checkpoint(name: str) -> str:
+    """Argument type of a saved model: a folder, or a name that the Hub may know."""
+    missing = no_such_folder(name) if name else None  # an empty one has its own message
+    if missing is not None:
+        raise argparse.ArgumentTypeError(missing)
+    return os.path.expanduser(name)
+
+
 def usable_device(name: str) -> str:
     """Argument type of a device that PyTorch can put a tensor on."""
+    if name == "cpu":  # there always is; and PyTorch takes seconds to import
+        return name
     import torch
 
     try:

@@ -25,6 +25,18 @@ class HeldBack(logging.Handler):
 _held = HeldBack()
 
 
+def begin_work() -> None:
+    """What every command does when its words are read and checked, before it imports anything that takes seconds.
+
+    Raises:
+        ImportError: a Transformers that is not supported.
+    """
+    from ..registration import register_all
+
+    register_all()
+    quiet_libraries()
+
+
 def quiet_libraries() -> None:
     """Errors only from Transformers, and none of its bars for files (the bar of a training run is ours and stays)."""
     from transformers.utils import logging as library

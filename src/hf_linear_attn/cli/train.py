@@ -2,8 +2,10 @@
 
 import sys
 
+from ..families import sized
 from ..training.options import TrainingOptions
 from .parser import Parser
+from .quiet import begin_work
 from .result import show, words_aside
 
 DESCRIPTION = """\
@@ -54,30 +56,41 @@ def run(arguments: list[str]) -> int:
         options = TrainingOptions.for_resume(given) if given.get("resume") else TrainingOptions(**given)
     except (ValueError, TypeError) as error:
         command.error(str(error))
+    begin_work()
     from ..training.language_modeling import TrainingInterrupted, train_language_model
-    from .quiet import quiet_libraries
 
     if options.task == "classification":
         from ..training.classification import train_classifier as train
     else:
         train = train_language_model
 
-    quiet_libraries()
     try:
         with words_aside(as_json):
             report = train(options)
     except TrainingInterrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return 128 + stop.signal_number
-    text = f"\n{summary(report)}\n\nmodel, curve and report: {options.output}\ntry it: {next_command(options)}"
+    about = f"{summary(report)}\n{length_line(report)}"
+    text = f"\n{about}\n\nmodel, curve and report: {options.output}\ntry it: {next_command(options)}"
     show(report | {"output": options.output}, text, as_json)
     return 0
+
+
+def length_line(report: dict) -> str:
+    """How long its texts may be: what a model with learned positions cannot do is said where it is made."""
+    longest = report.get("longest_text")
+    if longest is None:
+        return "no limit of length: its positions are not learned"
+    family = sized().get(report["family"])
+    way_out = " (--position-embedding rotary has no such limit)" if family and "rotary" in family.positions else ""
+    return f"texts end at {longest:,} tokens: its positions are learned{way_out}"
 
 
 def next_command(options: TrainingOptions) -> str:
     """What a user may do with the model of that run."""
     if options.task == "causal-lm":
-        return f'hf-linear-attn generate {options.output} "The people of the United States"'
+        words = "The beginning of a text" if options.data or options.dataset else "The people of the United States"
+        return f'hf-linear-attn generate {options.output} "{words}"'
     if options.task == "mlm":
         return f"hf-linear-attn train --task classification --data speeches --from-checkpoint {options.output} --output FOLDER"
     return f"transformers.pipeline('text-classification', {options.output!r})('A text.')"

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..modeling.configuration_danet import DanetConfig
-from ..modeling.danet_block import DanetBlock
-from ..modeling.danet_norms import build_norm
-from ..modeling.modeling_danet import DanetForPreTraining, DanetPreTrainedModel
+from ..modeling.danet.block import DanetBlock
+from ..modeling.danet.configuration_danet import DanetConfig
+from ..modeling.danet.modeling_danet import DanetForPreTraining, DanetPreTrainedModel
+from ..modeling.danet.norms import build_norm
 from .published import load_exactly, rename
 
 # published field -> ours, where the value needs no thought

@@ -5,10 +5,7 @@ import re
 import torch
 from transformers import PreTrainedConfig
 
-from ..modeling.configuration_fastformer import FastformerConfig
-from ..modeling.configuration_leap import LeapConfig
-from ..modeling.modeling_fastformer import FastformerForCausalLM
-from ..modeling.modeling_leap import LeapForCausalLM
+from ..families import CAUSAL_LM, FAMILIES
 from .published import load_exactly, rename
 
 # What the published configurations take a field for that is absent; ours have other defaults.
@@ -18,10 +15,8 @@ SHARED_FIELDS = set(DEFAULTS) | {
     "n_head", "window_sizes", "use_local_att", "hidden_dropout_prob", "initializer_range",
     "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
-FAMILIES: dict[str, tuple[type, type, set[str]]] = {
-    "leap": (LeapConfig, LeapForCausalLM, SHARED_FIELDS),
-    "fastformer": (FastformerConfig, FastformerForCausalLM, SHARED_FIELDS | {"rescale"}),
-}
+# And one that only those have whose family computes what it says.
+OWN_FIELDS = {"rescale"}
 # What `save_pretrained` writes beside them (the last two are old names), which says nothing about the function.
 BOOKKEEPING = set(PreTrainedConfig().to_dict()) | {"_name_or_path", "torch_dtype"}
 
@@ -40,7 +35,8 @@ BLOCK_NAMES = {
 
 def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor]):
     """See `hf_linear_attn.conversion.from_published`."""
-    config_class, model_class, fields = FAMILIES[family]
+    config_class, model_class = FAMILIES[family].config_class(), FAMILIES[family].head(CAUSAL_LM)
+    fields = SHARED_FIELDS | (OWN_FIELDS & set(config_class.__dataclass_fields__))
     unknown = sorted(set(config) - fields - BOOKKEEPING)
     if unknown:
         hint = ""

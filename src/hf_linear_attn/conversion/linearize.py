@@ -10,31 +10,15 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..families import FAMILIES
 from ..hub.loading import load_config, load_model, saved_class
-from ..modeling.compat import modeling_auto
-from ..modeling.configuration_sea import SeaConfig
-from ..modeling.modeling_sea import (
-    SeaForCausalLM,
-    SeaForMaskedLM,
-    SeaForQuestionAnswering,
-    SeaForSequenceClassification,
-    SeaForTokenClassification,
-    SeaModel,
-    SeaPreTrainedModel,
-)
-from ..modeling.sea_hosts import find_host
+from ..modeling.sea.configuration_sea import SeaConfig
+from ..modeling.sea.hosts import find_host
+from ..modeling.sea.pretrained import SeaPreTrainedModel
+from ..modeling.shared.compat import modeling_auto
+from ..registration import AUTO_CLASSES
 
-TASKS = {
-    "AutoModelForCausalLM": (SeaForCausalLM, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    "AutoModelForMaskedLM": (SeaForMaskedLM, "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
-    "AutoModelForSequenceClassification": (
-        SeaForSequenceClassification,
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    ),
-    "AutoModelForTokenClassification": (SeaForTokenClassification, "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
-    "AutoModelForQuestionAnswering": (SeaForQuestionAnswering, "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
-    "AutoModel": (SeaModel, "MODEL_MAPPING_NAMES"),
-}
+TASKS = tuple(FAMILIES["sea"].heads)  # the Auto classes of what SEA can be put into
 SEA_MARK = ".sea."
 
 
@@ -62,8 +46,8 @@ def linearize(
             option, weights that are missing in the path or do not fit, a `generation_config` that Transformers refuses to
             save.
     """
-    if family != "sea":
-        raise ValueError(f'`family` is {family!r}; a pretrained model can be turned into "sea" only')
+    if family not in (able := [name for name, each in FAMILIES.items() if each.linearizes]):
+        raise ValueError(f"`family` is {family!r}; a pretrained model can be turned into {', '.join(able)} only")
     known = set(SeaConfig.__dataclass_fields__) - {"host_config"}
     unknown = sorted(set(options) - known)
     if unknown:
@@ -88,7 +72,7 @@ def linearize(
     config = SeaConfig(host_config=teacher.config, **options)
     config.tie_word_embeddings = bool(getattr(teacher.config, "tie_word_embeddings", False))
     pooler = {}
-    if sea_class is SeaModel and hasattr(teacher, "pooler"):
+    if sea_class.__name__ == "SeaModel" and hasattr(teacher, "pooler"):
         pooler["add_pooling_layer"] = teacher.pooler is not None
     student = sea_class(config, **pooler)
     torch.nn.Module.to(student, dtype=teacher.dtype, device=teacher.device)
@@ -145,14 +129,14 @@ def _shown(path) -> str:
 
 
 def _class_name(task: str, model_type: str) -> str | None:
-    return getattr(modeling_auto, TASKS[task][1]).get(model_type)
+    return getattr(modeling_auto, AUTO_CLASSES[task]).get(model_type)
 
 
 def _sea_class(teacher: PreTrainedModel) -> type[SeaPreTrainedModel]:
     name = type(teacher).__name__
-    for task, (sea_class, _) in TASKS.items():
+    for task in TASKS:
         if _class_name(task, teacher.config.model_type) == name:
-            return sea_class
+            return FAMILIES["sea"].head(task)
     supported = [c for c in (_class_name(task, teacher.config.model_type) for task in TASKS) if c]
     raise ValueError(f"{name} has no SEA counterpart; classes of this host that have one: {', '.join(supported)}")
 

@@ -10,8 +10,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..families import FAMILIES
+
 # family -> module here whose `from_published(config, state_dict)` builds the model
-CONVERTERS = {"leap": "leap", "fastformer": "leap", "danet": "danet", "sea": "sea"}
+CONVERTERS = {name: family.published for name, family in FAMILIES.items() if family.published is not None}
 
 
 def from_published(family: str, config: dict, state_dict: dict[str, torch.Tensor]):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..modeling.sea_attention import SeaAttentionCore, SeaOptions
+from ..modeling.sea.attention import SeaAttentionCore, SeaOptions
 from .published import load_exactly
 
 PUBLISHED_FIELDS = ("causal", "T", "M", "k", "group", "nbf", "H", "D", "N")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modeling.modeling_danet import DanetPreTrainedModel
-from ..modeling.modeling_fastformer import FastformerModel
-from ..modeling.modeling_leap import LeapModel
-from ..modeling.modeling_sea import SeaPreTrainedModel
+from ..modeling.danet.modeling_danet import DanetPreTrainedModel
+from ..modeling.fastformer.modeling_fastformer import FastformerModel
+from ..modeling.leap.modeling_leap import LeapModel
+from ..modeling.sea.modeling_sea import SeaPreTrainedModel
 from .reading import ReadText, evaluating, on_device_of
 
 LONGEST_MAP = 2048  # maps are n x n a head: longer texts are refused rather than run out of memory

@@ -2,10 +2,11 @@
 
 import torch
 
-from ..modeling.leap_mechanism import averaged, focus_weights
-from ..modeling.modeling_leap import LeapAttention, LeapModel
-from ..modeling.rotary_embedding import rotate
-from ..modeling.windowed_mean import compute_dtype, windowed_mean
+from ..modeling.leap.formula import averaged, focus_weights
+from ..modeling.leap.modeling_leap import LeapAttention, LeapModel
+from ..modeling.shared.call import Call
+from ..modeling.shared.precision import accumulation_dtype
+from ..modeling.shared.windowed_mean import windowed_mean
 from .family_rows import find_part
 from .reading import ReadText, evaluating, on_device_of, read_text
 
@@ -25,7 +26,7 @@ def alignments(model, tokenizer, text: str, max_tokens: int | None = None) -> tu
     gates: dict[int, torch.Tensor] = {}
 
     def keep(layer: LeapAttention, positional, keywords):
-        gates[layer.layer_idx] = _alignment(layer, positional[0], keywords["position_ids"])
+        gates[layer.layer_idx] = _alignment(layer, positional[0], keywords["call"])
 
     hooks = [layer.attention.register_forward_pre_hook(keep, with_kwargs=True) for layer in body.layers]
     try:
@@ -37,14 +38,12 @@ def alignments(model, tokenizer, text: str, max_tokens: int | None = None) -> tu
     return read, torch.stack([gates[index] for index in sorted(gates)])
 
 
-def _alignment(layer: LeapAttention, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def _alignment(layer: LeapAttention, hidden_states: torch.Tensor, call: Call) -> torch.Tensor:
     """(1, n, d) -> (H, n); the text is one document without padding."""
     projected = layer.qfkv_proj(hidden_states).unflatten(-1, (4, layer.num_heads, layer.head_dim))
-    rotated = None
-    if layer.rope_theta is not None:
-        rotated = tuple(rotate(projected[:, :, i], position_ids, layer.rope_theta) for i in (0, 2))
+    rotated = layer.rotated(projected, call)
     weights = focus_weights(projected[:, :, 1], projected[:, :, 2], layer.exponential)
-    key = averaged(projected, rotated).to(compute_dtype(projected.dtype))
+    key = averaged(projected, rotated).to(accumulation_dtype(projected.dtype))
     means, _ = windowed_mean(key, weights, layer.window, log_weights=layer.exponential)
     query = projected[:, :, 0] if rotated is None else rotated[0]
     gate = torch.sigmoid((query.to(key.dtype) * means[:, :, 0]).sum(-1) * layer.head_dim**-0.5)  # (1, n, H)

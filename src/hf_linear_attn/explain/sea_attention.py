@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..modeling.cell_maps import key_to_cell
-from ..modeling.sea_losses import TeacherTargets
+from ..modeling.sea.cells import key_to_cell
+from ..modeling.sea.losses import TeacherTargets
 from ..training.sea_distillation import record_targets, sea_model
 
 LARGEST_TEXT = 2048  # pictures are T x T: longer texts are refused rather than drawn as noise

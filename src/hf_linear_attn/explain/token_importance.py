@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from ..modeling.modeling_danet import DanetPreTrainedModel
-from ..modeling.modeling_fastformer import FastformerModel
-from ..modeling.modeling_leap import LeapModel
-from ..modeling.modeling_sea import SeaPreTrainedModel
-from ..modeling.whole_files import write_whole
+from ..modeling.danet.modeling_danet import DanetPreTrainedModel
+from ..modeling.fastformer.modeling_fastformer import FastformerModel
+from ..modeling.leap.modeling_leap import LeapModel
+from ..modeling.sea.modeling_sea import SeaPreTrainedModel
+from ..modeling.shared.files.whole_files import write_whole
 from . import coloured_text
 from .family_rows import AttentionRows, attention_rows, find_part, reads_from_the_left, rollout
 from .reading import ReadText, evaluating, on_device_of, read_text

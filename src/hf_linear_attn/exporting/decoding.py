@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.recurrent_cache import RecurrentCache, RecurrentStateLayer
+from ..modeling.shared.states.cache import RecurrentCache
+from ..modeling.shared.states.state_layer import RecurrentStateLayer
 
 
 def _state_of(cache: RecurrentCache) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling.whole_files import write_whole
+from ..modeling.shared.files.whole_files import write_whole
 from .decoding import DecodeStep, empty_state, state_names
 
 INSTALL = "pip install 'hf-linear-attn[onnx]'"

@@ -7,38 +7,8 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling.compat import cache_keyword, cache_of
-from ..modeling.recurrent_cache import RecurrentCache
-
-# family -> (what it is, BibTeX of its source)
-FAMILY_TEXTS = {
-    "leap": (
-        "A causal language model whose layers are gated, focus-weighted running means (LEAP): linear time, and a state of "
-        "fixed size in place of a cache that grows.",
-        "@misc{leap_transformer,\n  title = {{LEAP}: Linear Explainable Attention in Parallel},\n"
-        "  howpublished = {Python package leap-transformer},\n  year = {2023}\n}",
-    ),
-    "fastformer": (
-        "Additive attention in linear time (Fastformer), as a causal language model with a state of fixed size or as an encoder.",
-        "@article{wu2021fastformer,\n  title = {Fastformer: Additive Attention Can Be All You Need},\n"
-        "  author = {Wu, Chuhan and Wu, Fangzhao and Qi, Tao and Huang, Yongfeng and Xie, Xing},\n"
-        "  journal = {arXiv preprint arXiv:2108.09084},\n  year = {2021}\n}",
-    ),
-    "danet": (
-        "A transformer with DenseAttention (DANet): attention without a softmax, whose matrix products can be taken in linear "
-        "or in quadratic order with equal results.",
-        "@misc{argatkiny2025matmuls,\n"
-        "  title = {MatMuls are Enough for Efficient and Performant Linear-Time Attention},\n"
-        "  author = {Argatkiny, Andrew and Makarov},\n  note = {ICML 2025 workshops},\n  year = {2025}\n}",
-    ),
-    "sea": (
-        "A pretrained transformer whose attention is estimated in linear time and applied to few keys a query (SEA), distilled "
-        "from the original.",
-        "@inproceedings{lee2024sea,\n  title = {{SEA}: Sparse Linear Attention with Estimated Attention Mask},\n"
-        "  author = {Lee, Heejun and Kim, Jina and Willette, Jeffrey and Hwang, Sung Ju},\n"
-        "  booktitle = {International Conference on Learning Representations},\n  year = {2024}\n}",
-    ),
-}
+from ..modeling.shared.compat import cache_keyword, cache_of
+from ..modeling.shared.states.cache import RecurrentCache
 
 HEADS = {  # end of the class name -> (Auto class, pipeline of the Hub)
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -81,7 +51,7 @@ def describe(model: PreTrainedModel) -> list[tuple[str, str]]:
 def position_limit(config) -> int | None:
     """Longest text that learned positions allow, None where positions are unbounded."""
     kind = getattr(config, "position_embedding_type", "learned")
-    return getattr(config, "max_position_embeddings", None) if kind == "learned" else None
+    return getattr(config, "max_position_embeddings", None) if kind in ("learned", "absolute") else None
 
 
 def machine() -> str:

@@ -13,10 +13,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from ..modeling.portable_checkpoint import PortableCheckpointMixin
-from ..modeling.whole_files import write_whole
+from ..families import FAMILIES
+from ..modeling.shared.files.checkpoint import PortableCheckpointMixin
+from ..modeling.shared.files.whole_files import write_whole
 from ..terminal_text import printable
-from .card_facts import FAMILY_TEXTS, describe, head_of, machine, measure, position_limit
+from .card_facts import describe, head_of, machine, measure, position_limit
 from .loading import load_config, load_model, saved_class
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -76,8 +77,8 @@ def build_card(
     folder = None if isinstance(checkpoint, PreTrainedModel) else Path(checkpoint)
     model = checkpoint if folder is None else load_with_its_head(folder)
     family = model.config.model_type
-    if family not in FAMILY_TEXTS:
-        raise ValueError(f"cards are for {', '.join(map(repr, FAMILY_TEXTS))}, not for model type {family!r}")
+    if family not in FAMILIES:
+        raise ValueError(f"cards are for {', '.join(map(repr, FAMILIES))}, not for model type {family!r}")
     if report is None:
         report = {} if folder is None else read_report(folder)
     try:
@@ -97,13 +98,13 @@ def build_card(
         model_name=name.rpartition("/")[2],
         eval_results=training.pop("eval_results") or None,
     )
-    summary, citation = FAMILY_TEXTS[family]
+    words = FAMILIES[family].card
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=markdown(name.rpartition("/")[2]),
         repo=python_literal(name),
-        summary=summary,
+        summary=words.summary,
         facts=describe(model),
         auto_class=auto_class,
         **training,
@@ -113,7 +114,7 @@ def build_card(
         carries_code=isinstance(model, PortableCheckpointMixin),
         limits=limits or _limits_text(model, pipeline_tag),
         licence=f"{markdown(license)}. The code of the model is Apache-2.0.",
-        citation=citation,
+        citation=words.citation,
     )
 
 
@@ -121,15 +122,12 @@ def load_with_its_head(folder: Path) -> PreTrainedModel:
     """The saved model, with the head that it was saved with."""
     config = load_config(folder)
     name = saved_class(config)
-    from .. import registration
-
-    heads: dict[str, Any] = registration.FAMILIES.get(config.model_type, (None, {}))[1]
-    model_class = next((c for c in heads.values() if c.__name__ == name), heads.get("AutoModel"))
-    if model_class is None:
+    family = FAMILIES.get(config.model_type)
+    if family is None:
         raise ValueError(
-            f"{folder} is of model type {config.model_type!r}, and this is for {', '.join(map(repr, FAMILY_TEXTS))}"
+            f"{folder} is of model type {config.model_type!r}, and this is for {', '.join(map(repr, FAMILIES))}"
         )
-    return load_model(model_class, folder)
+    return load_model(family.load(name if name in family.heads.values() else family.heads["AutoModel"]), folder)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -340,17 +338,15 @@ def _results_text(scores, task: str) -> str:
 
 
 def _limits_text(model, task) -> str:
-    limit = position_limit(model.config)
+    limit, words = position_limit(model.config), FAMILIES[model.config.model_type].card
     lines = [
         f"Texts of at most {limit} tokens: positions are learned; a longer one is refused."
         if limit
         else "No limit of length in the positions; quality beyond the lengths seen in training is not measured here.",
-        "A state of fixed size cannot hold everything: exact recall of far tokens is weaker than with softmax attention.",
+        words.limit,
     ]
-    if model.config.model_type == "sea":
-        lines[1] = "Which few keys a query reads is an estimate: it can miss the one that matters."
-        if model.config.is_causal:
-            lines[1] += " Keys and values of every token are kept, so the cache grows with the text."
+    if words.causal_limit and model.config.is_causal:
+        lines[1] += " " + words.causal_limit
     if task == "text-generation":
         lines.append(
             "It continues text as its training data does, errors and prejudices included; facts must be checked."

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ..modeling.configuration_common import FORMAT_FIELD, FORMAT_VERSION
-from ..modeling.portable_checkpoint import auto_map, copy_code
-from ..modeling.whole_files import put_in_place, staging_folder
-from ..registration import FAMILIES
+from ..families import FAMILIES
+from ..modeling.shared.configuration import FORMAT_FIELD, FORMAT_VERSION
+from ..modeling.shared.files.checkpoint import auto_map, copy_code
+from ..modeling.shared.files.whole_files import put_in_place, staging_folder
 
 
 def add_code(folder: str | os.PathLike) -> None:
@@ -32,11 +32,12 @@ def add_code(folder: str | os.PathLike) -> None:
     family = json.loads(path.read_text()).get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{path} is of model type {family!r}; code can be added for {', '.join(map(repr, FAMILIES))}")
-    body = FAMILIES[family][1]["AutoModel"]
+    body = FAMILIES[family].head("AutoModel")
+    config = FAMILIES[family].config_class().from_pretrained(folder)
     with staging_folder(folder) as staging:
-        copy_code(body, staging)
-        config = json.loads(path.read_text()) | {"auto_map": auto_map(body), FORMAT_FIELD: FORMAT_VERSION}
-        (staging / path.name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        copy_code(body, config, staging)
+        fields = json.loads(path.read_text()) | {"auto_map": auto_map(body, config), FORMAT_FIELD: FORMAT_VERSION}
+        (staging / path.name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         put_in_place(staging, folder)
 
 
@@ -53,5 +54,5 @@ class PushCodeCallback(TrainerCallback):
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             with staging_folder(folder) as staging:
-                copy_code(type(model), staging)
+                copy_code(type(model), model.config, staging)
                 put_in_place(staging, folder)

@@ -19,7 +19,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ..modeling.compat import find_adapter_config_file, modeling_auto
+from ..checkpoint_names import no_such_folder
+from ..modeling.shared.compat import find_adapter_config_file, modeling_auto
 from ..registration import AUTO_CLASSES
 from .safe_weights import from_safetensors
 
@@ -32,6 +33,13 @@ OLD_BUFFERS = re.compile(r"(attn\.masked_bias|position_ids|rotary_emb\.inv_freq)
 NAMES_SHOWN = 4
 
 
+def refuse_missing(source: str | os.PathLike) -> None:
+    """OSError at once for a folder that is not there, where the Hub would be asked several times for what it cannot have."""
+    missing = no_such_folder(source)
+    if missing is not None:
+        raise OSError(missing)
+
+
 def load_config(source: str | os.PathLike) -> Any:
     """The configuration of a checkpoint.
 
@@ -39,6 +47,7 @@ def load_config(source: str | os.PathLike) -> Any:
         OSError: no such folder or repository.
         ValueError: a `config.json` that is none.
     """
+    refuse_missing(source)
     try:
         return AutoConfig.from_pretrained(source)
     except OSError as error:
@@ -62,6 +71,7 @@ def load_tokenizer(source: str | os.PathLike) -> Any:
         OSError: no such folder or repository, or none in it.
         ValueError: files that are no tokenizer.
     """
+    refuse_missing(source)
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ImportError) as error:

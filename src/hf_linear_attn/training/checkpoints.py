@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from ..modeling.compat import add_loss_since_log, exportable_state, loss_since_log
+from ..modeling.shared.compat import add_loss_since_log, exportable_state, loss_since_log
 from .files import damage, model_files
 
 

@@ -17,11 +17,11 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from ..hub.loading import load_tokenizer
-from ..modeling.cross_entropy import cross_entropy
+from ..modeling.shared.cross_entropy import cross_entropy
 from .checkpoints import StopOnSignal
 from .classification_data import describe_rows, load_classification
 from .files import write_text_whole
-from .language_modeling import REPORT_FILE, describe_machine, run_trainer, training_arguments
+from .language_modeling import REPORT_FILE, describe_machine, limit_tokenizer, run_trainer, training_arguments
 from .learning_curve import curve_of, save_curve
 from .measuring import Throughput
 from .model_choice import build_model
@@ -64,6 +64,7 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
 
     set_seed(options.seed)
     model = build_model(options, tokenizer, labels)
+    longest = limit_tokenizer(tokenizer, model)
     model.config.problem_type = "single_label_classification"
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -96,6 +97,7 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
     report = {
         "task": options.task,
         "family": family,
+        "longest_text": longest,
         "parameters": parameters,
         "text": f"{' '.join(options.data) or DEFAULT_SET}: {describe_rows(rows)}",
         "labels": labels,

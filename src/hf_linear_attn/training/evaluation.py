@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 from ..hub.loading import load_config, load_model, load_tokenizer, saved_class
-from .classification_data import read_labelled_rows
+from .classification_data import SETS, load_classification, read_labelled_rows
 from .measuring import perplexity
+from .progress import followed
 from .text_data import TextData, load_hub_dataset, load_speeches, load_whole_files
 from .tokenized_text import TokenBlocks, tokenize_documents
 
@@ -31,8 +31,11 @@ def evaluate_checkpoint(
     seed: int = 0,
     device: str = "cpu",
     label_column: str = "label",
+    join_rows: bool = False,
 ) -> dict[str, Any]:
     """Load a model with the head it was saved with, and measure it on the text that is named (the speeches if none is).
+
+    `data` may be what `train` takes: files, and for a classifier the name of a set, of which `split` (test) is measured.
 
     Returns a dictionary with `class`, `data`, `seconds`, the metrics of that head, and the counts behind them.
 
@@ -59,10 +62,11 @@ def evaluate_checkpoint(
     tokenizer = load_tokenizer(checkpoint)
     started = time.perf_counter()
     if measure is evaluate_classes:
-        result = evaluate_classes(model, tokenizer, list(data), text_column, batch_size, block_length, label_column)
-        result["data"] = ", ".join(map(str, data))
+        rows = _labelled_rows(list(data), text_column, label_column, split)
+        result = evaluate_classes(model, tokenizer, rows, batch_size, block_length)
+        result["data"] = ", ".join(map(str, data)) + (f" ({split or 'test'})" if _is_a_set(data) else "")
     else:
-        text = _text(data, dataset, dataset_config, text_column)
+        text = _text(data, dataset, dataset_config, text_column, join_rows)
         title = f"{text.description} ({split or 'test'})" if split or not data else text.description
         split = split or ("train" if data else "test")
         longest = getattr(config, "max_position_embeddings", None) or LONGEST_BLOCK
@@ -73,18 +77,18 @@ def evaluate_checkpoint(
     return {"class": type(model).__name__} | result | {"seconds": time.perf_counter() - started}
 
 
-def _text(data, dataset, dataset_config, text_column) -> TextData:
+def _text(data, dataset, dataset_config, text_column, join_rows) -> TextData:
     """The named text. A user's own files are all one split, `train`: nothing of them is held out."""
     if dataset:
-        return load_hub_dataset(dataset, dataset_config, text_column)
+        return load_hub_dataset(dataset, dataset_config, text_column, join_rows)
     if not data:
         return load_speeches()
-    return load_whole_files(data, text_column)
+    return load_whole_files(data, text_column, join_rows)
 
 
 def _batches(blocks: TokenBlocks, size: int, device) -> Iterator[torch.Tensor]:
-    """Rows of ids (at most `size`, block length) with a progress bar."""
-    for first in tqdm(range(0, len(blocks), size), desc="evaluating", unit="batch", leave=False):
+    """Rows of ids (at most `size`, block length); how far it has come is shown."""
+    for first in followed(range(0, len(blocks), size), "batches evaluated"):
         rows = [blocks[i]["input_ids"] for i in range(first, min(first + size, len(blocks)))]
         yield torch.stack(rows).to(device)
 
@@ -164,25 +168,18 @@ def evaluate_masked_words(
 def evaluate_classes(
     model,
     tokenizer,
-    files: list[str],
-    text_column: str = "text",
+    rows: list[tuple[str, Any]],
     batch_size: int = 4,
     max_length: int | None = None,
-    label_column: str = "label",
 ) -> dict[str, float]:
-    """Accuracy and macro F1 (scikit-learn's) on .csv or .jsonl rows with a text and a label (number or name of a class)."""
+    """Accuracy and macro F1 (scikit-learn's) on rows of a text and a label (number or name of a class)."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    if not files:
-        raise ValueError(
-            "a classifier needs labelled rows: give --data with a .csv or .jsonl of the columns text and label"
-        )
-    rows = read_labelled_rows("the data", files, text_column, label_column)
     labels = [_class_of(label, model.config) for _, label in rows]
     predicted: list[int] = []
     longest = max_length or getattr(model.config, "max_position_embeddings", None) or LONGEST_BLOCK
     texts = [text for text, _ in rows]
-    for first in tqdm(range(0, len(texts), batch_size), desc="evaluating", unit="batch", leave=False):
+    for first in followed(range(0, len(texts), batch_size), "batches evaluated"):
         batch = tokenizer(
             texts[first : first + batch_size], padding=True, truncation=True, max_length=longest, return_tensors="pt",
             return_token_type_ids=False,
@@ -193,6 +190,25 @@ def evaluate_classes(
         "macro_f1": float(f1_score(labels, predicted, average="macro")),
         "rows": len(labels),
     }
+
+
+def _is_a_set(data) -> bool:
+    """Whether the data is one of the labelled sets that `train` knows by name ("r8", or "spam-assassin:mails.tgz")."""
+    return len(data) == 1 and str(data[0]).partition(":")[0] in SETS
+
+
+def _labelled_rows(data: list[str], text_column: str, label_column: str, split: str | None) -> list[tuple[str, Any]]:
+    """Text and label of every row that is named; of a set, of its split."""
+    if not data:
+        raise ValueError(
+            "a classifier needs labelled rows: give --data with a .csv or .jsonl of the columns text and label, or with the "
+            f"name of a set: {', '.join(SETS)}"
+        )
+    if not _is_a_set(data):
+        return read_labelled_rows("the data", data, text_column, label_column)
+    found = load_classification(data)[split or "test"]
+    names = found.features["label"].names
+    return [(row["text"], names[row["label"]]) for row in found]
 
 
 def _class_of(label: str | float, config) -> int:

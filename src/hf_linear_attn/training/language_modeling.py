@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import Trainer, TrainingArguments, set_seed
 
+from ..hub.card_facts import position_limit
 from .checkpoints import LossSinceLog, StopOnSignal
 from .files import write_text_whole
 from .learning_curve import curve_of, save_curve
@@ -87,6 +88,7 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     family = model.config.model_type
     print(f"model: {family}, {parameters / 1e6:.2f} million parameters")
+    longest = limit_tokenizer(tokenizer, model)
 
     tokens_per_step = options.batch_size * options.accumulate * options.block_length
     throughput, stop = Throughput(tokens_per_step), StopOnSignal()
@@ -102,6 +104,7 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
         "task": options.task,
         "family": family,
         "parameters": parameters,
+        "longest_text": longest,
         "text": data.description,
         "steps": trainer.state.global_step,
         "tokens_per_step": tokens_per_step,
@@ -237,6 +240,14 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def limit_tokenizer(tokenizer, model) -> int | None:
+    """Tell the tokenizer where the model's texts end: `truncation=True` cuts there. Returns that length, None for none."""
+    longest = position_limit(model.config)
+    if longest is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    return longest
 
 
 def _save(trainer: Trainer, tokenizer, report: dict[str, Any], folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..modeling.whole_files import write_whole
+from ..modeling.shared.files.whole_files import write_whole
 from .files import write_text_whole
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 
-from ..modeling.task_heads import masked_lm_loss
+from ..modeling.shared.heads import masked_lm_loss
 from .tokenized_text import TokenBlocks
 
 EVALUATION_SEED = 0

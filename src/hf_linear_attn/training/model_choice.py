@@ -5,23 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from ..families import TASKS, Sizes, sized
 from .options import ENCODERS, TrainingOptions
-
-# Families whose layers can look through windows.
-WINDOWED_FAMILIES = ("leap", "fastformer")
-ENCODER_WINDOW = 32  # of the published encoders at 128 tokens
-DANET_WINDOW = 8  # of 8 and 32, the better one on the speeches in blocks of 512
-# The mean of vectors that MaxNorm keeps below 1 is small, and the layers of a new head make it smaller still: logits near 1e-3,
-# which take hundreds of steps to grow. Of the published models lra-text has this norm, which has no weights.
-DANET_POOLER_NORM = "uncentered_fixed_ln"
-
-
-# Task -> Auto class of its models.
-AUTO_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "mlm": "AutoModelForMaskedLM",
-    "classification": "AutoModelForSequenceClassification",
-}
 
 
 def build_model(options: TrainingOptions, tokenizer, labels: Sequence[str] = ()) -> Any:
@@ -32,7 +17,7 @@ def build_model(options: TrainingOptions, tokenizer, labels: Sequence[str] = ())
 
     from ..hub.loading import load_model
 
-    head = getattr(transformers, AUTO_CLASSES[options.task])
+    head = getattr(transformers, TASKS[options.task])
     classes = (
         {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}} if labels else {}
     )
@@ -65,12 +50,12 @@ def _checkpoint_fields(options: TrainingOptions) -> dict[str, Any]:
         )
     given = fitting_values(type(config), options.config_fields(), "config")
     fields = config.to_dict()
-    values = {k: v for k, v in _dropout_fields(config.model_type, options.dropout).items() if k in fields}
+    sizes = sized().get(config.model_type, Sizes())
+    values = {k: v for k, v in dict.fromkeys(sizes.dropout, options.dropout).items() if k in fields}
     if options.dropout and not values:
         raise ValueError(f"dropout is no field of a {config.model_type} model: leave it out")
-    trained = "SequenceClassification" in (saved_class(config) or "")
-    if config.model_type == "danet" and options.task == "classification" and not trained and config.pooler_norm is None:
-        values["pooler_norm"] = DANET_POOLER_NORM
+    if options.task == "classification" and "SequenceClassification" not in (saved_class(config) or ""):
+        values |= {k: v for k, v in sizes.classifier.items() if getattr(config, k) is None}
     return values | given
 
 
@@ -86,21 +71,9 @@ def _fresh_model(head: Any, config: Any, options: TrainingOptions) -> Any:
         ) from error
 
 
-def _dropout_fields(family: str, dropout: float) -> dict[str, float]:
-    if family == "gpt2":
-        return dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), dropout)
-    if family == "bert":
-        return dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
-    if family == "danet":
-        return dict.fromkeys(("hidden_dropout_prob", "attention_dropout"), dropout)
-    return {"hidden_dropout_prob": dropout}  # and, by default, the attention_dropout
-
-
 def build_config(options: TrainingOptions, tokenizer) -> Any:
     """Config of `options.family`. ValueError for an option or a config field that the family does not have."""
     from transformers import AutoConfig
-
-    import hf_linear_attn  # noqa: F401  (registers our families)
 
     values: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -112,19 +85,7 @@ def build_config(options: TrainingOptions, tokenizer) -> Any:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    values |= _dropout_fields(options.family, options.dropout)
-    if options.family == "gpt2":
-        # The same tanh GELU as GPT-2's own, in PyTorch's fused spelling: the baseline gets its best speed.
-        values["activation_function"] = "gelu_pytorch_tanh"
-    if options.family == "bert":
-        values["intermediate_size"] = 4 * options.hidden_size
-    if options.family == "danet":
-        values |= _danet_fields(options)
-    values |= _window_fields(options)
-    if options.position_embedding is not None:
-        if options.family not in ("leap", "danet"):
-            raise ValueError(f"position_embedding is a choice of leap and danet, not of {options.family}")
-        values["position_embedding_type"] = options.position_embedding
+    values |= _fields_of_the_family(options, sized()[options.family])
     given = fitting_values(type(AutoConfig.for_model(options.family)), options.config_fields(), "config")
     config = AutoConfig.for_model(options.family, **(values | given))
     if config.vocab_size < len(tokenizer):
@@ -139,28 +100,33 @@ def build_config(options: TrainingOptions, tokenizer) -> Any:
     return config
 
 
-def _danet_fields(options: TrainingOptions) -> dict[str, Any]:
-    """The published designs. Of the decoder: windows for short blocks, and global layers scaled for the length trained at."""
-    if options.task != "causal-lm" and not options.causal:
-        encoder = {"layer_pattern": "l_sl_g", "window_size": ENCODER_WINDOW}
-        return encoder | ({"pooler_norm": DANET_POOLER_NORM} if options.task == "classification" else {})
-    if not options.causal:
-        raise ValueError("danet has an encoder and a decoder, and language models that write are decoders: give causal")
-    return {
-        "is_causal": True,
-        "layer_pattern": "sw_sw_g",
-        "window_size": DANET_WINDOW,
-        "ffn_type": "swiglu",
-        "scale_length": options.block_length,
-    }
+def _fields_of_the_family(options: TrainingOptions, sizes: Sizes) -> dict[str, Any]:
+    """What the record of a family makes of the options. ValueError for an option that the family does not have."""
+    family, values = options.family, dict.fromkeys(sizes.dropout, options.dropout) | sizes.all
+    values |= {name: times * options.hidden_size for name, times in sizes.per_width.items()}
+    if sizes.decoder and options.causal:
+        values |= sizes.decoder
+        values |= {name: times * options.block_length for name, times in sizes.decoder_per_length.items()}
+    elif sizes.decoder and options.task == "causal-lm":
+        raise ValueError(
+            f"{family} has an encoder and a decoder, and language models that write are decoders: give causal"
+        )
+    else:
+        values |= sizes.encoder | (sizes.classifier if options.task == "classification" else {})
+    if options.windows is not None or options.all_global:
+        if not sizes.windows:
+            raise ValueError(f"windows and all_global belong to {_names('windows', ', ')}, not to {family}")
+        values |= {"use_local_attention": False} if options.all_global else {"layer_windows": options.layer_windows()}
+    if options.position_embedding is not None and options.position_embedding not in sizes.positions:
+        raise ValueError(f"position_embedding is a choice of {_names('positions', ' and ')}, not of {family}")
+    if sizes.positions:
+        values["position_embedding_type"] = options.position_embedding or sizes.positions[0]
+    return values
 
 
-def _window_fields(options: TrainingOptions) -> dict[str, Any]:
-    if options.windows is None and not options.all_global:
-        return {}
-    if options.family not in WINDOWED_FAMILIES:
-        raise ValueError(f"windows and all_global belong to {', '.join(WINDOWED_FAMILIES)}, not to {options.family}")
-    return {"use_local_attention": False} if options.all_global else {"layer_windows": options.layer_windows()}
+def _names(field: str, between: str) -> str:
+    """The families whose sizes have something in that field."""
+    return between.join(name for name, sizes in sized().items() if getattr(sizes, field))
 
 
 def fitting_values(config_class: Any, given: dict[str, Any], name: str) -> dict[str, Any]:

@@ -4,12 +4,18 @@ Light to import, so that `--help` answers at once.
 
 # ruff: noqa: RUF009  (`option` is `dataclasses.field` with a help text)
 
+# Not Transformers' TrainingArguments and HfArgumentParser, which these options and `cli/parser.py` resemble: their import takes
+# seconds, while `--help` or a mistyped option is answered at once here; and most of their hundred and more arguments would be
+# offered without a range and without meaning for a resumed run. `language_modeling.training_arguments` makes Trainer's of these.
+
 import json
 import os
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..families import TASKS as AUTO_CLASSES
+from ..families import sized, tasks_of
 from .files import write_text_whole
 from .number_range import (
     COUNT,
@@ -25,10 +31,14 @@ from .number_range import (
 )
 
 OPTIONS_FILE = "training_options.json"
-FAMILIES = ("leap", "fastformer", "danet", "gpt2", "bert")
-TASKS = ("causal-lm", "mlm", "classification")
+FAMILIES = tuple(sized())
+TASKS = tuple(AUTO_CLASSES)
 # Families that see both sides of a word, and so can guess a masked one.
-ENCODERS = ("danet", "bert")
+ENCODERS = tuple(name for name in FAMILIES if "mlm" in tasks_of(name))
+DEFAULTS = {task: name for name, sizes in sized().items() for task in sizes.default_for}
+OTHER_DEFAULTS = ", ".join(f"{name} for {task}" for task, name in DEFAULTS.items() if task != "causal-lm")
+DECODERS_TOO = ", ".join(name for name, sizes in sized().items() if sizes.decoder)
+POSITIONS = tuple(dict.fromkeys(kind for sizes in sized().values() for kind in sizes.positions))
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 # What a resumed run may change: none of these alters the loss curve.
@@ -188,7 +198,7 @@ class TrainingOptions(RunOptions):
         choices=TASKS,
     )
     family: str | None = option(
-        None, "model", "model family (default: leap; danet for mlm and classification)", choices=FAMILIES
+        None, "model", f"model family (default: {DEFAULTS['causal-lm']}; {OTHER_DEFAULTS})", choices=FAMILIES
     )
     from_checkpoint: str | None = option(
         None, "model", "start from the weights, tokenizer and sizes of this trained model", path, metavar="FOLDER"
@@ -196,7 +206,7 @@ class TrainingOptions(RunOptions):
     causal: bool = option(
         False,
         "model",
-        "the decoder of a family that has an encoder, too (danet); the other families always are one",
+        f"the decoder of a family that has an encoder, too ({DECODERS_TOO}); the other families always are one",
         bool,
     )
     hidden_size: int = option(128, "model", "width of the residual stream", int)
@@ -207,7 +217,10 @@ class TrainingOptions(RunOptions):
     )
     all_global: bool = option(False, "model", "no windows: every layer sees the whole past", bool)
     position_embedding: str | None = option(
-        None, "model", "how positions enter (leap: learned by default; danet: rotary)", choices=("learned", "rotary")
+        None,
+        "model",
+        "how positions enter: rotary (default; texts may be longer than a block) or learned",
+        choices=POSITIONS,
     )
     dropout: float = option(0.0, "model", "dropout probability everywhere in the model, 0 <= p < 1", float, range=SHARE)
     config: list[str] = option(
@@ -336,14 +349,14 @@ class TrainingOptions(RunOptions):
                         f"{name}={getattr(self, name)!r} belongs to a new model, and from_checkpoint has its own"
                     )
         elif self.family is None:
-            self.family = "leap" if self.task == "causal-lm" else "danet"
+            self.family = DEFAULTS[self.task]
         if self.task == "mlm" and (self.causal or self.family not in (*ENCODERS, None)):
             got = "causal" if self.causal else f"family {self.family!r}"
             raise ValueError(
                 f"task mlm needs a model that sees both sides of a word: {' or '.join(ENCODERS)}, not {got}"
             )
-        if self.task == "causal-lm" and self.family == "bert":
-            raise ValueError("bert is an encoder: give task mlm or classification, or another family")
+        if self.from_checkpoint is None and self.task not in tasks_of(self.family):
+            raise ValueError(f"{self.family} is an encoder: give task mlm or classification, or another family")
         if self.task == "classification" and (self.dataset or self.join_rows):
             raise ValueError("classification reads data (files or a named set), neither dataset nor join_rows")
 

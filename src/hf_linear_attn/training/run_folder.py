@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerState
 
-from ..modeling.whole_files import flush
+from ..modeling.shared.files.whole_files import flush
 from .checkpoints import CarriedOver, checkpoint_damage, checkpoints
 from .distill_options import DistillOptions
 from .files import WEIGHTS, WEIGHTS_INDEX, damage, model_files

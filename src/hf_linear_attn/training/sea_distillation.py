@@ -21,14 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..conversion.linearize import check_can_be_saved
-from ..modeling.modeling_sea import SeaPreTrainedModel
-from ..modeling.real_token_order import TokenLayout
-from ..modeling.sea_documents import PackedRows
-from ..modeling.sea_host_attention import ATTENTION_NAME, Distillation, LayerResults, SeaCall, register_attention
-from ..modeling.sea_hosts import HOSTS
-from ..modeling.sea_inputs import PACKING_KEYWORDS
-from ..modeling.sea_losses import TeacherTargets
-from ..modeling.sequence_inputs import SequenceInputs, prepare_sequence
+from ..modeling.sea.cells import KeyLayout
+from ..modeling.sea.documents import PackedRows
+from ..modeling.sea.host_attention import ATTENTION_NAME, Distillation, LayerResults, SeaCall, register_attention
+from ..modeling.sea.hosts import HOSTS
+from ..modeling.sea.losses import TeacherTargets
+from ..modeling.sea.modeling_sea import SeaPreTrainedModel
+from ..modeling.sea.pretrained import PACKING_KEYWORDS
+from ..modeling.shared.sequence import SequenceInputs, prepare_sequence
 from .checkpoints import LossSinceLog
 
 SEA_MARK = ".sea."
@@ -176,7 +176,7 @@ def record_targets(teacher: PreTrainedModel, inputs: dict[str, Any]) -> tuple[di
     if mask is not None:
         positions = positions.masked_fill(~mask, 0)
     batch, length = tokens.shape[:2]
-    layout = TokenLayout.from_mask(mask, batch, length, tokens.device)
+    layout = KeyLayout.from_mask(mask, batch, length, tokens.device)
     packed = None
     if sequence.segment_ids is not None:
         packed = PackedRows.find(sequence.segment_ids.expand(batch, -1), mask, mask, 0)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..hub.card_facts import position_limit
-from ..modeling.compat import cache_keyword, cache_of
-from ..modeling.recurrent_cache import RecurrentCache
+from ..modeling.shared.compat import cache_keyword, cache_of
+from ..modeling.shared.states.cache import RecurrentCache
+from .progress import followed
 
 
 def compare_speed(
@@ -44,24 +44,20 @@ def compare_speed(
             raise ValueError(f"{title} has {limit} positions, fewer than {max(lengths)} and {new_tokens} new ones")
     rows = []
     jobs = ("read", "train", "write") if train else ("read", "write")
-    bar = tqdm(total=len(lengths) * len(jobs) * (rounds + 1), desc="measuring", unit="round", leave=False)
-    for length in lengths:
-        for job in jobs:
-            made = {title: _JOBS[job](model, length, batch_size, new_tokens) for title, model in models.items()}
-            times: dict[str, list[float]] = {title: [] for title in models}
-            for turn in range(rounds + 1):  # the first turn warms up
-                for title, run in made.items():
-                    seconds = _timed(run, models[title].device)
-                    if turn:
-                        times[title].append(seconds)
-                bar.update()
-            count = batch_size * (new_tokens if job == "write" else length)
-            for title, model in models.items():
-                rates = sorted(count / seconds for seconds in times[title])
-                low, high = (rates[0], rates[-1]) if len(rates) < 4 else statistics.quantiles(rates, n=4)[::2]
-                row = {"model": title, "length": length, "job": job, "tokens_per_second": statistics.median(rates)}
-                rows.append(row | {"quartiles": [low, high], "state_bytes": state_bytes(model, length)})
-    bar.close()
+    for length, job in followed([(length, job) for length in lengths for job in jobs], "measurements"):
+        made = {title: _JOBS[job](model, length, batch_size, new_tokens) for title, model in models.items()}
+        times: dict[str, list[float]] = {title: [] for title in models}
+        for turn in range(rounds + 1):  # the first turn warms up
+            for title, run in made.items():
+                seconds = _timed(run, models[title].device)
+                if turn:
+                    times[title].append(seconds)
+        count = batch_size * (new_tokens if job == "write" else length)
+        for title, model in models.items():
+            rates = sorted(count / seconds for seconds in times[title])
+            low, high = (rates[0], rates[-1]) if len(rates) < 4 else statistics.quantiles(rates, n=4)[::2]
+            row = {"model": title, "length": length, "job": job, "tokens_per_second": statistics.median(rates)}
+            rows.append(row | {"quartiles": [low, high], "state_bytes": state_bytes(model, length)})
     return rows
 
 

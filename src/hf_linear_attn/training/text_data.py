@@ -125,12 +125,12 @@ def load_files(
     return TextData(documents, printable(f"{', '.join(map(str, train))}: {_sizes(documents)}"))
 
 
-def load_whole_files(names: Sequence[str], text_column: str = "text") -> TextData:
+def load_whole_files(names: Sequence[str], text_column: str = "text", join_rows: bool = False) -> TextData:
     """A user's own files as one split, `train`: nothing of them is held out. Formats and errors are those of `load_files`."""
     datasets = require_datasets()
     files, builder = files_of_one_format("the data", names)
     rows = read_rows("the data", files, builder)
-    rows = _one_text_column(rows, "text" if builder == "text" else text_column, False, "the data")
+    rows = _one_text_column(rows, "text" if builder == "text" else text_column, join_rows, "the data")
     return TextData(datasets.DatasetDict({"train": rows}), printable(", ".join(map(str, names))))
 
 

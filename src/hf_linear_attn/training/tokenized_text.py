@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..modeling.whole_files import write_whole
+from ..modeling.shared.files.whole_files import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

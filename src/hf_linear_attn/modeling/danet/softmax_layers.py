@@ -1,0 +1,235 @@
+"""The softmax layers of a hybrid DANet: ordinary pre-norm blocks through Transformers' attention interface.
+
+They keep keys and values in the ordinary cache, beside the fixed-size states of the DenseAttention layers. Unlike the
+published hybrid they honour padding. Source: DANet specification, section 3.4.
+"""
+
+import functools
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..kernels.tracing import can_read_values, check_when_run
+from ..shared.compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    GradientCheckpointingLayer,
+    and_masks,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    either_cache_name,
+)
+from ..shared.layer_output import LayerOutput
+from ..shared.positions import apply_position_factors, position_factors
+from ..shared.precision import accumulation_dtype
+from ..shared.states.cache import hold_in
+from .block import DanetMLP
+from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
+from .context import DanetContext
+from .norms import build_norm
+from .state import window_shift
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Softmax attention written out: (B, H, T, D) tensors give (B, T, H, D) and the weights (B, H, T, Tk)."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=accumulation_dtype(query.dtype)).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class DanetSoftmaxAttention(nn.Module):
+    """Multi-head softmax attention with rotary positions: full (`softmax`), over a causal window (`swa@softmax`) or inside
+    (shifted) local windows (`l@softmax`, `sl@softmax`).
+
+    A window is a mask: FlexAttention skips what it hides, SDPA computes T x T scores and hides them.
+    """
+
+    def __init__(self, config: DanetConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.pattern = config.layer_codes[layer_idx]
+        self.sliding_window = config.window_size if self.pattern == "swa@softmax" else None
+        self.is_causal = config.is_causal
+        self.num_heads = config.softmax_attention_heads
+        self.num_key_value_groups = 1
+        self.scaling = (config.hidden_size // self.num_heads) ** -0.5
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, width, bias=bias)
+        self.v_proj = nn.Linear(width, width, bias=bias)
+        self.o_proj = nn.Linear(width, width, bias=bias)
+
+    @either_cache_name
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context: DanetContext,
+        cache: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> LayerOutput:
+        """(B, T, d) -> (B, T, d); `attentions` where the attention implementation computes them ("eager")."""
+        heads = (self.num_heads, -1)
+        query = self.q_proj(hidden_states).unflatten(-1, heads)  # (B, T, H, D)
+        key = self.k_proj(hidden_states).unflatten(-1, heads)
+        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
+        query = apply_position_factors(query, context.softmax_positions).transpose(1, 2)
+        key = apply_position_factors(key, context.softmax_positions).transpose(1, 2)
+        if cache is not None:
+            hold_in(cache.layers[self.layer_idx], key.dtype)
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            context.softmax_masks[self.pattern],
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            sliding_window=self.sliding_window,
+        )
+        return LayerOutput(self.o_proj(mixed.flatten(2)), weights if output_attentions else None)
+
+
+class DanetSoftmaxBlock(GradientCheckpointingLayer):
+    """h + Attention(LN(h)), then h + FFN(LN(h))."""
+
+    def __init__(self, config: DanetConfig, layer_idx: int):
+        super().__init__()
+        self.attention_norm = build_norm("standard_ln", config.hidden_size, scaled_norm_eps=config.scaled_norm_eps)
+        self.attention = DanetSoftmaxAttention(config, layer_idx)
+        self.mlp_norm = build_norm("standard_ln", config.hidden_size, scaled_norm_eps=config.scaled_norm_eps)
+        self.mlp = DanetMLP(config)
+
+    @either_cache_name
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context: DanetContext,
+        cache: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> torch.Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        mixed = self.attention(self.attention_norm(hidden_states), context, cache, output_attentions)
+        hidden_states = hidden_states + mixed.hidden_states
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+def maps_in_their_places(forward):
+    """A body's `forward` whose `attentions` have one entry a layer: None for a softmax layer that gave no map.
+
+    Transformers collects those that there are, which would shift the maps of later layers to other indices.
+    """
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        as_output = kwargs.pop("return_dict", None)
+        if as_output is None:
+            as_output = self.config.return_dict
+        output = forward(self, *args, return_dict=True, **kwargs)
+        codes = self.config.layer_codes
+        found = output.get("attentions")
+        if found is not None and len(found) < len(codes):
+            there = iter(found)
+            output.attentions = tuple(None if code in SOFTMAX_PATTERNS else next(there) for code in codes)
+        return output if as_output else output.to_tuple()
+
+    return wrapper
+
+
+def with_softmax_layers(
+    context: DanetContext,
+    config: DanetConfig,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    segment_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> DanetContext:
+    """The context with the masks and positions of the softmax layers. `attention_mask` covers the tokens of the cache, too.
+
+    Raises:
+        ValueError: packed documents together with a cache; padding inside a text under a sliding window or a window with a cache
+            (Transformers' caches and sliding windows count columns, not real tokens); or an attention function that knows no
+            local windows.
+    """
+    codes = set(config.layer_codes) & set(SOFTMAX_PATTERNS)
+    if not codes:
+        return context
+    if segment_ids is not None and cache is not None:
+        _refuse_documents_with_a_cache(segment_ids)
+        segment_ids = None
+    _check_windows(codes - {"softmax"}, config, attention_mask, cache)
+    masks = {code: _mask(code, context, config, hidden_states, attention_mask, segment_ids, cache) for code in codes}
+    head_dim = config.hidden_size // config.softmax_attention_heads
+    positions = position_factors("rotary", position_ids, head_dim, config.rope_theta, hidden_states.dtype)
+    return replace(context, softmax_masks=masks, softmax_positions=positions)
+
+
+def _refuse_documents_with_a_cache(segment_ids) -> None:
+    reason = (
+        "packed documents and a cache cannot go together in a model with softmax layers, whose keys and values keep no document "
+        "numbers: pass `use_cache=False`, or one document a row"
+    )
+    if can_read_values(segment_ids):
+        raise ValueError(reason)
+    check_when_run((segment_ids == 0).all(), reason)  # plain positions show no restart while traced
+
+
+def _check_windows(windowed: set[str], config, attention_mask, cache) -> None:
+    """Refuse a mask that columns and real tokens count differently under, and attention functions without local windows."""
+    counts_columns = "swa@softmax" in windowed or (windowed and cache is not None)
+    if counts_columns and attention_mask is not None and can_read_values(attention_mask):
+        real = attention_mask.bool()
+        if bool((real[:, 1:] & ~real[:, :-1] & (real.cumsum(-1)[:, :-1] > 0)).any()):
+            raise ValueError(
+                "`attention_mask` has padding between real tokens, which the softmax windows of "
+                f"{', '.join(map(repr, sorted(windowed)))} layers would count: put the padding on the left, also of a prompt "
+                "that generation goes on from"
+            )
+    local = windowed - {"swa@softmax"}
+    if local and "flash" in (config._attn_implementation or ""):
+        raise ValueError(
+            f"`attn_implementation` {config._attn_implementation!r} knows no local windows, which {sorted(local)} layers need: "
+            "use 'sdpa', 'flex_attention' or 'eager'"
+        )
+
+
+def _mask(code, context, config, hidden_states, attention_mask, segment_ids, cache):
+    """What Transformers' attention functions take as the mask of a layer with pattern `code`."""
+    conditions = []
+    if segment_ids is not None:
+        conditions.append(lambda batch, head, query, key: segment_ids[batch, query] == segment_ids[batch, key])
+    if code in ("l@softmax", "sl@softmax"):
+        conditions.append(_same_window(code, context, config, hidden_states, attention_mask, cache))
+    # With a cache a local window lies within the last w columns, which is what its layer keeps.
+    sliding = code == "swa@softmax" or (code != "softmax" and cache is not None)
+    create = create_sliding_window_causal_mask if sliding else create_causal_mask
+    first = config.layer_codes.index(code)  # the layer of the cache whose length counts
+    extra = {"and_mask_function": and_masks(*conditions)} if conditions else {}
+    return create(config, hidden_states, attention_mask, cache, layer_idx=first, **extra)
+
+
+def _same_window(code, context, config, hidden_states, attention_mask, cache):
+    """The mask function of `l` and `sl` windows, which count real tokens."""
+    window = config.window_size
+    shift = window_shift(code.removesuffix("@softmax"), window)
+    batch = hidden_states.shape[0]
+    if cache is None:
+        windows = ((context.layout.ranks + shift) // window).expand(batch, -1)
+        return lambda row, head, query, key: windows[row, query] == windows[row, key]
+    # Padding stands on the left alone here. Columns of a static cache that are still empty have ranks, too.
+    padding = torch.zeros(batch, dtype=torch.long, device=hidden_states.device)
+    if attention_mask is not None:
+        padding = (attention_mask.cumsum(-1) == 0).sum(-1)
+    start = shift - padding
+
+    def same(row, head, query, key):
+        return (query + start[row]) // window == (key + start[row]) // window
+
+    return same

@@ -1,0 +1,243 @@
+"""The attention function that SEA enters into Transformers' registry, and what one forward call carries to it.
+
+The host's code stays Transformers': it projects, rotates and caches keys and values, then calls the registered
+function with the attention module. The function finds the module's SEA core, and the call's `SeaCall` among the
+keywords that hosts pass through. Because no mask is registered under that name, the host builds none.
+
+Transformers looks that function up by the name in a configuration, which anybody may change. The layers' own copy of the
+configuration keeps the name (`keep_attention`), so that no switch turns a SEA layer into a dense one.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..shared.compat import ALL_ATTENTION_FUNCTIONS
+from ..shared.precision import accumulation_dtype
+from .attention import SeaAttentionCore, SeaCoreOutput, SeaState
+from .cells import KeyLayout
+from .documents import PackedRows
+from .losses import TeacherTargets
+from .sparse_attention import repeat_key_heads
+
+ATTENTION_NAME = "hf_linear_attn_sea"
+
+
+@dataclass
+class Distillation:
+    """What a student's layers are compared with.
+
+    Attributes:
+        targets: a teacher's `TeacherTargets` by layer, as `record_targets` makes them.
+        loss_rows: (R,) ranks of the query rows that the losses look at; None for all (time O(T^2)).
+        measure: whether layers also measure how well the estimate finds the teacher's attention.
+    """
+
+    targets: dict[int, TeacherTargets]
+    loss_rows: torch.Tensor | None = None
+    measure: bool = False
+
+
+class LayerResults:
+    """What the layers of a call leave behind, by layer, in `found`.
+
+    Neither a dataclass nor a dict, since FSDP2 copies those, with what they hold, on their way into each layer.
+    """
+
+    def __init__(self):
+        self.found: dict[int, Any] = {}
+
+
+@dataclass
+class SeaCall:
+    """One forward call of a SEA model.
+
+    Attributes:
+        layout: ranks and slots of the tokens.
+        mask: (B, T) bool, real tokens of this call; None if nothing is padded.
+        key_mask: (B, S) bool over all slots of the cache and this call; None if nothing is padded.
+        documents: the documents of packed rows; None where each row is one.
+        cache: the Transformers cache, or None.
+        output_attentions: whether layers return their T x S attention.
+        distillation: a teacher's targets, None outside distillation.
+        recorded: where softmax layers leave their own `TeacherTargets` (a teacher's forward), or None.
+        results: where SEA layers leave their `SeaCoreOutput` (its state removed), or None.
+    """
+
+    layout: KeyLayout
+    mask: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    documents: PackedRows | None = None
+    cache: Any = None
+    output_attentions: bool = False
+    distillation: Distillation | None = None
+    recorded: LayerResults | None = None
+    results: LayerResults | None = None
+
+
+def register_attention() -> None:
+    """Make the registry know the attention function; harmless when repeated."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sea_attention_forward)
+
+
+def keep_attention(layers: list[nn.Module], config: PreTrainedConfig) -> None:
+    """Give the layers a configuration of their own, in which the attention function is SEA's for good."""
+    own = copy.copy(config)
+    own._attn_implementation = ATTENTION_NAME
+    for layer in layers:
+        layer.config = own
+
+
+def check_attention(asked: str | dict | None) -> None:
+    """Refuse an `attn_implementation` that asks for another attention than SEA.
+
+    "eager" asks for none: it is what Transformers calls a model with attention of its own, and what users set to get maps.
+
+    Raises:
+        ValueError: any other name.
+    """
+    for name in asked.values() if isinstance(asked, dict) else (asked,):
+        if isinstance(name, dict):
+            check_attention(name)
+        elif name not in (None, "eager", ATTENTION_NAME):
+            raise ValueError(
+                f"`attn_implementation` is {name!r}, but the attention of a SEA model is SEA, also in its host: leave it out "
+                'or set "eager", which changes nothing (`output_attentions=True` gives maps anyway). For the dense model '
+                "take the one that it was made from"
+            )
+
+
+def sea_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sea_call: SeaCall | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one host layer: query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D) and probabilities
+    or None.
+
+    The host's attention dropout is not applied in SEA layers, as in the published model; a softmax layer applies it.
+    """
+    if sea_call is None:
+        raise ValueError(
+            "this layer belongs to a SEA model: call that model, not its host, because ranks and states are prepared there. A "
+            'dense model of the same configuration takes a copy of it and `attn_implementation="sdpa"`'
+        )
+    core, index = getattr(module, "sea", None), int(module.layer_idx)
+    time, past = query.shape[2], sea_call.layout.past_slots
+    layer = None if sea_call.cache is None else sea_call.cache.layers[index]
+    if layer is not None:
+        layer.append_mask(sea_call.mask, query.shape[0], time, query.device)
+    if layer is not None and sea_call.documents is not None:
+        layer.key_mask = sea_call.documents.open_slots  # later tokens see the document that is open, and no other
+    if core is None:
+        output = _softmax_layer(query, key, value, sea_call, bool(module.is_causal), scaling, dropout)
+        if sea_call.recorded is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            targets = TeacherTargets(context=output[0].flatten(2), q=query, k=key, scaling=scale)
+            sea_call.recorded.found[index] = targets
+        return output
+    output = _sea_layer(core, query, key, value, sea_call, index, scaling)
+    if layer is not None:
+        replay = None
+        if layer.record_past:
+            replay = _replay(core, sea_call, scaling, query, *(x[:, :, past : past + time] for x in (key, value)))
+        segment_ids = None if sea_call.documents is None else sea_call.documents.segment_ids
+        layer.update_state(tuple(output.state), time, sea_call.mask, replay, segment_ids)
+    if sea_call.results is not None:
+        output.state = None
+        if not sea_call.output_attentions:
+            output.kept = output.attention_probs = None  # the dense form's: T x S, and not asked for
+        sea_call.results.found[index] = output
+    context = output.context.unflatten(-1, (query.shape[1], -1))
+    return context, output.attention_probs if sea_call.output_attentions else None
+
+
+def _sea_layer(core: SeaAttentionCore, query, key, value, call: SeaCall, index: int, scaling) -> SeaCoreOutput:
+    """What a SEA layer gives for the new tokens, whole rows or document by document."""
+    past, time, cached = call.layout.past_slots, query.shape[2], call.cache is not None
+    new_key, new_value = (x[:, :, past : past + time] for x in (key, value))
+    state = call.cache.layers[index].get_state() if cached else None
+    distillation = call.distillation
+    options = {
+        "teacher": None if distillation is None else distillation.targets.get(index),
+        "scaling": scaling,
+        "state": None if state is None else SeaState(*state),
+        "output_attentions": call.output_attentions,
+        "loss_rows": None if distillation is None else distillation.loss_rows,
+        "measure": distillation is not None and distillation.measure,
+    }
+    if call.documents is None:
+        key_cache = (key, value) if cached else None
+        return core(query, new_key, new_value, layout=call.layout, key_cache=key_cache, **options)
+    past_keys = (key[:, :, :past], value[:, :, :past])
+    return call.documents.attend(core, query, new_key, new_value, past_keys=past_keys, **options)
+
+
+def _replay(core: SeaAttentionCore, call: SeaCall, scaling, query, key, value):
+    """How the cache undoes tokens: run the layer again over the ones that stay. Time is axis 1 of every input."""
+    if call.documents is not None:
+        raise ValueError("tokens of packed rows cannot be undone: put each document into its own row, padded")
+    mask = call.mask
+    if mask is None:
+        mask = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+    past = call.layout.past[:, None].expand_as(mask)
+
+    def advance(state, q, k, v, keep, past):
+        layout = replace(KeyLayout.from_mask(keep, *keep.shape, keep.device), past=past[:, 0])
+        return tuple(
+            core(
+                *(x.transpose(1, 2) for x in (q, k, v)),
+                layout=layout,
+                scaling=scaling,
+                state=SeaState(*state) if state else None,
+                only_state=True,
+            )
+        )
+
+    return advance, (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, past)
+
+
+def _softmax_layer(query, key, value, call: SeaCall, causal: bool, scaling, dropout):
+    """Softmax attention of a layer that keeps it, with its T x S mask only where tokens are padded or cached."""
+    past, time = call.layout.past_slots, query.shape[2]
+    key, value = (repeat_key_heads(x[:, :, : past + time], query.shape[1]) for x in (key, value))
+    plain = call.key_mask is None and past == 0 and call.documents is None
+    mask = None if plain and not call.output_attentions else _visible(call, past, time, causal, query.device)
+    probs = None
+    if call.output_attentions:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        dtype = accumulation_dtype(query.dtype)
+        scores = (query @ key.transpose(-1, -2) * scale).to(dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        probs = scores.softmax(dim=-1).to(query.dtype)
+        context = nn.functional.dropout(probs, dropout) @ value
+    else:
+        context = nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=causal and plain, scale=scaling
+        )
+    if call.mask is not None:  # a padded row sees nothing: its softmax is 0 / 0
+        context = context.masked_fill(~call.mask[:, None, :, None], 0.0)
+    return context.transpose(1, 2), probs
+
+
+def _visible(call: SeaCall, past: int, time: int, causal: bool, device: torch.device) -> torch.Tensor:
+    """(1 or B, 1, T, past + T) bool: which slots each new token sees."""
+    slots = torch.arange(past + time, device=device)
+    mask = slots <= slots[past:, None] if causal else torch.ones(time, past + time, dtype=torch.bool, device=device)
+    mask = mask[None, None]
+    if call.key_mask is not None:
+        mask = mask & call.key_mask[:, None, None]
+    if call.documents is not None:  # what a cache holds belongs to document 0
+        segment_ids = call.documents.segment_ids
+        of_keys = nn.functional.pad(segment_ids, [past, 0])
+        mask = mask & (of_keys[:, None, None] == segment_ids[:, None, :, None])
+    return mask
