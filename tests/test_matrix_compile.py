@@ -83,12 +83,23 @@ def test_training_step_is_one_graph(row):
     assert counter.frame_count == 1
 
 
+def addresses(layer):
+    """Where the tensors lie that a layer's steps write to."""
+    held = [*layer.recurrent_states.values(), layer.cumulative_length, *vars(layer.past).values()]
+    return [x.data_ptr() for x in held if isinstance(x, torch.Tensor)]
+
+
 @pytest.mark.parametrize(
-    "padded", [pytest.param(False, id="full", marks=pytest.mark.slow), pytest.param(True, id="padded")]
+    ("padded", "given"),
+    [
+        pytest.param(False, (), id="full", marks=pytest.mark.slow),
+        pytest.param(True, (), id="padded"),
+        pytest.param(True, ("position_ids", "attention_mask"), id="padded-given"),
+    ],
 )
 @in_every_run("leap", "fastformer", "danet", of=TRACED_CAUSAL)
-def test_decoding_with_a_static_cache_is_one_graph(row, padded):
-    """However many steps: nothing in the cache is a Python number that changes."""
+def test_decoding_with_a_static_cache_is_one_graph(row, padded, given):
+    """However many steps, and whatever they are given: nothing in the cache is a Python number that changes, or moves."""
     model = row.causal_lm(**row.layers(2))
     compiled, counter = traced(model.forward)
     _, _, ids, mask = padded_batch(LAYOUTS["left"], (9, 4))
@@ -97,12 +108,16 @@ def test_decoding_with_a_static_cache_is_one_graph(row, padded):
     with torch.no_grad():
         for cache in (static, plain):
             model(ids, attention_mask=mask, cache=cache)
+        places = addresses(static.layers[0])
         for step in range(6):
             token = tokens(2, 1, seed=step)
-            found = compiled(token, cache=static, use_cache=True).logits
-            wanted = model(token, cache=plain, use_cache=True).logits
+            now = {"position_ids": torch.tensor([[9], [4]]) + step, "attention_mask": torch.ones(2, 1).long()}
+            now = {name: now[name] for name in given}
+            found = compiled(token, cache=static, use_cache=True, **now).logits
+            wanted = model(token, cache=plain, use_cache=True, **now).logits
             torch.testing.assert_close(found, wanted, **CLOSE)
     assert counter.frame_count == 1
+    assert addresses(static.layers[0]) == places
 
 
 @in_every_run("leap", of=FIRST)

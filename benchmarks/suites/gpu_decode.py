@@ -128,17 +128,13 @@ def static_states(model, size: Size, context: int) -> StaticCache:
     return cache
 
 
-def advance(positions: torch.Tensor) -> None:
-    """On a CPU, where positions are compared with the cache's. A GPU takes the same ones again and again."""
-    if device() == "cpu":
-        positions.add_(1)
-
-
 def compiled_step(make, size: Size, context: int) -> Work:
     """One step as a CUDA graph."""
     model = build(make, size, context)
-    facts = {}
+    facts, where = {}, {}
     if isinstance(model, GPT2LMHeadModel):
+        # The same position again and again: its cache has an end. Ours counts by itself.
+        where["position_ids"] = torch.full((1, 1), context, device=device())
         cache = StaticCache(config=model.config, max_cache_len=context + 4 * size.many)
         read(model, tokens(size, context), cache)
         facts["state_mib"] = round(sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) / 2**20, 2)
@@ -148,14 +144,11 @@ def compiled_step(make, size: Size, context: int) -> Work:
         facts["state_mib"] = round(held / 2**20, 2)
     run = torch.compile(model, mode="reduce-overhead", fullgraph=True)
     ids = tokens(size, 1)
-    # The same position again and again: the work of a step does not depend on what the state holds.
-    positions = torch.full((1, 1), context, device=device())
 
     @torch.no_grad()
     def step():
         torch.compiler.cudagraph_mark_step_begin()
-        run(input_ids=ids, use_cache=True, position_ids=positions, **private("cache_keyword")(cache))
-        advance(positions)
+        run(input_ids=ids, use_cache=True, **where, **private("cache_keyword")(cache))
 
     return Work(step, size.batch, facts)
 
@@ -164,13 +157,11 @@ def graph_step(make, size: Size, context: int) -> Work:
     """One step as generate() replays it."""
     model = build(make, size, context)
     cache, ids = filled_states(model, size, context), tokens(size, 1)
-    positions = torch.full((size.batch, 1), context, device=device())
     run = private("DecodingGraph")(model)
 
     @torch.no_grad()
     def step():
-        run(input_ids=ids, cache=cache, use_cache=True, position_ids=positions)
-        advance(positions)
+        run(input_ids=ids, cache=cache, use_cache=True)
 
     return Work(step, size.batch, {"state_mib": round(cache.state_size() / 2**20, 2)})
 

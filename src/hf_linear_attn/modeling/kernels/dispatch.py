@@ -11,36 +11,43 @@ import importlib.util
 
 import torch
 
-from .tracing import is_traced
+from .tracing import is_in_backward, is_traced
 
 BACKENDS = ("auto", "torch", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-_chosen: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="auto")
-# A compiler cannot trace the context; it compiles again when this name changes, which the last block to begin or end sets.
-_chosen_for_compiler = "auto"
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+# Of the block that began last in any thread, of those that are open. A compiler cannot trace the context, but compiles again when
+# this name changes; and a GPU's backward, which may run a layer again (checkpointing), has a thread of its own without a context.
+_chosen_last = "auto"
+_open_blocks: list[list[str]] = []
 
 
 @contextlib.contextmanager
 def use_backend(name: str):
     """Within the block, run every mechanism as `name`: `"torch"`, `"triton"` (an error where no kernel fits) or `"auto"`.
 
-    Holds for this thread, or asynchronous task, alone; calls of compiled functions follow the block that began last in any.
+    Holds for this thread, or asynchronous task, alone; calls of compiled functions, and layers that a GPU's backward runs again,
+    follow the block that began last in any.
     """
-    global _chosen_for_compiler
+    global _chosen_last
     if name not in BACKENDS:
         raise ValueError(f"`name` is {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    before, _chosen_for_compiler = _chosen_for_compiler, name
-    token = _chosen.set(name)
+    token, block = _chosen.set(name), [name]
+    _open_blocks.append(block)
+    _chosen_last = name
     try:
         yield
     finally:
         _chosen.reset(token)
-        _chosen_for_compiler = before
+        _open_blocks[:] = [x for x in _open_blocks if x is not block]  # threads end their blocks in any order
+        _chosen_last = _open_blocks[-1][0] if _open_blocks else "auto"
 
 
 def chosen_backend() -> str:
     """What `use_backend` asks for here, "auto" outside of it."""
-    return _chosen_for_compiler if is_traced() else _chosen.get()
+    if is_traced():
+        return _chosen_last
+    return _chosen.get() or (_chosen_last if is_in_backward() else "auto")
 
 
 def runs_triton(tensor: torch.Tensor, obstacle: str | None) -> bool:

@@ -28,6 +28,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_in_backward() -> bool:
+    """Whether autograd runs this code: the backward of a custom function, or a layer that is run again for its gradients."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_transformed(tensor: torch.Tensor) -> bool:
     """Whether a function transform (`torch.func.grad`, `vmap`, ...) looks at this tensor: custom backwards cannot follow it."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...kernels.tracing import can_read_values, making_buffers
+from ...kernels.tracing import can_read_values, is_traced, keeps_address, making_buffers
 
 NO_NUMBER = torch.iinfo(torch.int64).min
 
@@ -51,11 +51,15 @@ class PastColumns:
     document: number that `seq_idx` gave the open document, `NO_NUMBER` where it gave none.
     padding: `fingerprint` of the padded columns; None: nothing was padded.
     kept_mask: (B, columns) bool, True for real tokens, kept where some layers keep a key a column (`keeps_mask`); None: all are.
+
+    `fixed`: of a static cache, whose compiled calls find everything at one address: zeros stand for None in `COUNTED`.
     """
 
     NAMES = ("shift", "gap", "document", "padding", "kept_mask")
+    COUNTED = ("shift", "gap", "padding")
 
-    def __init__(self):
+    def __init__(self, fixed: bool = False):
+        self.fixed = fixed
         self.shift = self.gap = self.document = self.padding = self.kept_mask = None
         self.keeps_mask = False
         self._recorded: list[tuple] = []  # a call a piece: what was known before it, and its arguments of `take_in`
@@ -106,6 +110,11 @@ class PastColumns:
             record (`bool`): keep what `rewind` needs.
         """
         batch, length = like.shape[:2]
+        if self.fixed and not is_traced():
+            for name in self.COUNTED:
+                held = getattr(self, name)
+                if held is None or held.shape[0] != batch:  # the first call, also after `reset`
+                    self._place(name, torch.zeros(batch, dtype=torch.long, device=like.device))
         if record:
             before = {name: _copied(getattr(self, name)) for name in self.NAMES}
             inputs = tuple(_copied(x) for x in (counts, mask, segment_ids, position_ids, seq_idx))
@@ -134,10 +143,8 @@ class PastColumns:
             self._put("gap", gap if not can_read_values(gap) or bool(gap.any()) else None)
             new = fingerprint(~mask, columns)
             self._put("padding", new if self.padding is None else self.padding + new)
-        elif self.gap is not None and not can_read_values(self.gap):
-            self.gap.zero_()  # a traced step must not change what the next one depends on
         else:
-            self.gap = None
+            self._put("gap", None)
         if self.keeps_mask and (mask is not None or self.kept_mask is not None):
             self._keep_mask(mask, batch, columns, length, like.device)
 
@@ -167,7 +174,7 @@ class PastColumns:
     def reset(self) -> None:
         """Nothing has been seen."""
         for name in self.NAMES:
-            setattr(self, name, None)
+            self._put(name, None)
         self._recorded = []
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -188,24 +195,34 @@ class PastColumns:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a saved cache holds of this, by name."""
-        return {name: getattr(self, name) for name in self.NAMES if getattr(self, name) is not None}
+        held = {name: getattr(self, name) for name in self.NAMES if getattr(self, name) is not None}
+        return {name: x for name, x in held.items() if not (self.fixed and name in self.COUNTED and not bool(x.any()))}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over what `tensors` gave."""
         for name in self.NAMES:
-            setattr(self, name, tensors.get(name))
+            self._put(name, tensors.get(name))
 
     def _put(self, name: str, value: torch.Tensor | None) -> None:
         """Write in place where the tensor has its place already: CUDA graphs rely on addresses."""
         old = getattr(self, name)
-        if value is not None and old is not None and old.shape == value.shape:
+        if old is None:
+            if value is not None:
+                self._place(name, value)
+        elif value is None and name in self.COUNTED and (self.fixed or not can_read_values(old)):
+            old.zero_()  # a traced step must not change what the next one depends on
+        elif value is not None and old.shape == value.shape:
             old.copy_(value)
-        elif value is None:
-            setattr(self, name, None)
         else:
-            with making_buffers():
-                setattr(self, name, torch.zeros_like(value))
-            getattr(self, name).copy_(value)
+            setattr(self, name, None)
+            self._put(name, value)
+
+    def _place(self, name: str, value: torch.Tensor) -> None:
+        with making_buffers():
+            buffer = torch.zeros_like(value)
+        setattr(self, name, buffer.copy_(value))
+        if self.fixed:
+            keeps_address(buffer)
 
 
 def join_masks(old, new, batch: int, past: int, length: int, device) -> torch.Tensor | None:

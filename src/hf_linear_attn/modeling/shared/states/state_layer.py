@@ -47,7 +47,9 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         if max_cache_len is not None:
             with making_buffers():
                 self.cumulative_length = torch.zeros((), dtype=torch.long)
-        self.past = PastColumns()  # that of the model's first recurrent layer is kept up to date
+        self.past = PastColumns(
+            fixed=max_cache_len is not None
+        )  # that of the model's first recurrent layer is kept up to date
         self._base: tuple[torch.Tensor, ...] | None = None
         self._replay: list[tuple[Callable, tuple]] = []
 
