@@ -263,3 +263,33 @@ def test_a_step_that_cannot_be_recorded_runs_anyway():
     with pytest.warns(UserWarning, match="cannot be recorded"):
         assert model.generate(ids, **common).tolist() == expected.tolist()
     torch.randn(3, device=DEVICE)  # the generator of random numbers does not wait for the end of the recording
+
+
+@needs_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("given", [False, True], ids=["alone", "given"])
+@pytest.mark.parametrize("family", ["leap", "danet"])
+def test_a_compiled_step_is_a_graph(family, given):
+    """Mode "reduce-overhead" over a static cache: all that a step writes lies at one address, also with a caller's positions."""
+    options = {"position_embedding_type": "rotary"}
+    if family == "danet":
+        options |= {"layer_pattern": "g_sw", "window_size": 4, "is_causal": True, "scale_mode": "fixed"}
+    classes = (LeapForCausalLM, LeapConfig) if family == "leap" else (DanetForCausalLM, DanetConfig)
+    model = build(*classes, **options)
+    ids = torch.randint(0, 50, (2, 16), device=DEVICE)
+    static, plain = StaticCache(config=model.config, max_cache_len=40), RecurrentCache(config=model.config)
+    for cache in (static, plain):
+        model(ids[:, :6], cache=cache, use_cache=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for column in range(6, 16):
+        step = {"input_ids": ids[:, column : column + 1], "use_cache": True}
+        if given:
+            step["position_ids"] = torch.full((2, 1), column, device=DEVICE)
+            step["attention_mask"] = torch.ones(2, 1, dtype=torch.long, device=DEVICE)
+        torch.compiler.cudagraph_mark_step_begin()
+        found = compiled(cache=static, **step).logits.clone()
+        torch.testing.assert_close(found, model(cache=plain, **step).logits, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
