@@ -1,6 +1,7 @@
 """Controls: with the code broken on purpose, each check of generate() has to fail. They show what the checks can see."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -33,10 +34,10 @@ def mask_is_applied_too_early(row, model):
     assert mixers, f"no submodule named {row.mixer}"
 
     def early(forward):
-        def masked(hidden_states, attention_mask=None, **kwargs):
-            if attention_mask is not None:
-                hidden_states = hidden_states * attention_mask[..., None]
-            return forward(hidden_states, None, **kwargs)
+        def masked(hidden_states, *, call):
+            if call.mask is not None:
+                hidden_states = hidden_states * call.mask[..., None]
+            return forward(hidden_states, call=replace(call, mask=None, _formed={}))
 
         return masked
 

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from ..shared.body import RecurrentModelOutput, add_positions, begin, embed_inputs, without_cache_in_training
+from ..shared.call import Call, takes_call
 from ..shared.causal_lm import RecurrentForCausalLM, mask_for_generate
 from ..shared.compat import (
     CACHE_NAMES,
@@ -18,7 +19,7 @@ from ..shared.files.checkpoint import PortableCheckpointMixin
 from ..shared.heads import SequenceClassificationMixin
 from ..shared.layer_output import LayerOutput, check_state
 from ..shared.precision import accumulation_dtype
-from ..shared.sequence import DOCUMENT_KEYWORDS, check_layer_inputs, passes_on
+from ..shared.sequence import DOCUMENT_KEYWORDS, passes_on
 from ..shared.windowed_mean import state_shapes, windowed_mean
 from .configuration_echo import EchoConfig
 
@@ -29,37 +30,27 @@ class EchoAttention(nn.Module):
     def __init__(self, config: EchoConfig, layer_idx: int = 0):
         super().__init__()
         self.layer_idx = layer_idx
+        self.width = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.loudness = nn.Linear(config.hidden_size, self.num_heads)
 
-    @either_cache_name
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        state: tuple[torch.Tensor, ...] | None = None,
-        return_state: bool = False,
-    ) -> LayerOutput:
+    @takes_call("attention_mask", "segment_ids", "cache", "state", "return_state")
+    def forward(self, hidden_states: torch.Tensor, call: Call) -> LayerOutput:
         """(B, T, d) -> (B, T, d); masks, documents and states as in every family."""
-        attention_mask = check_layer_inputs(hidden_states, self.num_heads * self.head_dim, attention_mask, segment_ids)
-        layer_cache = None if cache is None else cache.layers[self.layer_idx]
-        if layer_cache is not None:
-            state = layer_cache.get_state()
+        state, layer_cache = call.state_of(self.layer_idx), call.layer_cache(self.layer_idx)
         if state is not None:
             shapes = state_shapes((self.num_heads, self.head_dim), None, False)
             check_state(state, self.layer_idx, len(shapes), (hidden_states.shape[0], *shapes[0]))
         dtype = accumulation_dtype(hidden_states.dtype)
         value = self.v_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).to(dtype)
-        inputs = (value, self.loudness(hidden_states).to(dtype).sigmoid(), attention_mask, segment_ids)
+        inputs = (value, self.loudness(hidden_states).to(dtype).sigmoid(), call.mask, call.segment_ids)
         mean, state = _heard(state, *inputs)
         if layer_cache is not None:
-            layer_cache.update_state(state, hidden_states.shape[1], attention_mask, (_advance, inputs), segment_ids)
+            layer_cache.update_state(state, hidden_states.shape[1], call.mask, (_advance, inputs), call.segment_ids)
         mixed = mean.flatten(2).to(hidden_states.dtype)
-        return LayerOutput(mixed, None, None, state if return_state else None)
+        return LayerOutput(mixed, None, None, state if call.return_state else None)
 
 
 def _heard(state, value, weight, mask, segment_ids):
@@ -79,6 +70,7 @@ class EchoBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: EchoConfig, layer_idx: int = 0):
         super().__init__()
+        self.width = config.hidden_size
         self.attention_norm = nn.LayerNorm(config.hidden_size)
         self.attention = EchoAttention(config, layer_idx)
         self.mlp_norm = nn.LayerNorm(config.hidden_size)
@@ -89,15 +81,13 @@ class EchoBlock(GradientCheckpointingLayer):
             nn.Dropout(config.hidden_dropout_prob),
         )
 
-    @either_cache_name
-    def forward(self, hidden_states: torch.Tensor, attention_mask=None, cache=None, return_state=False, **kwargs):
+    @takes_call("attention_mask", "cache", "return_state", "segment_ids", "state")
+    def forward(self, hidden_states: torch.Tensor, call: Call):
         """Hidden states (B, T, d), with `return_state` also the state."""
-        mixed = self.attention(
-            self.attention_norm(hidden_states), attention_mask, cache=cache, return_state=return_state, **kwargs
-        )
+        mixed = self.attention(self.attention_norm(hidden_states), call=call)
         hidden_states = hidden_states + mixed.hidden_states
         hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
-        return (hidden_states, mixed.state) if return_state else hidden_states
+        return (hidden_states, mixed.state) if call.return_state else hidden_states
 
 
 class EchoPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
@@ -120,6 +110,7 @@ class EchoModel(EchoPreTrainedModel):
         super().__init__(config)
         self.is_causal = True
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None  # a sum does not ask where a token stands
         self.layers = nn.ModuleList(EchoBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size)
         self.gradient_checkpointing = False
@@ -141,17 +132,14 @@ class EchoModel(EchoPreTrainedModel):
         **kwargs,
     ) -> RecurrentModelOutput:
         """Token ids (B, T) to hidden states (B, T, d)."""
-        hidden_states = embed_inputs(self, input_ids, inputs_embeds)
-        sequence, cache = begin(self, hidden_states, attention_mask, position_ids, cache, use_cache, None, kwargs)
-        hidden_states = add_positions(hidden_states, None, sequence)  # none; and what stands at padding is blanked
+        inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
+        call = begin(self, inputs_embeds, attention_mask, position_ids, cache, use_cache, **kwargs)
+        hidden_states = add_positions(
+            inputs_embeds, self.embed_positions, call
+        )  # and what stands at padding is blanked
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=sequence.mask,
-                segment_ids=sequence.segment_ids,
-                **cache_keyword(cache),
-            )
-        return RecurrentModelOutput(last_hidden_state=self.norm(hidden_states), **cache_keyword(cache))
+            hidden_states = layer(hidden_states, call=call)
+        return RecurrentModelOutput(last_hidden_state=self.norm(hidden_states), **cache_keyword(call.cache))
 
 
 class EchoForCausalLM(RecurrentForCausalLM, EchoPreTrainedModel, GenerationMixin):

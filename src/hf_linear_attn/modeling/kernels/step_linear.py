@@ -32,12 +32,20 @@ NARROW = 16  # columns a program
 MANY_COLUMNS = 16384  # from so many on (a vocabulary), programs are plenty and take twice as many columns
 
 
+# What belongs together travels together, also into the kernels:
+#   norm     pointers to LayerNorm's weight and bias, and its eps
+#   added    pointers to the bias and to the residual
+#   split    pointers to the pieces of a product and to the counters of those that are finished
+#   cleared  pointer to counters that become 0, and their number
+#   FLAGS    NORM, BIAS, GELU, RELU, RESIDUAL: which of these a call has; pointers of what it has not are never touched
 @triton.jit
-def _finish(
-    total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype: tl.constexpr,
-    BIAS: tl.constexpr, GELU: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
+def _finish(total, m, n, added, out_ptr, B, N, dtype: tl.constexpr, FLAGS: tl.constexpr):
     """What follows a product (BM, BN), and its store."""
+    bias_ptr, residual_ptr = added
+    BIAS: tl.constexpr = FLAGS[1]
+    GELU: tl.constexpr = FLAGS[2]
+    RELU: tl.constexpr = FLAGS[3]
+    RESIDUAL: tl.constexpr = FLAGS[4]
     if BIAS:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU:
@@ -47,21 +55,21 @@ def _finish(
     place = m[:, None] * N + n[None, :]
     inside = (m[:, None] < B) & (n[None, :] < N)
     if RESIDUAL:
-        # What a layer adds is rounded before it is added, as in the plain spelling.
+        # What a layer adds is rounded before it is added, as the layers themselves do.
         total = total.to(dtype).to(tl.float32) + tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, total.to(dtype), mask=inside)
 
 
 @triton.jit
 def _whole_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, pieces_ptr, done_ptr, clears_ptr, cleared,
-    norm_eps, B, N, K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, norm, weight_ptr, added, out_ptr, split, cleared, B, N, K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr, FLAGS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """As `_loop_kernel`; program (i, j) multiplies columns i with the depth from j KP on, in G parts at once: a warp each.
-
-    The first `cleared` numbers at `clears_ptr` become 0.
-    """
+    """As `_loop_kernel`; program (i, j) multiplies columns i with the depth from j KP on, in G parts at once: a warp each."""
+    norm_weight_ptr, norm_bias_ptr, norm_eps = norm
+    pieces_ptr, done_ptr = split
+    clears_ptr, number_cleared = cleared
+    NORM: tl.constexpr = FLAGS[0]
     if EARLY:
         gdc_launch_dependents()
     m, n = tl.arange(0, BM), tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -71,7 +79,7 @@ def _whole_kernel(
     weight = tl.load(weight_ptr + n[None, None, :] * K + k[:, :, None], mask=known, other=0.0)
     if EARLY:
         gdc_wait()
-    for place in range(tl.program_id(0), cleared, tl.num_programs(0)):
+    for place in range(tl.program_id(0), number_cleared, tl.num_programs(0)):
         tl.store(clears_ptr + place, 0)
     inside = (m[None, :, None] < B) & (k[:, None, :] < K)
     x = tl.load(x_ptr + m[None, :, None] * K + k[:, None, :], mask=inside, other=0.0)
@@ -85,7 +93,7 @@ def _whole_kernel(
         x = (centred * scale[None, :, None] * norm_weight[:, None, :] + norm_bias[:, None, :]).to(dtype)
     total = tl.sum(tl.dot(x, weight), axis=0)
     if PIECES == 1:
-        _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RELU, RESIDUAL)
+        _finish(total, m, n, added, out_ptr, B, N, dtype, FLAGS)
     else:
         place = m[:, None] * N + n[None, :]
         known = (m[:, None] < B) & (n[None, :] < N)
@@ -95,16 +103,17 @@ def _whole_kernel(
             total = tl.zeros((BM, BN), tl.float32)
             for piece in tl.static_range(PIECES):
                 total += tl.load(pieces_ptr + piece * B * N + place, mask=known, other=0.0, cache_modifier=".cg")
-            _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RELU, RESIDUAL)
+            _finish(total, m, n, added, out_ptr, B, N, dtype, FLAGS)
 
 
 @triton.jit
 def _loop_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, norm_eps, B, N,
-    K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    x_ptr, norm, weight_ptr, added, out_ptr, B, N, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Out (B, N) = gelu(layer_norm(x) (B, K) weight^T (N, K) + bias) + residual, each part where its flag is set."""
+    norm_weight_ptr, norm_bias_ptr, norm_eps = norm
+    NORM: tl.constexpr = FLAGS[0]
     m, n = tl.arange(0, BM), tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     mean = tl.zeros((BM,), tl.float32)
@@ -127,7 +136,7 @@ def _loop_kernel(
             x = (x.to(tl.float32) - mean[:, None]) * scale[:, None] * norm_weight[None, :] + norm_bias[None, :]
             x = x.to(dtype)
         total = tl.dot(x, weight, total, input_precision="ieee")
-    _finish(total, m, n, bias_ptr, residual_ptr, out_ptr, B, N, dtype, BIAS, GELU, RELU, RESIDUAL)
+    _finish(total, m, n, added, out_ptr, B, N, dtype, FLAGS)
 
 
 def counters_of(linear, device: torch.device) -> torch.Tensor:
@@ -146,38 +155,33 @@ def project(x, linear, norm=None, gelu=False, relu=False, residual=None, done=No
     columns = linear.out_features
     out = x.new_empty(rows, columns)
     # A kernel never touches a pointer whose flag is off; any tensor will do.
-    pointers = [x if tensor is None else tensor for tensor in (linear.bias, residual)]
-    norms = (x, x) if norm is None else (norm.weight, norm.bias)
-    flags = {
+    added = tuple(x if tensor is None else tensor for tensor in (linear.bias, residual))
+    scaled = (x, x, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    sizes = {
         "K": depth,
         "BM": max(16, triton.next_power_of_2(rows)),
-        "NORM": norm is not None,
-        "BIAS": linear.bias is not None,
-        "GELU": gelu,
-        "RELU": relu,
-        "RESIDUAL": residual is not None,
+        "FLAGS": (norm is not None, linear.bias is not None, gelu, relu, residual is not None),
     }
-    eps = 0.0 if norm is None else norm.eps
     pieces = triton.cdiv(depth, WHOLE_DEPTH)
     if rows > WHOLE_ROWS or x.dtype not in WHOLE_DTYPES or (norm is not None and pieces > 1):
         if clears is not None:
             clears.zero_()
         tile = FLOAT32_TILE if x.dtype == torch.float32 else LOOP_TILE
         _loop_kernel[(triton.cdiv(columns, tile["BN"]),)](
-            x, *norms, linear.weight, *pointers, out, eps, rows, columns, KP=triton.next_power_of_2(depth), **tile, **flags
-        )  # fmt: skip
+            x, scaled, linear.weight, added, out, rows, columns, KP=triton.next_power_of_2(depth), **tile, **sizes
+        )
         return out
     width = 2 * NARROW if columns > MANY_COLUMNS else NARROW
-    grid = triton.cdiv(columns, width), pieces
     parts = x
     if pieces > 1:
         parts = torch.empty(pieces, rows, columns, device=x.device)
         done = counters_of(linear, x.device).zero_() if done is None else done
-    _whole_kernel[grid](
-        x, *norms, linear.weight, *pointers, out, parts, x if done is None else done, x if clears is None else clears,
-        0 if clears is None else clears.numel(), eps, rows, columns,
+    split = parts, x if done is None else done
+    cleared = (x, 0) if clears is None else (clears, clears.numel())
+    _whole_kernel[triton.cdiv(columns, width), pieces](
+        x, scaled, linear.weight, added, out, split, cleared, rows, columns,
         KP=min(WHOLE_DEPTH, max(16 * WARPS, triton.next_power_of_2(depth))), G=WARPS, BN=width, PIECES=pieces, num_warps=WARPS,
-        **early_options(x.device), **flags,
+        **early_options(x.device), **sizes,
     )  # fmt: skip
     return out
 

@@ -47,11 +47,18 @@ def _turned(pointer, e, position, log_theta, log_theta_rest, E: tl.constexpr):
 
 @triton.jit
 def _mix_kernel(
-    x_ptr, position_ptr, values_ptr, weights_ptr, counts_ptr, length_ptr, residual_ptr, out_ptr,
-    position_stride, scale, log_theta, log_theta_rest, eps, H: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, ROTARY: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, residual_ptr, out_ptr, positions, theta, state, counts, scale, eps, H: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, ROTARY: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Out = residual + gated mean of one token and head; the state (see `windowed_mean`) goes one token on in place."""
+    """Out = residual + gated mean of one token and head; the state (see `windowed_mean`) goes one token on in place.
+
+    positions: their pointer and stride. theta: the logarithm of its base, in two numbers (`_turned`). state: pointers to values
+    and weights. counts: pointers to those of the rows and, if COUNTED, to the length of a static cache.
+    """
+    position_ptr, position_stride = positions
+    log_theta, log_theta_rest = theta
+    values_ptr, weights_ptr = state
+    counts_ptr, length_ptr = counts
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -136,10 +143,12 @@ def _mix(attention, projected, residual, position_ids, state, counts, length):
     held = 0 if window is None else window - 1
     log_theta = math.log(attention.rope_theta) if rotary else 0.0
     single = ctypes.c_float(log_theta).value
+    positions = (projected, 0)
+    if rotary:
+        positions = position_ids, position_ids.stride(0) if position_ids.shape[0] > 1 else 0
     _mix_kernel[(attention.num_heads, batch)](
-        projected, position_ids if rotary else projected, *state, counts, counts if length is None else length, residual, out,
-        position_ids.stride(0) if rotary and position_ids.shape[0] > 1 else 0, head**-0.5,
-        single, log_theta - single, EPS,
+        projected, residual, out, positions, (single, log_theta - single), state, (counts, counts if length is None else length),
+        head**-0.5, EPS,
         H=attention.num_heads, W=0 if window is None else window, WP=max(1, triton.next_power_of_2(held)), E=head,
         EP=max(16, triton.next_power_of_2(head)), ROTARY=rotary, COUNTED=length is not None, num_warps=1,
         **early_options(residual.device),
