@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ..training.number_range import COUNT, SEED, THREADS
 from ..training.options import OPTIONS_FILE, path
@@ -176,7 +177,9 @@ class Stages:
 def _train(family: str, folder: Path, given: dict, threads: int) -> int:
     """One run as a process of its own, so that its peak memory is its own and the command can be shown."""
     words = ["train", "--family", family, *EXTRA_WORDS.get(family, [])]
-    sizes = {**SHARED, "steps": STEPS} | (FULL if given["full"] else {}) | (TINY if given["tiny"] else {})
+    sizes: dict[str, Any] = (
+        {**SHARED, "steps": STEPS} | (FULL if given["full"] else {}) | (TINY if given["tiny"] else {})
+    )
     sizes |= {} if given["steps"] is None else {"steps": given["steps"]}
     sizes["num-hidden-layers"] += EXTRA_LAYERS.get(family, 0)
     for name, value in (sizes | {"seed": given["seed"], "threads": threads}).items():

@@ -1,6 +1,7 @@
 """`hf-linear-attn explain`: which tokens of a text a model looks at."""
 
 import sys
+from typing import Any
 
 from ..terminal_text import printable
 from ..training.number_range import COUNT, NumberRange
@@ -52,7 +53,7 @@ def run(arguments: list[str]) -> int:
 
     model = load_with_its_head(given["checkpoint"]).to(given["device"]).eval()
     found = importance(model, load_tokenizer(given["checkpoint"]), given["text"], method=given["method"])
-    result = {
+    result: dict[str, Any] = {
         "method": found.method,
         "tokens": found.tokens,
         "scores": [round(score, 6) for score in found.scores.tolist()],

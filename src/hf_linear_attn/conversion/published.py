@@ -73,7 +73,7 @@ def rename(state_dict: dict[str, torch.Tensor], rules: Callable[[str], str | Non
     unknown = sorted(name for name, ours in renamed.items() if ours is None)
     if unknown:
         raise ValueError(f"`state_dict` holds parameters that the published model does not have: {unknown[:5]}")
-    return {ours: state_dict[name] for name, ours in renamed.items()}
+    return {ours: state_dict[name] for name, ours in renamed.items() if ours is not None}
 
 
 def load_exactly(model: torch.nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
@@ -94,5 +94,6 @@ def load_exactly(model: torch.nn.Module, state_dict: dict[str, torch.Tensor]) ->
         raise ValueError(
             f"parameters missing: {missing[:5]}; unexpected: {unexpected[:5]}: does the configuration fit?"
         )
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie_weights = getattr(model, "tie_weights", None)
+    if tie_weights is not None:
+        tie_weights()

@@ -42,7 +42,8 @@ def shade(share: float) -> tuple[int, int, int]:
     """Colour at a place of the ramp: red, green and blue, 0 to 255."""
     place = share * (len(RAMP) - 1)
     index = min(int(place), len(RAMP) - 2)
-    return tuple(round(a + (b - a) * (place - index)) for a, b in zip(RAMP[index], RAMP[index + 1]))
+    red, green, blue = (round(a + (b - a) * (place - index)) for a, b in zip(RAMP[index], RAMP[index + 1]))
+    return red, green, blue
 
 
 def _pieces(read: ReadText, scores: torch.Tensor):

@@ -9,6 +9,7 @@ found.top(5)
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,8 +59,8 @@ class Importance:
         if n < 1:
             raise ValueError(f"`n` must be at least 1, got {n}")
         order = self.scores.masked_fill(self.read.special, float("-inf")).argsort(descending=True, stable=True)
-        order = order[: min(n, int((~self.read.special).sum()))].tolist()
-        return [(self.tokens[i], float(self.scores[i]), i) for i in order]
+        highest = order[: min(n, int((~self.read.special).sum()))].tolist()
+        return [(self.tokens[i], float(self.scores[i]), i) for i in highest]
 
     def to_html(self, page: bool = True) -> str:
         """The text with its tokens coloured, and the scale: a page of its own, or the box alone with `page=False`."""
@@ -166,7 +167,9 @@ def received(found: AttentionRows) -> torch.Tensor:
 
 def _focus_shares(body, read: ReadText) -> torch.Tensor:
     """Focus weights as multiples of the text's average one, (L, H, n)."""
-    inputs = {name: read.inputs[name] for name in ("input_ids", "attention_mask") if name in read.inputs}
+    inputs: dict[str, Any] = {
+        name: read.inputs[name] for name in ("input_ids", "attention_mask") if name in read.inputs
+    }
     with evaluating(body):
         output = body(**on_device_of(body, inputs), output_focus_weights="log")
     logs = torch.stack([layer[0].float().cpu() for layer in output.focus_weights])

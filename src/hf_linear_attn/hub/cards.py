@@ -127,7 +127,9 @@ def load_with_its_head(folder: Path) -> PreTrainedModel:
         raise ValueError(
             f"{folder} is of model type {config.model_type!r}, and this is for {', '.join(map(repr, FAMILIES))}"
         )
-    return load_model(family.load(name if name in family.heads.values() else family.heads["AutoModel"]), folder)
+    if name is None or name not in family.heads.values():
+        name = family.heads["AutoModel"]
+    return load_model(family.load(name), folder)
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def load_model(
         ValueError: tensors that are missing, unexpected or of another shape, each named.
         OSError: no such checkpoint, damaged weights, or weights that are pickled alone.
     """
-    adapter = find_adapter_config_file(source) if os.path.isdir(source) else None
+    adapter = find_adapter_config_file(os.fspath(source)) if os.path.isdir(source) else None
     if adapter is not None and not os.path.isfile(os.path.join(source, "config.json")):
         base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
         model = load_model(auto_class, base, new_head=new_head, **arguments)
@@ -145,8 +145,8 @@ def load_model(
         missing, mismatched = missing - new, mismatched - other
     if unexpected:
         # Heads that this class does not have, and that another class of the same models does.
-        names = {getattr(modeling_auto, table).get(config.model_type) for table in AUTO_CLASSES.values()}
-        known = {n.removeprefix(prefix) for name in names | {saved} for n in _tensor_names(name, config)}
+        classes = {getattr(modeling_auto, table).get(config.model_type) for table in AUTO_CLASSES.values()}
+        known = {n.removeprefix(prefix) for name in classes | {saved} for n in _tensor_names(name, config)}
         unexpected = {n for n in unexpected if n.removeprefix(prefix) not in known and not OLD_BUFFERS.search(n)}
     _refuse(_problems(missing, unexpected, mismatched), source, model, saved)
     return model

@@ -22,7 +22,7 @@ from .files import damage, model_files, write_text_whole
 from .options import OPTIONS_FILE, TrainingOptions
 from .progress import TrainingProgress
 
-LANGUAGE_MODEL = {
+LANGUAGE_MODEL: dict[str, Any] = {
     "family": "gpt2",
     "hidden_size": 64,
     "num_hidden_layers": 3,
@@ -68,7 +68,7 @@ def example_teacher(options: DistillOptions, folder: Path) -> str:
         return str(name)
     name.mkdir(parents=True, exist_ok=True)
     write_text_whole(name / RECIPE_FILE, json.dumps(recipe) + "\n")
-    more = {"output": str(name), "threads": options.threads, "quiet": options.quiet}
+    more: dict[str, Any] = {"output": str(name), "threads": options.threads, "quiet": options.quiet}
     if (name / OPTIONS_FILE).exists():
         teacher = TrainingOptions.for_resume(more)
     else:

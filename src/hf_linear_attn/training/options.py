@@ -10,6 +10,7 @@ Light to import, so that `--help` answers at once.
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def option(
     default: Any,
     group: str,
     help: str,
-    kind: type = str,
+    kind: Callable[[str], Any] = str,
     choices: tuple = (),
     metavar: str | None = None,
     range: NumberRange | None = None,

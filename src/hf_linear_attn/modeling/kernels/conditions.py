@@ -39,7 +39,7 @@ def untransformed(tensor: torch.Tensor) -> str | None:
 def plain(*layers: nn.Module | None, kind: type[nn.Module] = nn.Linear, bias: bool = False) -> str | None:
     """Layers that are their weights and nothing more: no adapter, quantization, sharding, pruning, offloading, hook."""
     for layer in layers:
-        if not is_plain(layer, kind):
+        if layer is None or not is_plain(layer, kind):
             return _what_more(layer, kind)
         if bias and layer.bias is None:
             return f"a {kind.__name__} has no bias"

@@ -154,7 +154,7 @@ def gelu_linear(x, bias, weight, last_bias):
     return _gelu_linear(x.contiguous(), bias, weight, last_bias)
 
 
-def gelu_linear_covers(up: nn.Module, down: nn.Module, x: torch.Tensor) -> str | None:
+def gelu_linear_covers(up: nn.Linear, down: nn.Linear, x: torch.Tensor) -> str | None:
     """Why `gelu_linear` cannot stand for `down(gelu(up(x)))`, or None."""
     reason = plain(up, bias=True) or plain(down) or dtypes_as_written(x) or untransformed(x)
     return reason or one_dtype(x, up.weight, down.weight)

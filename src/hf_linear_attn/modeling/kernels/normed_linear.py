@@ -111,7 +111,7 @@ def normed_linear(
     return _NormedLinear.apply(x, norm.weight, norm.bias, linear.weight, bias, norm.eps)
 
 
-def normed_linear_covers(norm: nn.Module, linear: nn.Module, owner: nn.Module, x: torch.Tensor) -> str | None:
+def normed_linear_covers(norm: nn.LayerNorm, linear: nn.Linear, owner: nn.Module, x: torch.Tensor) -> str | None:
     """Why these layers cannot be folded, or None. `owner`: the module that `linear` begins, called without the normed rows."""
     return (
         plain(norm, kind=nn.LayerNorm, bias=True)

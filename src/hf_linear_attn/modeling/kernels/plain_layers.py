@@ -36,5 +36,6 @@ def weight_dtype(layer: nn.Module) -> torch.dtype | None:
 
 def table_rows(embedding: nn.Module) -> int | None:
     """How many ids an embedding has rows for; None where only its own forward knows (an adapter's, or a user's own)."""
-    looks_up = isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward
-    return embedding.num_embeddings if looks_up else None
+    if isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward:
+        return embedding.num_embeddings
+    return None

@@ -24,11 +24,11 @@ def differentiable_gradients(
         `tuple`: a gradient for each input, None where none is needed.
     """
     # Views of their own: one input may be made from another, or be the same tensor, and counts for itself alone.
-    inputs = [x.view_as(x) if wanted else x for x, wanted in zip(inputs, needed)]
+    inputs = [x.view_as(x) if wanted and x is not None else x for x, wanted in zip(inputs, needed)]
     if not any(needed[: len(inputs)]):
         return (None,) * len(inputs)
     outputs = formula(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    asked = [x for x, wanted in zip(inputs, needed) if wanted]
+    asked = [x for x, wanted in zip(inputs, needed) if wanted and x is not None]
     found = iter(torch.autograd.grad(outputs, asked, grads, create_graph=True, allow_unused=True))
     return tuple(next(found) if wanted else None for _, wanted in zip(inputs, needed))

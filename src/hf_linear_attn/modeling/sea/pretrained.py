@@ -242,7 +242,7 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
                 raise ValueError(
                     f"`token_type_ids` other than 0 mean nothing to a {self.config.host_config.model_type} host"
                 )
-        batch, length, device = *tokens.shape[:2], tokens.device
+        (batch, length), device = tokens.shape[:2], tokens.device
         old_mask = None if cache is None else cache.layers[0].key_mask
         counts = None
         if past:

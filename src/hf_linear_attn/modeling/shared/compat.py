@@ -11,6 +11,7 @@ outputs answer to both, and what Transformers itself is called with carries the 
 import functools
 import inspect
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import initialization as init
@@ -35,6 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .releases import RELEASE
 
+Output = TypeVar("Output", bound=ModelOutput)
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = "cache" if RELEASE >= (5, 24) else "past_key_values"  # what this release of Transformers says
 
@@ -112,19 +114,23 @@ class EitherCacheName:
             return super().get(CACHE_NAME if key == "cache" else key, default)
 
 
-@functools.cache
-def answering_to_both_names(output_class: type[ModelOutput]) -> type[ModelOutput]:
+def answering_to_both_names(output_class: type[Output]) -> type[Output]:
     """The subclass of a Transformers output class that has `EitherCacheName`; the class itself where it answers already."""
     if CACHE_NAME == "cache" or issubclass(output_class, EitherCacheName):
         return output_class
+    return _answering(output_class)
+
+
+@functools.cache
+def _answering(output_class):
     names = {"__module__": __name__, "__doc__": output_class.__doc__}
-    made: type[ModelOutput] = dataclass(type(output_class.__name__, (EitherCacheName, output_class), names))
+    made = dataclass(type(output_class.__name__, (EitherCacheName, output_class), names))
     return rebuilt_by(made, answering_to_both_names, output_class)
 
 
 def rebuilt_by(made: type[ModelOutput], make, base: type[ModelOutput]) -> type[ModelOutput]:
     """`made`, an output class that stands in no module, so that its outputs can be pickled: as `make(base)` and their fields."""
-    made.__reduce__ = lambda output: (_rebuild, (make, base, dict(output)))
+    made.__reduce__ = lambda output: (_rebuild, (make, base, dict(output)))  # type: ignore[method-assign]  # a new class
     return made
 
 

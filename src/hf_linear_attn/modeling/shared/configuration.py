@@ -3,8 +3,14 @@
 import json
 import math
 import weakref
+from typing import TYPE_CHECKING
 
 from transformers.activations import ACT2FN
+
+if TYPE_CHECKING:  # a mixin's `super()` is what it is placed before
+    from transformers import PreTrainedConfig as Base
+else:
+    Base = object
 
 # What a saved configuration says about itself. Raised when a new field changes what a model computes, so that an older
 # release refuses the checkpoint instead of computing something else.
@@ -40,7 +46,7 @@ def fields_read(config) -> str | None:
     return _read.get(id(config))
 
 
-class DerivedLayerTypes:
+class DerivedLayerTypes(Base):
     """Placed before `PreTrainedConfig`: keeps `layer_types`, which other fields decide, out of saved configurations.
 
     Trainer reads the configuration of a checkpoint with the base class, which knows only Transformers' own layer types.

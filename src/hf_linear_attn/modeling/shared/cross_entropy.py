@@ -37,7 +37,7 @@ def batch_share(mean: torch.Tensor, labels: torch.Tensor, count: int | torch.Ten
     """What a batch's `mean` over its `labels` (-100: none) adds to the mean over the `count` labels of several batches."""
     if count is None:
         return mean
-    own = or_one((labels != IGNORED).sum()).to(mean.device, accumulation_dtype(mean.dtype))
+    own = (labels != IGNORED).sum().clamp(min=1).to(mean.device, accumulation_dtype(mean.dtype))
     return mean * (own / or_one(_beside(mean, count)))
 
 

@@ -109,11 +109,11 @@ def answer_loss(model, start_logits, end_logits, start_positions, end_positions,
     if model.loss_function is not ForQuestionAnsweringLoss:
         mean = model.loss_function(start_logits, end_logits, start_positions, end_positions)
         return batch_share(mean, torch.zeros_like(start_positions), count)
-    total = 0.0
+    losses = []
     for logits, places in ((start_logits, start_positions), (end_logits, end_positions)):
         places = places.flatten().to(logits.device).clamp(min=0)
-        total = total + cross_entropy(logits, places.where(places < logits.shape[1], IGNORED), count)
-    return total / 2
+        losses.append(cross_entropy(logits, places.where(places < logits.shape[1], IGNORED), count))
+    return (losses[0] + losses[1]) / 2
 
 
 def last_real_token(hidden_states, input_ids, attention_mask, pad_token_id) -> torch.Tensor:

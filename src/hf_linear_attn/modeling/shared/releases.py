@@ -7,7 +7,8 @@ import transformers
 
 # The supported minor releases of Transformers; the range in pyproject.toml says the same.
 OLDEST, NEWEST = (5, 17), (5, 24)
-RELEASE = tuple(map(int, re.match(r"(\d+)\.(\d+)", transformers.__version__).groups()))
+_major, _minor = re.findall(r"\d+", transformers.__version__)[:2]
+RELEASE = int(_major), int(_minor)
 
 
 def check_release(release: tuple[int, int]) -> None:

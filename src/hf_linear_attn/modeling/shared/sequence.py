@@ -253,7 +253,9 @@ ONE_ANSWER = (
 )
 
 
-def refuse_documents(tokens: torch.Tensor, attention_mask, position_ids, seq_idx=None, cu_seq_lens_q=None, **_) -> None:
+def refuse_documents(
+    tokens: torch.Tensor | None, attention_mask, position_ids, seq_idx=None, cu_seq_lens_q=None, **_
+) -> None:
     """Refuse packed documents in tokens (B, T, ...) of which each row gets one answer."""
     documents = {"position_ids": position_ids, "seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q}
     if tokens is None or all(x is None for x in documents.values()) or not can_read_values(tokens):

@@ -400,7 +400,7 @@ def attention_rows(
     if segment_ids is not None:
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
     scores = weights.transpose(1, 2)[:, :, None, :].masked_fill(~visible[:, None], -torch.inf if log_weights else 0.0)
-    floor = eps
+    floor: float | torch.Tensor = eps
     if log_weights:
         top = scores.amax(-1, keepdim=True).clamp(min=LOG_WEIGHT_FLOOR)
         scores, floor = torch.exp(scores - top), eps * torch.exp(-top)

@@ -169,7 +169,8 @@ def step_covers(block, hidden_states, call) -> str | None:
     if (reason := own_layers(attention, mlp)) is not None:
         return reason
     layer = call.layer_cache(attention.layer_idx)
-    if type(layer) is not RecurrentStateLayer or layer.record_past or layer.get_state() is None:
+    state = layer.get_state() if type(layer) is RecurrentStateLayer and not layer.record_past else None
+    if state is None:
         return "the cache has no state that may change in place"
     if attention.exponential or type(mlp.activation) is not GELUActivation:
         return "they know the focus weight elu + 1 and the exact GELU"
@@ -189,9 +190,7 @@ def step_covers(block, hidden_states, call) -> str | None:
         or unhooked(attention, mlp, mlp.activation)
         or one_dtype(hidden_states, *(x.weight for x in (*norms, *linears)))
     )
-    if reason is None and any(
-        x.dtype != torch.float32 or not x.is_contiguous() or x.shape[0] != batch for x in layer.get_state()
-    ):
+    if reason is None and any(x.dtype != torch.float32 or not x.is_contiguous() or x.shape[0] != batch for x in state):
         return "the state is not float32 or of another batch"
     return reason
 

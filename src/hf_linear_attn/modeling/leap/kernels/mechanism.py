@@ -143,7 +143,7 @@ def leap_carry(
     running, running_norm = _running(total, norm, last)
     carry, carry_norm = _before(running, running_norm)
     final, final_norm = running[:, -1], running_norm[:, -1]
-    if state_sum is not None:
+    if state_sum is not None and state_norm is not None:
         padded = torch.nn.functional.pad(state_sum.float(), [0, call.EP - call.E]).transpose(1, 2)
         still = torch.ones(call.B, call.N + 1, device=padded.device)
         if last is not None:
@@ -226,10 +226,10 @@ def leap_backward(
 ) -> list[torch.Tensor]:
     """Gradients of `projected`, and of the rotated queries and keys where there are; arguments as for `leap_forward`."""
     call = _Call(projected, query, key, window, dropout, mask, segment_ids)
-    rotated = key is not None
+    rotated = query is not None and key is not None
     dx = torch.empty_like(projected, memory_format=torch.contiguous_format)
     grads = [dx]
-    if rotated:
+    if query is not None and key is not None:
         dx[:, :, 0] = 0
         grads += [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key)]
     dq = (grads[1] if rotated else dx, call.H * call.E * (1 if rotated else 4))
@@ -248,12 +248,12 @@ def leap_backward(
         call.readers, call.inputs, call.pointers(carry, carry_norm, documents), grad, dq, readers,
         call.pointers(total, total_norm), drop, call.scale, EPS, call.sizes, call.strides, **call.flags,
     )  # fmt: skip
-    if window is None:
+    if total is not None and total_norm is not None:
         # The same running sum from the end: what the chunks after each one hand back.
         last, first = (None, None) if call.segments is None else call.ends()
         running = _running(total.flip(1), total_norm.flip(1), None if first is None else first.flip(1))
         carry, carry_norm = (x.flip(1).contiguous() for x in _before(*running))
-        if first is not None:
+        if first is not None and last is not None:
             documents = torch.cat([first[:, 1:], last[:, -1:]], dim=1).contiguous()
     backward_writers_kernel[call.grid](
         call.readers, call.inputs, call.pointers(carry, carry_norm, documents), grad, readers, written, drop,

@@ -77,7 +77,7 @@ def kernel_mechanism(
 
 def _window_state(projected, rotated, window, counts, documents, last_document, initial_state):
     """The last W - 1 real tokens of the open document, from the row and, where it is shorter, the state before it."""
-    batch, length, kept = *projected.shape[:2], window - 1
+    (batch, length), kept = projected.shape[:2], window - 1
     end = torch.full((batch,), length, device=projected.device) if counts is None else counts
     place = end[:, None] - kept + torch.arange(kept, device=projected.device)
     here, place = place >= 0, place.clamp(min=0)

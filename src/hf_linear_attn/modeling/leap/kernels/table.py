@@ -10,7 +10,7 @@ from .folded_norms import GELU, both_halves_cover, first_half_covers, folded_blo
 from .mechanism_path import is_long, kernel_covers, kernel_mechanism
 
 # For `LeapBlock.forward(block, hidden_states, call)`.
-BLOCK = (
+BLOCK: tuple[FastPath, ...] = (
     FastPath("one decoding step in four kernels", step_block, step_covers, is_step),
     FastPath("all after the projections as one step", training_block, training_covers, in_training, traceable=True),
     FastPath("norms folded into the projections", folded_block, both_halves_cover, in_training, traceable=True),
@@ -31,10 +31,10 @@ BLOCK = (
 )
 
 # For `LeapMLP.forward(mlp, hidden_states)`.
-FEED_FORWARD = (GELU,)
+FEED_FORWARD: tuple[FastPath, ...] = (GELU,)
 
 # For `leap_mechanism`.
-MECHANISM = (
+MECHANISM: tuple[FastPath, ...] = (
     FastPath("the mechanism's kernels", kernel_mechanism, kernel_covers, is_long, traceable=True),
     FastPath("backward written out", eager_mechanism, eager_covers, runs_backward, backend="torch"),
 )

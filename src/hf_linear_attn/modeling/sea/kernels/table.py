@@ -91,7 +91,9 @@ def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return narrow_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-SELECTION = (FastPath("largest cells without a sort", _select, _why_not_select, traceable=True),)
-SPARSE_ATTENTION = (FastPath("attention on the keys of the cells", _attend, _why_not_attend, traceable=True),)
-KERNEL_ATTENTION = (FastPath("causal sums of features", _sum, _why_not_sum, traceable=True),)
-NARROW_NORM = (FastPath("LayerNorm of narrow rows", _norm, _why_not_norm, traceable=True),)
+SELECTION: tuple[FastPath, ...] = (FastPath("largest cells without a sort", _select, _why_not_select, traceable=True),)
+SPARSE_ATTENTION: tuple[FastPath, ...] = (
+    FastPath("attention on the keys of the cells", _attend, _why_not_attend, traceable=True),
+)
+KERNEL_ATTENTION: tuple[FastPath, ...] = (FastPath("causal sums of features", _sum, _why_not_sum, traceable=True),)
+NARROW_NORM: tuple[FastPath, ...] = (FastPath("LayerNorm of narrow rows", _norm, _why_not_norm, traceable=True),)

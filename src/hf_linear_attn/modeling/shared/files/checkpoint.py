@@ -14,7 +14,7 @@ import os
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -36,6 +36,11 @@ from .whole_files import (
     staging_folder,
     write_whole,
 )
+
+if TYPE_CHECKING:  # a mixin's `super()` is what it is placed before
+    from transformers import PreTrainedModel as Base
+else:
+    Base = object
 
 ATTEMPTS = 10  # at loading a checkpoint that others save over meanwhile
 
@@ -82,7 +87,7 @@ def copy_code(model_class: type[PreTrainedModel], config: PreTrainedConfig, fold
     export_code(Path(inspect.getfile(entry_module(model_class, config))), code)
 
 
-class PortableCheckpointMixin:
+class PortableCheckpointMixin(Base):
     """Placed before `PreTrainedModel`: `save_pretrained`, `push_to_hub` and `from_pretrained` as the module describes."""
 
     config: Any
@@ -257,7 +262,7 @@ def _as_it_is_now(folder: Path, name, kwargs: dict) -> dict:
     changed: dict[str, Any] = {}
     config, weights = kwargs.get("config"), fields.get("transformers_weights")
     read = fields_read(config)
-    if read not in (None, saved_fields(fields)) and str(config.name_or_path) == str(name):
+    if config is not None and read not in (None, saved_fields(fields)) and str(config.name_or_path) == str(name):
         raise OSError(
             f"the checkpoint in {folder} was saved over after its configuration was read, and has another one now: load "
             "both again"

@@ -187,7 +187,7 @@ def _parse(path, metadata: dict[str, str], name: str):
 def _checked_schema(path, schema, config) -> tuple[int, list[int]]:
     """Batch size and lengths of a schema that belongs to `config`."""
     if not isinstance(schema, dict) or set(schema) != set(SCHEMA_FIELDS):
-        found = sorted(schema) if isinstance(schema, dict) else type(schema).__name__
+        found: object = sorted(schema) if isinstance(schema, dict) else type(schema).__name__
         raise _refusal(path, "schema", found, f"the fields {', '.join(SCHEMA_FIELDS)}")
     if schema["family"] != config.model_type:
         raise _refusal(path, "family", repr(schema["family"]), f"{config.model_type!r}, that of `config`")
@@ -282,7 +282,7 @@ def _check_tensor(path, name: str, tensor, expected: StateTensor, batch: int, le
         raise _refusal(path, name, f"{low if low < 0 else high} tokens", f"0 to {length}, the columns seen")
 
 
-def _refusal(path, field: str, found: str, expected: str) -> ValueError:
+def _refusal(path, field: str, found: object, expected: str) -> ValueError:
     return ValueError(f"{path}: `{field}` is {found}, expected {expected}: {WAY_OUT}")
 
 
@@ -290,5 +290,5 @@ def _digest(schema: str, tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(schema.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

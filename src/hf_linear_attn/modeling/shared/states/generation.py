@@ -43,18 +43,26 @@ def _leave_to_the_state(inputs: dict, step: bool) -> None:
     """
     cache, mask, numbers = inputs.get(CACHE_NAME), inputs.get("attention_mask"), inputs.get("seq_idx")
     layer = next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RecurrentStateLayer)), None)
-    started = layer is not None and layer.is_initialized
-    if started and step:
+    if layer is not None and not layer.is_initialized:
+        layer = None
+    if layer is not None and step:
         for name in ("position_ids", "seq_idx", "cu_seq_lens_q", "attention_mask"):
             inputs.pop(name, None)
         return
-    tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-    columns, length = int(cache.get_seq_length()) if started else 0, tokens.shape[1]
+    tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    columns = 0 if cache is None or layer is None else int(cache.get_seq_length())
+    length = tokens.shape[1]
     if numbers is not None and numbers.shape[1] > length:  # a prompt read in chunks, or that a cache has read in part
         inputs["seq_idx"] = numbers[:, columns : columns + length]
     # A mask of ones over the cache is what Transformers makes where it is told none: it says nothing of earlier padding.
     whole = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == columns + length
-    if started and whole and layer.past.padding is not None and bool(mask[:, :columns].all()):
+    if (
+        mask is not None
+        and whole
+        and layer is not None
+        and layer.past.padding is not None
+        and bool(mask[:, :columns].all())
+    ):
         inputs["attention_mask"] = mask[:, columns:]
 
 

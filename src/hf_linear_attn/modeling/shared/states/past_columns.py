@@ -138,7 +138,7 @@ class PastColumns:
             self._put("document", last)
         elif segment_ids is not None and self.document is not None:
             self._put("document", torch.where(segment_ids[:, -1] == 0, self.document, NO_NUMBER))
-        if mask is not None:
+        if mask is not None and place is not None:
             gap = torch.where(place >= 0, length - 1 - place, length + old_gap)
             self._put("gap", gap if not can_read_values(gap) or bool(gap.any()) else None)
             new = fingerprint(~mask, columns)

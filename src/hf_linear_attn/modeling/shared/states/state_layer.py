@@ -8,6 +8,7 @@ and the inputs since the last `crop`, and undoes tokens by running the mechanism
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -32,20 +33,26 @@ def detach_copies(held, memo: dict) -> None:
             detach_copies(value, memo)
 
 
-class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
+# Transformers' two bases disagree on whether `is_compileable` is a property.
+class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[override]
     """State of one recurrent layer: `recurrent_states[0..n-1]` of the mechanism, then the row counts `(B,)` (int64)."""
 
     _layer_type = LAYER_TYPE  # Transformers enters subclasses that name a type into its table for dynamic caches
     supports_early_init = False
     holds_keys = False
+    is_croppable = True  # `crop` puts the layer back exactly, once `activate_past_recording` has been called
+    # Transformers' bases declare these more narrowly than layers use them: a static cache counts in a tensor, say.
+    cumulative_length: Any
+    recurrent_states: dict[int, Any]
+    dtype: Any
+    device: Any
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=0)
-        # A static cache counts in a tensor: an int would be a new constant, and a new graph, at each step.
-        self.cumulative_length: int | torch.Tensor = 0
+        self.cumulative_length = 0
         if max_cache_len is not None:
-            with making_buffers():
+            with making_buffers():  # an int would be a new constant, and a new graph, at each step
                 self.cumulative_length = torch.zeros((), dtype=torch.long)
         self.past = PastColumns(
             fixed=max_cache_len is not None
@@ -174,11 +181,6 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
             self.has_previous_state[i] = True
         self.is_initialized = True
 
-    @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` can put the layer back exactly: yes, once `activate_past_recording` has been called."""
-        return True
-
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the last `-tokens_to_remove` columns exactly; 0 forgets the recorded past and changes nothing else."""
         if tokens_to_remove > 0:
@@ -217,7 +219,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
                 state = advance(state, *arguments)
                 counts = count_tokens(counts, state[0], take, mask, segment_ids)
             keep, removed = keep - take, removed + length - take
-        if state is None:
+        if state is None or counts is None:
             self.has_previous_state = dict.fromkeys(range(self.number_of_states), False)
         else:
             self._store((*state, counts))
@@ -226,8 +228,8 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         else:
             self.cumulative_length -= removed
 
-    def get_seq_length(self) -> int | torch.Tensor:
-        """Columns seen, padding included, as Transformers counts them."""
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included, as Transformers counts them: in a static cache a 0-d tensor."""
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
