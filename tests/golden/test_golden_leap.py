@@ -72,7 +72,7 @@ def test_absent_fields_are_the_published_defaults():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_saved_configuration(name):
-    """What `save_pretrained` writes beside the fields is no obstacle; an earlier LEAP's `rescale` is, and why."""
+    """What `save_pretrained` writes beside the fields is ignored; an earlier LEAP's `rescale` is refused, and why."""
     case, params = load(name)
     family = name.split("_")[0]
     saved = {"model_type": f"{family.title()}ForCausalLM", "architectures": [f"{family.title()}ForCausalLM"]}

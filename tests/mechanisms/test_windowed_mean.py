@@ -1,4 +1,4 @@
-"""The windowed mean: its linear spelling equals the definition in values, gradients and states, for every kind of input."""
+"""The windowed mean: its linear implementation equals the definition in values, gradients and states, for every kind of input."""
 
 import pytest
 import torch

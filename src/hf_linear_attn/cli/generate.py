@@ -91,6 +91,15 @@ def check_writes(checkpoint: str) -> None:
         )
 
 
+def _sampling(own, temperature: float | None, top_p: float | None, greedy: bool) -> dict:
+    """How the next token is chosen, as arguments of generate(); `own` is the model's generation_config."""
+    if greedy:
+        return {"do_sample": False, "temperature": None, "top_p": None}
+    temperature = temperature or (own.temperature if own.do_sample else None) or 0.8
+    top_p = top_p or (own.top_p if own.do_sample else None) or 0.95
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
 def write_text(
     model,
     tokenizer,
@@ -130,12 +139,6 @@ def write_text(
         model(**inputs, use_cache=True, **cache_keyword(cache))
     bytes_after_prompt = cache.state_size()
     cache = RecurrentCache(config=model.config)
-    own = model.generation_config
-    temperature = temperature or (own.temperature if own.do_sample else None) or 0.8
-    top_p = top_p or (own.top_p if own.do_sample else None) or 0.95
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    if greedy:
-        sampling = {"do_sample": False, "temperature": None, "top_p": None}
 
     class Printed(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -149,7 +152,7 @@ def write_text(
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,
         **cache_keyword(cache),
-        **sampling,
+        **_sampling(model.generation_config, temperature, top_p, greedy),
     )
     seconds = time.perf_counter() - start
     return {

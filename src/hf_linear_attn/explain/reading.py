@@ -50,7 +50,7 @@ def read_text(tokenizer, text: str, max_tokens: int | None = None) -> ReadText:
     if fast:
         spans = _without_overlaps(encoded.pop("offset_mapping")[0].tolist())
         text = text[: max(end for _, end in spans)] if cut else text
-    else:  # a tokenizer without offsets: its own spelling of each token, one after the other
+    else:  # a tokenizer without offsets: its own text for each token, one after the other
         words = [tokenizer.decode([token]) for token in ids]
         ends = torch.tensor([len(word) for word in words]).cumsum(0).tolist()
         spans, text = list(zip([0, *ends[:-1]], ends)), "".join(words)

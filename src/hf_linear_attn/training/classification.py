@@ -73,13 +73,7 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
     start = f"from {options.from_checkpoint}" if options.from_checkpoint else "with new weights"
     print(f"model: {family} {start}, {parameters / 1e6:.2f} million parameters")
 
-    rows_per_step = options.batch_size * options.accumulate
-    if len(encoded["train"]) < rows_per_step:
-        raise ValueError(
-            f"the training split has {len(encoded['train'])} texts, fewer than the {rows_per_step} of one step (batch_size times "
-            "accumulate): give smaller ones or more texts"
-        )
-    throughput, stop = Throughput(rows_per_step), StopOnSignal()
+    throughput, stop = Throughput(_texts_per_step(options, encoded["train"])), StopOnSignal()
     trainer = Trainer(
         model=model,
         args=training_arguments(options, run.path, len(encoded["train"])),
@@ -102,7 +96,7 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
         "text": f"{' '.join(options.data) or DEFAULT_SET}: {describe_rows(rows)}",
         "labels": labels,
         "steps": trainer.state.global_step,
-        "training_texts": trainer.state.global_step * rows_per_step,
+        "training_texts": trainer.state.global_step * options.batch_size * options.accumulate,
         "training_seconds": round(measured["seconds"], 1),
         "texts_per_second": throughput.tokens_per_second,
         "peak_memory_mb": round(measured["peak_memory_mb"], 1),
@@ -113,6 +107,16 @@ def train_classifier(options: TrainingOptions) -> dict[str, Any]:
     }
     _save(trainer, tokenizer, report, run.path)
     return report
+
+
+def _texts_per_step(options: TrainingOptions, texts) -> int:
+    rows = options.batch_size * options.accumulate
+    if len(texts) < rows:
+        raise ValueError(
+            f"the training split has {len(texts)} texts, fewer than the {rows} of one step (batch_size times accumulate): give "
+            "smaller ones or more texts"
+        )
+    return rows
 
 
 class EncodedTexts(torch.utils.data.Dataset):

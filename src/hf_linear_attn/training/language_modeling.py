@@ -94,7 +94,9 @@ def train_language_model(options: TrainingOptions) -> dict[str, Any]:
     throughput, stop = Throughput(tokens_per_step), StopOnSignal()
     trainer = _trainer(options, model, tokenizer, text, run.path, [throughput, stop])
     limit = options.final_eval_tokens
-    final: dict[str, Any] = {split: TokenBlocks(text.ids[split], options.block_length, limit, name=split) for split in SPLITS[1:]}
+    final: dict[str, Any] = {
+        split: TokenBlocks(text.ids[split], options.block_length, limit, name=split) for split in SPLITS[1:]
+    }
     if masked:
         final = {split: MaskedOnce(blocks, trainer.data_collator) for split, blocks in final.items()}
     run_trainer(trainer, stop, run)

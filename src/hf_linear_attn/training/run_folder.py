@@ -116,7 +116,7 @@ class RunFolder(CarriedOver):
         super().take_over({name: value for name, value in values.items() if name != "run_id"})
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs):
-        """Let Trainer write checkpoints where a half-written one is in nobody's way, in the interval that is asked for now: it
+        """Let Trainer write checkpoints where a half-written one is in no one's way, in the interval that is asked for now: it
         would keep that of the checkpoint.
         """
         super().on_train_begin(args, state, control, **kwargs)

@@ -223,7 +223,7 @@ class TokenBlocks(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         block = torch.from_numpy(self.blocks[index].astype(np.int64))
         labels = block.clone()
-        # The first token is nobody's successor. Trainer counts the targets itself, and for a class whose name does
+        # The first token follows none. Trainer counts the targets itself, and for a class whose name does
         # not end in ForCausalLM (GPT2LMHeadModel) it would count this one, too: losses (T - 1)/T times too small.
         labels[0] = -100
         return {"input_ids": block, "labels": labels}

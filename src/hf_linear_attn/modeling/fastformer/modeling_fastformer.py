@@ -2,13 +2,13 @@
 
 Causal (LEAP specification, section 3). With x' = (x - mean) / (std + 1e-5) over a head's features,
 
-    pool(x, u)_i = sum_{j in W_i} a_j x'_j / (sum_{j in W_i} a_j + 1e-5),     a_j = exp(rescale <x'_j, u'> / E)
+    pool(x, u)_i = sum_{j in W_i} a_j x'_j / (sum_{j in W_i} a_j + 1e-5),     a_j = exp(rescale <x'_j, u'> / D)
     Q = pool(q, u_q);   p = Q k;   G = pool(p, u_k);   out = G v              products feature by feature
 
-Encoder (Wu et al. 2021, equations 2 to 7): Q = sum_i softmax_i(<q_i, u_q> / sqrt(E)) q_i over the whole text, likewise G from
+Encoder (Wu et al. 2021, equations 2 to 7): Q = sum_i softmax_i(<q_i, u_q> / sqrt(D)) q_i over the whole text, likewise G from
 p_i = Q k_i, and out_i = W (G v_i) + q_i.
 
-Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window.
+Notation: B batch, T time, d hidden size, H heads, D = d / H head size, W window.
 """
 
 import functools
@@ -134,7 +134,7 @@ class FastformerAttention(nn.Module):
         return call.layout(*hidden_states.shape[:2], hidden_states.device)
 
     def _pool_twice(self, vectors, state, query, key, mask, segment_ids, layout=None):
-        """Pooled keys (B, T, H, E), the logits (B, T, H) they were pooled with, and the states of both poolings in one tuple."""
+        """Pooled keys (B, T, H, D), the logits (B, T, H) they were pooled with, and the states of both poolings in one tuple."""
         split = None if state is None else len(state) // 2
         past_query, past_key = (None, None) if state is None else (state[:split], state[split:])
         pooled_query, _, new_query = self._pool(query, vectors[0], past_query, mask, segment_ids, layout)

@@ -50,18 +50,18 @@ def chosen_backend() -> str:
     return _chosen.get() or (_chosen_last if is_in_backward() else "auto")
 
 
-def runs_triton(tensor: torch.Tensor, obstacle: str | None) -> bool:
-    """Whether a mechanism on `tensor` runs as a Triton kernel; `obstacle` says why its kernel cannot do this call, if so."""
+def runs_triton(tensor: torch.Tensor, reason: str | None) -> bool:
+    """Whether a mechanism on `tensor` runs as a Triton kernel; `reason` says why its kernel cannot do this call, if so."""
     backend = chosen_backend()
     if backend == "torch":
         return False
     if backend == "triton":
-        if obstacle is None and not HAS_TRITON:
-            obstacle = "the package triton is not installed"
-        if obstacle is not None:
-            raise ValueError(f"the Triton kernel cannot run this call: {obstacle}; use the backend 'auto' or 'torch'")
+        if reason is None and not HAS_TRITON:
+            reason = "the package triton is not installed"
+        if reason is not None:
+            raise ValueError(f"the Triton kernel cannot run this call: {reason}; use the backend 'auto' or 'torch'")
         return True
-    return tensor.is_cuda and obstacle is None and HAS_TRITON
+    return tensor.is_cuda and reason is None and HAS_TRITON
 
 
 def prefers_fused(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def focus_weights(
     focus: torch.Tensor, key: torch.Tensor, exponential: bool = False, kept: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Focus weights elu(l) + 1 (B, T, H) of the logits l = <f, k> / sqrt(E); the logits themselves if `exponential`.
+    """Focus weights elu(l) + 1 (B, T, H) of the logits l = <f, k> / sqrt(D); the logits themselves if `exponential`.
 
     `kept` (B, T, H) are factors of the logits: dropout.
     """
@@ -24,7 +24,7 @@ def focus_weights(
 
 
 def averaged(projected: torch.Tensor, rotated: Pair | None) -> torch.Tensor:
-    """Keys and values as they are averaged, (B, T, 2, H, E); a view unless keys are rotated."""
+    """Keys and values as they are averaged, (B, T, 2, H, D); a view unless keys are rotated."""
     return projected[:, :, 2:] if rotated is None else torch.stack([rotated[1], projected[:, :, 3]], dim=2)
 
 
@@ -55,7 +55,7 @@ def gated_means(
     return_state: bool = False,
     layout: TokenLayout | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-    """The mechanism from (B, T, 4, H, E) to (B, T, H, E), after dropout; arguments and returns as for `leap_mechanism`."""
+    """The mechanism from (B, T, 4, H, D) to (B, T, H, D), after dropout; arguments and returns as for `leap_mechanism`."""
     query = projected[:, :, 0] if rotated is None else rotated[0]
     weights = focus_weights(projected[:, :, 1], projected[:, :, 2], exponential, kept)
     means, state = windowed_mean(
@@ -69,6 +69,6 @@ def gated_means(
         return_state=return_state,
         layout=layout,
     )
-    focused_key, focused_value = means.unbind(2)  # (B, T, H, E) each
+    focused_key, focused_value = means.unbind(2)  # (B, T, H, D) each
     alignment = torch.sigmoid((query.to(means.dtype) * focused_key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5)
     return (alignment * focused_value).to(query.dtype), state

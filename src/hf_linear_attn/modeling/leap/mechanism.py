@@ -25,16 +25,16 @@ def leap_mechanism(
     """Focus-weighted means of keys and values, gated by the alignment of each query. O(T) time and memory.
 
     Args:
-        projected (`torch.Tensor` of shape `(B, T, 4, H, E)`): queries, focus, keys and values.
+        projected (`torch.Tensor` of shape `(B, T, 4, H, D)`): queries, focus, keys and values.
         window (`int`, *optional*): tokens averaged, the token itself included; `None` for all so far.
-        rotated (`tuple` of two `torch.Tensor` of shape `(B, T, H, E)`, *optional*): queries and keys after rotation, which
+        rotated (`tuple` of two `torch.Tensor` of shape `(B, T, H, D)`, *optional*): queries and keys after rotation, which
             take the place of the projected ones everywhere but in the focus logits.
         exponential (`bool`): weights exp(l) instead of elu(l) + 1.
         dropout (`float`): probability of dropping entries of queries, focus, values and the focus logits.
         mask, segment_ids, initial_state, return_state, layout: as in `windowed_mean`, whose state this is, too.
 
     Returns:
-        `tuple`: the output (B, T, H, E) in the inputs' dtype, and the state or None.
+        `tuple`: the output (B, T, H, D) in the inputs' dtype, and the state or None.
     """
     projected, rotated, kept = dropped(projected, rotated, dropout)
     return gated_means(

@@ -3,12 +3,12 @@
 A layer averages keys and values over a window with one positive weight a token and head, and lets each query gate the mean:
 
     [q, f, k, v] = x P^T                                  four projections
-    a_j   = elu(<f_j, k_j> / sqrt(E)) + 1                 focus weight: how much token j counts for all that follow
+    a_j   = elu(<f_j, k_j> / sqrt(D)) + 1                 focus weight: how much token j counts for all that follow
     K_i, V_i = weighted means of k, v over the window     focused key and value
-    g_i   = sigmoid(<q_i, K_i> / sqrt(E))                 alignment: how much token i wants of what it sees
+    g_i   = sigmoid(<q_i, K_i> / sqrt(D))                 alignment: how much token i wants of what it sees
     out_i = g_i V_i
 
-Notation: B batch, T time, d hidden size, H heads, E = d / H head size, W window.
+Notation: B batch, T time, d hidden size, H heads, D = d / H head size, W window.
 """
 
 from collections.abc import Callable
@@ -135,7 +135,7 @@ class LeapAttention(nn.Module):
         return state
 
     def rotated(self, projected, call, state=None):
-        """Queries and keys (B, T, H, E) turned by their positions, or None."""
+        """Queries and keys (B, T, H, D) turned by their positions, or None."""
         if self.rope_theta is None:
             return None
         if call.position_ids is None:

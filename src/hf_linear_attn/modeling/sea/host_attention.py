@@ -4,7 +4,7 @@ The host's code stays Transformers': it projects, rotates and caches keys and va
 function with the attention module. The function finds the module's SEA core, and the call's `SeaCall` among the
 keywords that hosts pass through. Because no mask is registered under that name, the host builds none.
 
-Transformers looks that function up by the name in a configuration, which anybody may change. The layers' own copy of the
+Transformers looks that function up by the name in a configuration, which a user may change. The layers' own copy of the
 configuration keeps the name (`keep_attention`), so that no switch turns a SEA layer into a dense one.
 """
 

@@ -199,7 +199,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin):
         return hidden_states
 
     def _hidden_states(self, output):
-        """The body's, the last of them as the output matrix takes it; None if nobody asked."""
+        """The body's, the last of them as the output matrix takes it; None if they were not asked for."""
         last = output.last_hidden_state
         if output.hidden_states is None or all(x is not last for x in output.hidden_states):
             return output.hidden_states

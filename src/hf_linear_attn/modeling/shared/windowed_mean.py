@@ -11,7 +11,7 @@ tokens including itself, or all tokens so far (`window=None`, "global"):
                 i=3 . # # #                  i=3 # # # #
 
 Two of them: `windowed_mean_reference` is the formula with its T x T matrix; `windowed_mean` is linear in T in time and memory,
-whatever the window, and takes and leaves a state. Notation: B batch, T time, H heads, E features a head, C chunk, W window.
+whatever the window, and takes and leaves a state. Notation: B batch, T time, H heads, D features a head, C chunk, W window.
 """
 
 import torch
@@ -31,7 +31,7 @@ EPS = 1e-5
 
 
 def state_shapes(features: tuple[int, ...], window: int | None, log_weights: bool) -> list[tuple[int, ...]]:
-    """Shapes, behind the batch, of the state that `windowed_mean` returns for values (B, T, *features), features (..., H, E)."""
+    """Shapes, behind the batch, of the state that `windowed_mean` returns for values (B, T, *features), features (..., H, D)."""
     heads = features[-2:-1]
     if window is not None:
         return [(window - 1, *features), (window - 1, *heads)]
@@ -54,7 +54,7 @@ def windowed_mean(
     """Weighted mean of `values` over each token's window, in O(T) time and memory (LEAP specification, section 1).
 
     Args:
-        values (`torch.Tensor` of shape `(B, T, ..., H, E)`): what is averaged; dimensions between T and H share the weights.
+        values (`torch.Tensor` of shape `(B, T, ..., H, D)`): what is averaged; dimensions between T and H share the weights.
         weights (`torch.Tensor` of shape `(B, T, H)`): the weights a_j > 0, or their logarithms with `log_weights=True`.
         window (`int`, *optional*): tokens in the window, the token itself included; `None` sees all tokens so far.
         log_weights (`bool`): `weights` holds log a_j. Sums are then kept relative to a running maximum, so that no size of
@@ -71,9 +71,9 @@ def windowed_mean(
 
     Returns:
         `tuple`: the means, shape and dtype of `values`, and the state or None. The state, at least float32, of a global
-        mean is `(sum of a x: (B, ..., H, E), sum of a: (B, H))`, with log weights both divided by exp of a third entry
+        mean is `(sum of a x: (B, ..., H, D), sum of a: (B, H))`, with log weights both divided by exp of a third entry
         `(B, H)`; that of a windowed mean is the last W-1 tokens, oldest first:
-        `(values (B, W-1, ..., H, E), weights (B, W-1, H))`.
+        `(values (B, W-1, ..., H, D), weights (B, W-1, H))`.
         A window nothing has been written to gives 0.
     """
     dtype = accumulation_dtype(values.dtype)
@@ -168,7 +168,7 @@ def _divide(sums, norm, reference, eps):
 
 
 def _over_heads(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """View (B, T, H) so that it broadcasts against (B, T, ..., H, E)."""
+    """View (B, T, H) so that it broadcasts against (B, T, ..., H, D)."""
     return x.reshape(*x.shape[:2], *[1] * (like.dim() - 4), x.shape[2], 1)
 
 
@@ -182,7 +182,7 @@ def _sum_all(values, weights, log_weights):
 
 
 def _weighted_sums(values, weights, window, log_weights, segment_ids):
-    """Sums of a x (B, T, ..., H, E) and of a (B, T, H) over each window; with log weights relative to exp(reference)."""
+    """Sums of a x (B, T, ..., H, D) and of a (B, T, H) over each window; with log weights relative to exp(reference)."""
     batch, length, heads = weights.shape
     if not log_weights:
         weighted = (_over_heads(weights, values) * values).flatten(2)[:, :, None]
@@ -232,26 +232,14 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0, re
 
     # Second phase: the tables of what a window covers, of the chunk itself and of the two at the window's far end, and (by this
     # same sum, over totals) the run of whole chunks between.
-    def visible(distance):
-        table = _visible(chunk, window, distance, x.device)
-        return table.T if reverse else table
-
-    everything = slice(None)
-    parts = [(0, visible(0), everything, everything)]  # how many chunks away, table, its rows, its columns
+    parts = _tables(chunk, window, single, x.device, reverse)
+    parts = [part for part in parts if tracing or part[0] < count]
+    between = (
+        None if single or window is None else (window - 1) // chunk - 1
+    )  # whole chunks; all of them without a window
     before = None
-    if not single:
-        whole = None
-        if window is not None:
-            whole, rest = (window - 1) // chunk, (window - 1) % chunk
-            if whole:
-                parts.append((whole, visible(whole), everything, everything))
-            if rest:
-                first, last = slice(0, rest), slice(chunk - rest, None)
-                rows, columns = (last, first) if reverse else (first, last)
-                parts.append((whole + 1, visible(whole + 1)[:, columns], rows, columns))
-            parts = [part for part in parts if tracing or part[0] < count]
-        if window is None or whole > 1:
-            before = _chunks_before(values, segments, logs, None if window is None else whole - 1, depth, reverse)
+    if not single and (between is None or between > 0):
+        before = _chunks_before(values, segments, logs, between, depth, reverse)
     # Third phase: what documents and log weights leave of the tables; log weights become weights relative to the largest seen.
     scores = [_scores(step * distance, table, columns, segments, logs) for distance, table, _, columns in parts]
     continued = None
@@ -266,18 +254,7 @@ def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0, re
         reference = torch.stack(torch.broadcast_tensors(*tops)).amax(0).clamp(min=LOG_WEIGHT_FLOOR)
         scores = [torch.exp(score - reference[..., None]) for score in scores]
     # Fourth phase: the products of the tables with the chunks that they see, and what came before.
-    total = None
-    for (distance, _, rows, columns), matrix in zip(parts, scores):
-        matrix, seen = matrix[..., rows, :].to(x.dtype), values[..., columns, :]
-        if total is None:
-            total = _product(matrix, seen)
-        elif tracing:
-            total[..., rows, :].add_(_product(matrix, _shift(seen, step * distance)))
-        else:  # the first chunks, or the last in reverse, see nothing that far away
-            places, sources = slice(distance, None), slice(None, -distance)
-            places, sources = (sources, places) if reverse else (places, sources)
-            matrix = matrix if matrix.dim() == 2 else matrix[:, places]
-            total[:, places, ..., rows, :].add_(_product(matrix, seen[:, sources]))
+    total = _seen(parts, scores, values, reverse)
     if before is not None:
         earlier, earlier_reference = before
         if logs is not None:
@@ -324,6 +301,46 @@ def _visible(chunk, window, distance, device):
     gap = place[:, None] - place[None, :] + distance * chunk
     visible = gap >= 0
     return visible if window is None else visible & (gap < window)
+
+
+def _tables(chunk, window, single, device, reverse):
+    """What windows cover of their own chunk and of the two at their far end.
+
+    A list of: how many chunks away, the table of places that see (rows) and are seen (columns), and which rows and columns of
+    the chunk these are.
+    """
+
+    def visible(distance):
+        table = _visible(chunk, window, distance, device)
+        return table.T if reverse else table
+
+    everything = slice(None)
+    parts = [(0, visible(0), everything, everything)]
+    if single or window is None:
+        return parts
+    whole, rest = (window - 1) // chunk, (window - 1) % chunk
+    if whole:
+        parts.append((whole, visible(whole), everything, everything))
+    if rest:
+        first, last = slice(0, rest), slice(chunk - rest, None)
+        rows, columns = (last, first) if reverse else (first, last)
+        parts.append((whole + 1, visible(whole + 1)[:, columns], rows, columns))
+    return parts
+
+
+def _seen(parts, scores, values, reverse):
+    """Sum of the products of tables, as `_scores` leaves them, with the chunks (B, n, H, C, F) that they see."""
+    total = _product(scores[0].to(values.dtype), values)
+    for (distance, _, rows, columns), matrix in zip(parts[1:], scores[1:]):
+        matrix, seen = matrix[..., rows, :].to(values.dtype), values[..., columns, :]
+        if is_traced():
+            total[..., rows, :].add_(_product(matrix, _shift(seen, -distance if reverse else distance)))
+        else:  # the first chunks, or the last in reverse, see nothing that far away
+            places, sources = slice(distance, None), slice(None, -distance)
+            places, sources = (sources, places) if reverse else (places, sources)
+            matrix = matrix if matrix.dim() == 2 else matrix[:, places]
+            total[:, places, ..., rows, :].add_(_product(matrix, seen[:, sources]))
+    return total
 
 
 def _scores(distance, visible, columns, segments, logs):

@@ -147,8 +147,8 @@ def _mix(attention, projected, residual, position_ids, state, counts, length):
     if rotary:
         positions = position_ids, position_ids.stride(0) if position_ids.shape[0] > 1 else 0
     _mix_kernel[(attention.num_heads, batch)](
-        projected, residual, out, positions, (single, log_theta - single), state, (counts, counts if length is None else length),
-        head**-0.5, EPS,
+        projected, residual, out, positions, (single, log_theta - single), tuple(state),
+        (counts, counts if length is None else length), head**-0.5, EPS,
         H=attention.num_heads, W=0 if window is None else window, WP=max(1, triton.next_power_of_2(held)), E=head,
         EP=max(16, triton.next_power_of_2(head)), ROTARY=rotary, COUNTED=length is not None, num_warps=1,
         **early_options(residual.device),

@@ -87,7 +87,7 @@ class DecodingGraph:
         return id(cache), tuple(addresses), tuple(shapes), tuple(options)
 
     def _is_watched(self) -> bool:
-        """Whether somebody waits for a layer to be called, which a replayed step does not do; looked up once a loop."""
+        """Whether a hook is registered on a layer (`is_watched`); looked up once a loop."""
         if self._watched is None:
             self._watched = is_watched(self.model)
         return self._watched
@@ -133,8 +133,9 @@ class DecodingGraph:
 
 
 def is_watched(model: torch.nn.Module) -> bool:
-    """Whether somebody waits for a layer of a model to be called; Transformers itself, which collects outputs on request, is
-    nobody.
+    """Whether a hook, or a `forward` put in the place of its own, is registered on a layer: a replayed step calls neither.
+
+    The hooks by which Transformers collects outputs on request do not count.
     """
     for layer in model.modules():
         replaced = layer is not model and "forward" in vars(layer)
