@@ -60,7 +60,8 @@ class PastColumns:
 
     def __init__(self, fixed: bool = False):
         self.fixed = fixed
-        self.shift = self.gap = self.document = self.padding = self.kept_mask = None
+        self.shift = self.gap = self.document = self.padding = None
+        self.kept_mask: torch.Tensor | None = None
         self.keeps_mask = False
         self._recorded: list[tuple] = []  # a call a piece: what was known before it, and its arguments of `take_in`
 
