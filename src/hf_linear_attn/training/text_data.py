@@ -107,7 +107,8 @@ def load_files(
     """A user's own files: .txt (one document each), .jsonl, .csv or .parquet (one document a row in `text_column`).
 
     A folder stands for the files in it. Where validation or test files are missing, the last 5 % of the documents (of the
-    text, where there are fewer than 40 documents) are held out for them. Raises ValueError for an unknown format or a missing column.
+    text, where there are fewer than 40 documents) are held out for them. Raises
+    ValueError for an unknown format or a missing column.
     """
     datasets = require_datasets()
     given = {"train": train, "validation": validation, "test": test}
