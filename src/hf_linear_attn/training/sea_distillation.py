@@ -21,9 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..conversion.linearize import check_can_be_saved
-from ..modeling.sea.cells import KeyLayout
-from ..modeling.sea.documents import PackedRows
-from ..modeling.sea.host_attention import ATTENTION_NAME, Distillation, LayerResults, SeaCall, register_attention
+from ..modeling.sea.host_attention import ATTENTION_NAME, Distillation, LayerResults, register_attention, sea_call
 from ..modeling.sea.hosts import HOSTS
 from ..modeling.sea.losses import TeacherTargets
 from ..modeling.sea.modeling_sea import SeaPreTrainedModel
@@ -171,23 +169,14 @@ def record_targets(teacher: PreTrainedModel, inputs: dict[str, Any]) -> tuple[di
     """
     tokens = _tokens(inputs)
     arguments = {name: value for name, value in inputs.items() if name not in {"position_ids"} | PACKING_KEYWORDS}
-    sequence = _sequence(inputs)
-    positions, mask = sequence.position_ids, sequence.mask
-    if mask is not None:
-        positions = positions.masked_fill(~mask, 0)
-    batch, length = tokens.shape[:2]
-    layout = KeyLayout.from_mask(mask, batch, length, tokens.device)
-    packed = None
-    if sequence.segment_ids is not None:
-        packed = PackedRows.find(sequence.segment_ids.expand(batch, -1), mask, mask, 0)
-    call = SeaCall(layout=layout, mask=mask, key_mask=mask, documents=packed, recorded=LayerResults())
+    call = sea_call(_sequence(inputs), tokens, recorded=LayerResults())
     if HOSTS[teacher.config.model_type].causal:
         arguments["use_cache"] = False
     if not HOSTS[teacher.config.model_type].token_types:
         arguments.pop("token_type_ids", None)
     with _recording(teacher):
         output = teacher(
-            **arguments, position_ids=positions, output_hidden_states=True, return_dict=True, sea_call=call
+            **arguments, position_ids=call.position_ids, output_hidden_states=True, return_dict=True, sea_call=call
         )
     return call.recorded.found, output
 

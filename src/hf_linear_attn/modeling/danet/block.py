@@ -9,20 +9,24 @@ Source: DANet specification, sections 0 and 3. Each layer works alone on `(B, T,
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache
 
 from ..kernels.fast_paths import fast_paths
-from ..shared.compat import GradientCheckpointingLayer, either_cache_name
+from ..shared.call import Call, takes_call
+from ..shared.compat import GradientCheckpointingLayer
 from ..shared.layer_output import LayerOutput, check_state, refuse_maps_after
 from ..shared.positions import apply_position_factors
-from ..shared.sequence import check_layer_inputs
-from ..shared.token_order import TokenLayout, take_tokens, token_layout
+from ..shared.token_order import take_tokens, token_layout
+from .call import DanetCall, danet_call, works_in_slots
 from .configuration_danet import DanetConfig
-from .context import DanetContext, build_context, works_in_slots
 from .dense_attention import dense_attention_scores, front_packed_dense_attention, pattern_mask
 from .fast_paths import ATTENTION, FEED_FORWARD, MIX
 from .norms import build_norm
 from .state import DenseAttentionState, final_state, memory_shape
+
+# What a layer that is used alone may be called with.
+ARGUMENTS = (
+    "attention_mask", "position_ids", "segment_ids", "cache", "state", "return_state", "output_attentions"
+)  # fmt: skip
 
 
 def linear(inputs: int, outputs: int, std: float | None = None, bound: float | None = None) -> nn.Linear:
@@ -55,25 +59,15 @@ class DenseAttention(nn.Module):
         self.layer_idx = layer_idx
         self.pattern = config.layer_codes[layer_idx]
         self.window = None if self.pattern == "g" else config.window_size
+        self.width = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.is_causal = config.is_causal
         self.scheme = config.relpe_scheme.split(",")
         self.query_proj = linear(config.hidden_size, config.hidden_size, std=config.query_initializer_range)
         self.dropout = nn.Dropout(config.attention_dropout)
 
-    @either_cache_name
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        state: DenseAttentionState | None = None,
-        return_state: bool = False,
-        output_attentions: bool = False,
-        context: DanetContext | None = None,
-    ) -> LayerOutput:
+    @takes_call(*ARGUMENTS)
+    def forward(self, hidden_states: torch.Tensor, call: Call) -> LayerOutput:
         """Mix tokens.
 
         Args:
@@ -84,33 +78,28 @@ class DenseAttention(nn.Module):
             cache (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
             state, return_state: what an earlier call returned, and whether to return it (causal layers only).
             output_attentions (`bool`): also return the raw scores A_ij (q_i . k_j), which are not normalised; O(T^2).
-            context: what a model has prepared for all its layers, instead of mask, positions and segments.
+            call (`Call`, *optional*): all of these but `hidden_states`, as a model hands them to its layers.
         """
-        layer_cache = None if cache is None else cache.layers[self.layer_idx]
-        if layer_cache is not None:
-            state = _held(layer_cache)
-        if output_attentions:
-            refuse_maps_after(state)
-        if context is None:
-            context = _context_of(self, hidden_states, attention_mask, position_ids, segment_ids, state)
-            if context.keep is not None:
-                hidden_states = hidden_states * context.keep.to(hidden_states.dtype)
+        if not isinstance(call, DanetCall):
+            call = danet_call(call, self.config, hidden_states, (self.layer_idx,))
+            if call.keep is not None:
+                hidden_states = hidden_states * call.keep.to(hidden_states.dtype)
+        state = call.state_of(self.layer_idx)
         if state is not None:
-            head_dim = self.config.hidden_size // self.num_heads
-            shape = memory_shape(self.pattern, self.window, self.num_heads, head_dim)
+            if call.output_attentions:
+                refuse_maps_after(state)
+            shape = memory_shape(self.pattern, self.window, self.num_heads, self.width // self.num_heads)
             check_state(state, self.layer_idx, 2, (hidden_states.shape[0], *shape))
-        return self.attend(hidden_states, context, state, layer_cache, return_state, output_attentions)
+        return self.attend(hidden_states, call)
 
     @fast_paths(*ATTENTION)
-    def attend(
-        self, hidden_states, context, state=None, layer_cache=None, return_state=False, output_attentions=False
-    ) -> LayerOutput:
-        """`forward` after its inputs are known to be right: `layer_cache` holds `state` and takes the next one."""
-        layout, in_slots = context.layout, works_in_slots(self.pattern, context.layout)
+    def attend(self, hidden_states: torch.Tensor, call: DanetCall) -> LayerOutput:
+        """`forward` after its inputs are known to be right."""
+        tokens, in_slots = call.tokens, works_in_slots(self.pattern, call.tokens)
         if in_slots:
-            hidden_states = take_tokens(hidden_states, layout.order)  # real tokens first
-        query, key, value = self._project(hidden_states, context.factors[self.pattern])  # (B, T, H, D) each
-        mixed, new_state = front_packed_dense_attention(
+            hidden_states = take_tokens(hidden_states, tokens.order)  # real tokens first
+        query, key, value = self._project(hidden_states, call.factors[self.pattern])  # (B, T, H, D) each
+        mixed, state = front_packed_dense_attention(
             query,
             key,
             value,
@@ -119,19 +108,20 @@ class DenseAttention(nn.Module):
             window_size=self.window,
             mode=self.config.attention_mode if self.pattern == "g" else "auto",
             chunk_size=self.config.chunk_size,
-            lengths=layout.lengths,
-            segment_ids=layout.segment_ids,
-            initial_state=state,
-            output_final_state=return_state or layer_cache is not None,
+            lengths=tokens.lengths,
+            segment_ids=tokens.segment_ids,
+            initial_state=call.state_of(self.layer_idx),
+            output_final_state=call.wants_state,
         )
         mixed = mixed.flatten(2)  # (B, T, d)
         if in_slots:
-            mixed = take_tokens(mixed, layout.slots)
+            mixed = take_tokens(mixed, tokens.slots)
+        layer_cache = call.layer_cache(self.layer_idx)
         if layer_cache is not None:
-            replay = self._replay(layer_cache, key, value, layout, in_slots)
-            layer_cache.update_state(new_state, mixed.shape[1], layout.mask, replay, _documents_of_tokens(layout))
-        scores = self._scores(query, key, layout, in_slots) if output_attentions else None
-        return LayerOutput(mixed, scores, state=new_state if return_state else None)
+            replay = self._replay(key, value, call, in_slots) if layer_cache.record_past else None
+            layer_cache.update_state(state, mixed.shape[1], call.mask, replay, call.segment_ids)
+        scores = self._scores(query, key, call, in_slots) if call.output_attentions else None
+        return LayerOutput(mixed, scores, state=state if call.return_state else None)
 
     def _project(self, hidden_states, factors):
         """Queries, keys and values (B, T, H, D) with their positions. Scheme "qkv" turns the input, before the projection."""
@@ -149,22 +139,21 @@ class DenseAttention(nn.Module):
             query = apply_position_factors(query, factors)
         return query, turned if "k" in self.scheme else key, turned if "v" in self.scheme else key
 
-    def _scores(self, query, key, layout, in_slots):
+    def _scores(self, query, key, call, in_slots):
         """The raw scores (B, H, T, T), tokens in their places."""
         if in_slots:
-            query, key = take_tokens(query, layout.slots), take_tokens(key, layout.slots)
-        ids = _documents_of_tokens(layout)
+            query, key = take_tokens(query, call.tokens.slots), take_tokens(key, call.tokens.slots)
+        ids, ranks = call.segment_ids, call.tokens.ranks
         same = None if ids is None else ids[:, :, None] == ids[:, None, :]
-        mask = pattern_mask(self.pattern, layout.ranks, layout.ranks, self.is_causal, self.window, same)
-        return dense_attention_scores(query, key, mask)
+        return dense_attention_scores(
+            query, key, pattern_mask(self.pattern, ranks, ranks, self.is_causal, self.window, same)
+        )
 
-    def _replay(self, layer_cache, key, value, layout, in_slots):
-        """What a cache needs to undo tokens of this call: keys and values in token order. None unless it records."""
-        if not layer_cache.record_past:
-            return None
+    def _replay(self, key, value, call, in_slots):
+        """What a cache needs to undo tokens of this call: keys and values in token order."""
         if in_slots:
-            key, value = take_tokens(key, layout.slots), take_tokens(value, layout.slots)
-        return self._advance, (key, value, layout.mask, _documents_of_tokens(layout))
+            key, value = take_tokens(key, call.tokens.slots), take_tokens(value, call.tokens.slots)
+        return self._advance, (key, value, call.mask, call.segment_ids)
 
     def _advance(self, state, key, value, mask, segment_ids):
         """The state after some more tokens alone."""
@@ -217,58 +206,25 @@ class DanetBlock(GradientCheckpointingLayer):
         self.config = config
         self.layer_idx = layer_idx
         self.pattern = config.layer_codes[layer_idx]
+        self.width = config.hidden_size
         eps = (config.maxnorm_eps, config.scaled_norm_eps)
         self.pre_norm = build_norm(config.pre_norm, config.hidden_size, *eps)
         self.attention = DenseAttention(config, layer_idx)
         self.mlp = DanetMLP(config)
         self.post_norm = build_norm(config.post_norm, config.hidden_size, *eps)
 
-    @either_cache_name
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        state: DenseAttentionState | None = None,
-        return_state: bool = False,
-        output_attentions: bool = False,
-        context: DanetContext | None = None,
-    ):
+    @takes_call(*ARGUMENTS)
+    def forward(self, hidden_states: torch.Tensor, call: Call):
         """See the class."""
-        if context is None:
-            if cache is not None and state is None:
-                state = _held(cache.layers[self.layer_idx])
-            context = _context_of(self, hidden_states, attention_mask, position_ids, segment_ids, state)
-        x = self.pre_norm(hidden_states, context.input_scales[self.pattern])  # Norm(h) n^(-1/3), (B, T, d)
-        added, state = self.mix(x, context, cache, state, return_state, output_attentions)  # (B, T, d)
-        hidden_states = self.post_norm(added, context.keep, residual=hidden_states)  # h + Norm(added), h at padding
-        return (hidden_states, state) if return_state else hidden_states
+        if not isinstance(call, DanetCall):
+            call = danet_call(call, self.config, hidden_states, (self.layer_idx,))
+        x = self.pre_norm(hidden_states, call.input_scales[self.pattern])  # Norm(h) n^(-1/3), (B, T, d)
+        added, state = self.mix(x, call)  # (B, T, d)
+        hidden_states = self.post_norm(added, call.keep, residual=hidden_states)  # h + Norm(added), h at padding
+        return (hidden_states, state) if call.return_state else hidden_states
 
     @fast_paths(*MIX)
-    def mix(self, x, context, cache=None, state=None, return_state=False, output_attentions=False):
+    def mix(self, x: torch.Tensor, call: DanetCall):
         """FFN(DenseAttention(x)) of the normalised, scaled input x (B, T, d), before the norm, and the state or None."""
-        options = {"return_state": return_state, "output_attentions": output_attentions}
-        mixed = self.attention(x, cache=cache, state=state, context=context, **options)
+        mixed = self.attention(x, call=call)
         return self.mlp(mixed.hidden_states), mixed.state
-
-
-def _held(layer_cache) -> DenseAttentionState | None:
-    """The state in a layer of a cache."""
-    held = layer_cache.get_state()
-    return None if held is None else DenseAttentionState(*held)
-
-
-def _context_of(layer, hidden_states, attention_mask, position_ids, segment_ids, state) -> DanetContext:
-    """What a model prepares for all its layers, for one that is called alone."""
-    seen = None if state is None else state.count
-    mask = check_layer_inputs(hidden_states, layer.config.hidden_size, attention_mask, segment_ids)
-    return build_context(layer.config, hidden_states, mask, position_ids, segment_ids, seen, {layer.pattern})
-
-
-def _documents_of_tokens(layout: TokenLayout) -> torch.Tensor | None:
-    """The document (B, T) of each token, from a layout that has those of slots."""
-    if layout.segment_ids is None or layout.slots is None:
-        return layout.segment_ids
-    return layout.segment_ids.gather(1, layout.slots)

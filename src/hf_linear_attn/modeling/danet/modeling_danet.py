@@ -18,9 +18,8 @@ from transformers.utils import ModelOutput
 from ..kernels.fast_paths import fast_paths
 from ..shared.body import (
     RecurrentModelOutput,
-    check_cache,
+    begin,
     embed_inputs,
-    read_call,
     without_cache_in_training,
 )
 from ..shared.compat import (
@@ -34,7 +33,6 @@ from ..shared.compat import (
     either_cache_name,
     init,
     merge_with_config_defaults,
-    refuse_cache_under_checkpointing,
 )
 from ..shared.cross_entropy import batch_share, cross_entropy
 from ..shared.files.checkpoint import PortableCheckpointMixin
@@ -49,11 +47,9 @@ from ..shared.heads import (
 )
 from ..shared.positions import sinusoidal_embeddings
 from ..shared.sequence import DOCUMENT_KEYWORDS, blank_padding, check_token_types, passes_on, refuse_documents
-from ..shared.states.cache import RecurrentCache
-from ..shared.states.state_layer import LAYER_TYPE
 from .block import DanetBlock, DenseAttention
+from .call import danet_call
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
-from .context import build_context
 from .fast_paths import BODY
 from .heads import DanetLMHead, DanetPooler, TiedHeadMixin
 from .norms import ScaledLayerNorm, VectorNorm, build_norm
@@ -167,38 +163,24 @@ class DanetModel(DanetPreTrainedModel):
         Returns:
             [`RecurrentModelOutput`].
         """
-        if kwargs.get("is_causal") not in (None, self.is_causal):
-            kind = "a decoder, whose tokens see earlier ones alone" if self.is_causal else "an encoder"
-            raise ValueError(
-                f"`is_causal={kwargs['is_causal']}` cannot be honoured: this model was built as {kind}; the direction is chosen "
-                "by `is_causal` in its configuration"
-            )
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)  # (B, T, d)
-        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        cache, layer = self._open_cache(cache, use_cache)
-        seen = None if layer is None else layer.get_token_counts()
-        past_length = 0 if layer is None else cache.get_seq_length()
         if self.embed_token_types is None:
             kwargs["token_type_ids"] = token_type_ids  # refused unless they are all 0
-        bound = None if self.embed_positions is None else self.config.max_position_embeddings
-        sequence = read_call(inputs_embeds, attention_mask, position_ids, layer, past_length, bound, **kwargs)
-        if layer is not None:
-            attention_mask = layer.past.mask_of_keys(attention_mask, past_length, inputs_embeds.shape[1])
-        hidden_states = self._embed(inputs_embeds, sequence, token_type_ids)
-        positions, documents = sequence.position_ids, sequence.segment_ids
-        context = build_context(self.config, hidden_states, sequence.mask, positions, documents, seen)
-        context = with_softmax_layers(context, self.config, hidden_states, attention_mask, positions, documents, cache)
+        if use_cache or cache is not None:
+            self._check_that_states_serve()
+        call = begin(self, inputs_embeds, attention_mask, position_ids, cache, use_cache, **kwargs)
+        hidden_states = self._embed(inputs_embeds, call, token_type_ids)
         layers = self.layers[: self.config.num_hidden_layers]  # fewer while `assistant_early_exit` drafts
-        hidden_states = self._run_layers(layers, hidden_states, context, cache, output_attentions)
-        return RecurrentModelOutput(last_hidden_state=hidden_states, **cache_keyword(cache))
+        call = danet_call(call, self.config, hidden_states, range(len(layers)))
+        call = with_softmax_layers(call, self.config, hidden_states, attention_mask)
+        hidden_states = self._run_layers(layers, hidden_states, call)
+        return RecurrentModelOutput(last_hidden_state=hidden_states, **cache_keyword(call.cache))
 
     @fast_paths(*BODY)
-    def _run_layers(self, layers, hidden_states, context, cache, output_attentions) -> torch.Tensor:
+    def _run_layers(self, layers, hidden_states, call) -> torch.Tensor:
         """All layers and the final norm: (B, T, d) -> (B, T, d)."""
         for layer in layers:
-            hidden_states = layer(
-                hidden_states, output_attentions=output_attentions, context=context, **cache_keyword(cache)
-            )
+            hidden_states = layer(hidden_states, call=call)
         return hidden_states if self.norm is None else self.norm(hidden_states)
 
     def _embed(self, hidden_states, sequence, token_type_ids) -> torch.Tensor:
@@ -229,32 +211,14 @@ class DanetModel(DanetPreTrainedModel):
             hidden_states = self.embedding_norm(hidden_states)
         return self.dropout(hidden_states)
 
-    def _open_cache(self, cache, use_cache):
-        """The cache and the layer of it that knows where its rows stand, or None and None."""
-        if cache is None and not use_cache:
-            return None, None
+    def _check_that_states_serve(self) -> None:
+        """Refuse a cache where a layer has to know the tokens that are still to come."""
         if not self.is_causal or self.config.scale_mode != "fixed":
             raise ValueError(
                 f"a cache (`use_cache`, `{CACHE_NAME}`) needs a decoder with a fixed scale, but this model has `is_causal`="
                 f"{self.is_causal} and `scale_mode`={self.config.scale_mode!r}: pass `use_cache=False`, or build it "
                 "with `is_causal=True` and `scale_mode='fixed'`"
             )
-        if cache is None:
-            cache = RecurrentCache(config=self.config)
-        refuse_cache_under_checkpointing(self, cache)
-        kinds = [kind == LAYER_TYPE for kind in self.config.layer_types[: self.config.num_hidden_layers]]
-        if all(kinds):
-            check_cache(cache, self.config)
-        layers = getattr(cache, "layers", None)
-        if layers is None or [hasattr(layer, "update_state") for layer in layers] != kinds:
-            raise ValueError(
-                f"`{CACHE_NAME}` ({type(cache).__name__}) does not belong to this model, whose layers are "
-                f"{self.config.layer_types}: build it with `RecurrentCache(config=model.config)`, `DynamicCache(config="
-                "model.config)` or `StaticCache(config=model.config, max_cache_len=...)`"
-            )
-        layer = layers[kinds.index(True)]
-        layer.past.keeps_mask = not all(kinds)
-        return cache, layer
 
 
 @dataclass

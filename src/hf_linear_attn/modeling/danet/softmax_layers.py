@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import Cache
 
 from ..kernels.tracing import can_read_values, check_when_run
 from ..shared.compat import (
@@ -18,15 +17,14 @@ from ..shared.compat import (
     and_masks,
     create_causal_mask,
     create_sliding_window_causal_mask,
-    either_cache_name,
 )
 from ..shared.layer_output import LayerOutput
-from ..shared.positions import apply_position_factors, position_factors
+from ..shared.positions import apply_position_factors
 from ..shared.precision import accumulation_dtype
 from ..shared.states.cache import hold_in
 from .block import DanetMLP
+from .call import DanetCall
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
-from .context import DanetContext
 from .norms import build_norm
 from .state import window_shift
 
@@ -64,36 +62,29 @@ class DanetSoftmaxAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=bias)
         self.o_proj = nn.Linear(width, width, bias=bias)
 
-    @either_cache_name
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        context: DanetContext,
-        cache: Cache | None = None,
-        output_attentions: bool = False,
-    ) -> LayerOutput:
+    def forward(self, hidden_states: torch.Tensor, call: DanetCall) -> LayerOutput:
         """(B, T, d) -> (B, T, d); `attentions` where the attention implementation computes them ("eager")."""
         heads = (self.num_heads, -1)
         query = self.q_proj(hidden_states).unflatten(-1, heads)  # (B, T, H, D)
         key = self.k_proj(hidden_states).unflatten(-1, heads)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
-        query = apply_position_factors(query, context.softmax_positions).transpose(1, 2)
-        key = apply_position_factors(key, context.softmax_positions).transpose(1, 2)
-        if cache is not None:
-            hold_in(cache.layers[self.layer_idx], key.dtype)
-            key, value = cache.update(key, value, self.layer_idx)
+        query = apply_position_factors(query, call.softmax_factors).transpose(1, 2)
+        key = apply_position_factors(key, call.softmax_factors).transpose(1, 2)
+        if call.cache is not None:
+            hold_in(call.cache.layers[self.layer_idx], key.dtype)
+            key, value = call.cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attend(
             self,
             query,
             key,
             value,
-            context.softmax_masks[self.pattern],
+            call.softmax_masks[self.pattern],
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             sliding_window=self.sliding_window,
         )
-        return LayerOutput(self.o_proj(mixed.flatten(2)), weights if output_attentions else None)
+        return LayerOutput(self.o_proj(mixed.flatten(2)), weights if call.output_attentions else None)
 
 
 class DanetSoftmaxBlock(GradientCheckpointingLayer):
@@ -106,16 +97,9 @@ class DanetSoftmaxBlock(GradientCheckpointingLayer):
         self.mlp_norm = build_norm("standard_ln", config.hidden_size, scaled_norm_eps=config.scaled_norm_eps)
         self.mlp = DanetMLP(config)
 
-    @either_cache_name
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        context: DanetContext,
-        cache: Cache | None = None,
-        output_attentions: bool = False,
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, call: DanetCall) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)."""
-        mixed = self.attention(self.attention_norm(hidden_states), context, cache, output_attentions)
+        mixed = self.attention(self.attention_norm(hidden_states), call)
         hidden_states = hidden_states + mixed.hidden_states
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -143,15 +127,9 @@ def maps_in_their_places(forward):
 
 
 def with_softmax_layers(
-    context: DanetContext,
-    config: DanetConfig,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor,
-    segment_ids: torch.Tensor | None,
-    cache: Cache | None,
-) -> DanetContext:
-    """The context with the masks and positions of the softmax layers. `attention_mask` covers the tokens of the cache, too.
+    call: DanetCall, config: DanetConfig, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+) -> DanetCall:
+    """The call with the masks and positions of the softmax layers. `attention_mask` covers the tokens of the cache, too.
 
     Raises:
         ValueError: packed documents together with a cache; padding inside a text under a sliding window or a window with a cache
@@ -160,15 +138,22 @@ def with_softmax_layers(
     """
     codes = set(config.layer_codes) & set(SOFTMAX_PATTERNS)
     if not codes:
-        return context
-    if segment_ids is not None and cache is not None:
-        _refuse_documents_with_a_cache(segment_ids)
-        segment_ids = None
-    _check_windows(codes - {"softmax"}, config, attention_mask, cache)
-    masks = {code: _mask(code, context, config, hidden_states, attention_mask, segment_ids, cache) for code in codes}
+        return call
+    if call.cache is not None:
+        if call.segment_ids is not None:
+            _refuse_documents_with_a_cache(call.segment_ids)
+        attention_mask = _mask_of_keys(call.cache, attention_mask, hidden_states.shape[1])
+    _check_windows(codes - {"softmax"}, config, attention_mask, call.cache)
+    masks = {code: _mask(code, call, config, hidden_states, attention_mask) for code in codes}
     head_dim = config.hidden_size // config.softmax_attention_heads
-    positions = position_factors("rotary", position_ids, head_dim, config.rope_theta, hidden_states.dtype)
-    return replace(context, softmax_masks=masks, softmax_positions=positions)
+    factors = call.position_factors("rotary", head_dim, config.rope_theta, hidden_states.dtype)
+    return replace(call, softmax_masks=masks, softmax_factors=factors)
+
+
+def _mask_of_keys(cache, attention_mask, length: int) -> torch.Tensor | None:
+    """The mask over all columns, those of the cache included; its first layer with a state remembers them."""
+    past = next(layer.past for layer in cache.layers if hasattr(layer, "update_state"))
+    return past.mask_of_keys(attention_mask, cache.get_seq_length(), length)
 
 
 def _refuse_documents_with_a_cache(segment_ids) -> None:
@@ -200,13 +185,13 @@ def _check_windows(windowed: set[str], config, attention_mask, cache) -> None:
         )
 
 
-def _mask(code, context, config, hidden_states, attention_mask, segment_ids, cache):
+def _mask(code, call, config, hidden_states, attention_mask):
     """What Transformers' attention functions take as the mask of a layer with pattern `code`."""
-    conditions = []
-    if segment_ids is not None:
+    conditions, cache, segment_ids = [], call.cache, call.segment_ids
+    if segment_ids is not None and cache is None:
         conditions.append(lambda batch, head, query, key: segment_ids[batch, query] == segment_ids[batch, key])
     if code in ("l@softmax", "sl@softmax"):
-        conditions.append(_same_window(code, context, config, hidden_states, attention_mask, cache))
+        conditions.append(_same_window(code, call, config, hidden_states, attention_mask))
     # With a cache a local window lies within the last w columns, which is what its layer keeps.
     sliding = code == "swa@softmax" or (code != "softmax" and cache is not None)
     create = create_sliding_window_causal_mask if sliding else create_causal_mask
@@ -215,13 +200,13 @@ def _mask(code, context, config, hidden_states, attention_mask, segment_ids, cac
     return create(config, hidden_states, attention_mask, cache, layer_idx=first, **extra)
 
 
-def _same_window(code, context, config, hidden_states, attention_mask, cache):
+def _same_window(code, call, config, hidden_states, attention_mask):
     """The mask function of `l` and `sl` windows, which count real tokens."""
     window = config.window_size
     shift = window_shift(code.removesuffix("@softmax"), window)
     batch = hidden_states.shape[0]
-    if cache is None:
-        windows = ((context.layout.ranks + shift) // window).expand(batch, -1)
+    if call.cache is None:
+        windows = ((call.tokens.ranks + shift) // window).expand(batch, -1)
         return lambda row, head, query, key: windows[row, query] == windows[row, key]
     # Padding stands on the left alone here. Columns of a static cache that are still empty have ranks, too.
     padding = torch.zeros(batch, dtype=torch.long, device=hidden_states.device)

@@ -43,11 +43,11 @@ def use_backend(name: str):
         _chosen_last = _open_blocks[-1][0] if _open_blocks else "auto"
 
 
-def chosen_backend() -> str:
-    """What `use_backend` asks for here, "auto" outside of it."""
-    if is_traced():
+def chosen_backend(traced: bool | None = None) -> str:
+    """What `use_backend` asks for here, "auto" outside of it. `traced`: what `is_traced` says, if the caller knows it."""
+    if is_traced() if traced is None else traced:
         return _chosen_last
-    return _chosen.get() or (_chosen_last if is_in_backward() else "auto")
+    return _chosen.get() or (_chosen_last if _open_blocks and is_in_backward() else "auto")
 
 
 def runs_triton(tensor: torch.Tensor, reason: str | None) -> bool:

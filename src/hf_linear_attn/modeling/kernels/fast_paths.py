@@ -54,7 +54,7 @@ class FastPath:
         Raises:
             ValueError: within `use_backend("triton")`, if it is not covered.
         """
-        if is_traced() and not self.traceable:
+        if not self.traceable and is_traced():
             return False
         if self.backend == "torch":
             return self.suits(*args, **kwargs) and self.covers(*args, **kwargs) is None
@@ -132,10 +132,11 @@ def fast_paths(*paths: FastPath):
 
         @functools.wraps(plain)
         def wrapper(*args, **kwargs):
-            if not is_traced() and _choices.get() is not None:
+            traced = is_traced()
+            if not traced and _choices.get() is not None:
                 return _recording(plain, paths, args, kwargs)
             asked = paths
-            if chosen_backend() != "triton" and not _first_tensor(args, kwargs).is_cuda:
+            if chosen_backend(traced) != "triton" and not _first_tensor(args, kwargs).is_cuda:
                 asked = anywhere  # the others would all say no
             for path in asked:
                 if path.takes(*args, **kwargs):
@@ -165,4 +166,7 @@ def _recording(plain, paths, args, kwargs):
 
 
 def _first_tensor(args: tuple, kwargs: dict) -> torch.Tensor:
-    return next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+    for x in args if not kwargs else (*args, *kwargs.values()):
+        if isinstance(x, torch.Tensor):
+            return x
+    raise TypeError("a function with fast paths takes at least one tensor")

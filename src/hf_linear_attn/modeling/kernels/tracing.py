@@ -23,9 +23,8 @@ def can_read_values(tensor: torch.Tensor) -> bool:
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
-def is_traced() -> bool:
-    """Whether this code is being compiled or exported, instead of run."""
-    return torch.compiler.is_compiling()
+# Whether this code is being compiled or exported, instead of run.
+is_traced = torch.compiler.is_compiling
 
 
 def is_in_backward() -> bool:

@@ -264,6 +264,8 @@ class LeapPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
 class LeapModel(LeapPreTrainedModel):
     """The body: embeddings, blocks, final norm. Returns hidden states (B, T, d)."""
 
+    is_causal = True
+
     def __init__(self, config: LeapConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -69,6 +69,14 @@ class SeaCacheLayer(RecurrentStateLayer):
             past = torch.ones(batch, self.slots - new, dtype=torch.bool, device=device)
         self.key_mask = torch.cat([past, mask], dim=1)
 
+    def open_tokens(self) -> torch.Tensor | None:
+        """As for every layer, from the slots in use: one that keeps softmax attention has no state that counts."""
+        if not self.slots:
+            return None
+        if self.key_mask is not None:
+            return self.key_mask.sum(1)
+        return torch.full(self.keys.shape[:1], self.slots, device=self.keys.device)
+
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """State, keys, values and the mask of slots."""
         if self.keys is None:

@@ -47,12 +47,10 @@ class PackedRows:
 
     Attributes:
         groups: the documents, each in one group.
-        segment_ids: (B, T) document of each token.
         open_slots: (B, past + T) bool, the slots of the last document of each row: all that later calls may see.
     """
 
     groups: list[DocumentGroup]
-    segment_ids: torch.Tensor
     open_slots: torch.Tensor
     past: int
 
@@ -93,7 +91,7 @@ class PackedRows:
         # Last phase: what stays open. -1: the call has no real token of this row.
         final = torch.where(mask, segment_ids, -1).amax(dim=1, keepdim=True)
         open_slots = torch.cat([key_mask[:, :past] & (final <= 0), mask & (segment_ids == final)], dim=1)
-        return cls(groups, segment_ids, open_slots, past)
+        return cls(groups, open_slots, past)
 
     def attend(
         self,

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
 
+from ..shared.call import Call
 from ..shared.compat import ALL_ATTENTION_FUNCTIONS
 from ..shared.precision import accumulation_dtype
+from ..shared.sequence import SequenceInputs
+from ..shared.states.past_columns import join_masks
 from .attention import SeaAttentionCore, SeaCoreOutput, SeaState
 from .cells import KeyLayout
 from .documents import PackedRows
@@ -52,31 +55,49 @@ class LayerResults:
         self.found: dict[int, Any] = {}
 
 
-@dataclass
-class SeaCall:
-    """One forward call of a SEA model.
+@dataclass(frozen=True)
+class SeaCall(Call):
+    """A `Call` with, made at the beginning of a forward by `sea_call`:
 
-    Attributes:
-        layout: ranks and slots of the tokens.
-        mask: (B, T) bool, real tokens of this call; None if nothing is padded.
-        key_mask: (B, S) bool over all slots of the cache and this call; None if nothing is padded.
-        documents: the documents of packed rows; None where each row is one.
-        cache: the Transformers cache, or None.
-        output_attentions: whether layers return their T x S attention.
-        distillation: a teacher's targets, None outside distillation.
-        recorded: where softmax layers leave their own `TeacherTargets` (a teacher's forward), or None.
-        results: where SEA layers leave their `SeaCoreOutput` (its state removed), or None.
+    key_layout: ranks and slots of the tokens and of the keys that they see.
+    documents: the documents of packed rows; None where each row is one.
+    distillation: a teacher's targets, None outside distillation.
+    recorded: where softmax layers leave their own `TeacherTargets` (a teacher's forward), or None.
+    results: where SEA layers leave their `SeaCoreOutput` (its state removed), or None.
     """
 
-    layout: KeyLayout
-    mask: torch.Tensor | None = None
-    key_mask: torch.Tensor | None = None
+    key_layout: KeyLayout | None = None
     documents: PackedRows | None = None
-    cache: Any = None
-    output_attentions: bool = False
     distillation: Distillation | None = None
     recorded: LayerResults | None = None
     results: LayerResults | None = None
+
+    @property
+    def key_mask(self) -> torch.Tensor | None:
+        """(B, S) bool over all slots of the cache and this call; None if nothing is padded."""
+        return self.key_layout.keys.mask
+
+
+def sea_call(sequence: SequenceInputs, tokens: torch.Tensor, cache: Cache | None = None, **more) -> SeaCall:
+    """What the layers share of a call about `tokens` (B, T, ...), read as `sequence`; `more` are other fields of the result."""
+    batch, length = tokens.shape[:2]
+    past, old_mask = (0, None) if cache is None else (cache.get_seq_length(), cache.layers[0].key_mask)
+    mask, position_ids, segment_ids = sequence.mask, sequence.position_ids, sequence.segment_ids
+    key_mask = join_masks(old_mask, mask, batch, past, length, tokens.device)
+    documents = None
+    if mask is not None:
+        position_ids = position_ids.masked_fill(~mask, 0)
+    if segment_ids is not None:
+        documents = PackedRows.find(segment_ids, mask, key_mask, past)
+    return SeaCall(
+        mask,
+        position_ids,
+        None if documents is None else segment_ids,
+        cache=cache,
+        key_layout=KeyLayout.from_mask(key_mask, batch, length, tokens.device, past),
+        documents=documents,
+        **more,
+    )
 
 
 def register_attention() -> None:
@@ -133,8 +154,8 @@ def sea_attention_forward(
             'dense model of the same configuration takes a copy of it and `attn_implementation="sdpa"`'
         )
     core, index = getattr(module, "sea", None), int(module.layer_idx)
-    time, past = query.shape[2], sea_call.layout.past_slots
-    layer = None if sea_call.cache is None else sea_call.cache.layers[index]
+    time, past = query.shape[2], sea_call.key_layout.past_slots
+    layer = sea_call.layer_cache(index)
     if layer is not None:
         layer.append_mask(sea_call.mask, query.shape[0], time, query.device)
     if layer is not None and sea_call.documents is not None:
@@ -151,8 +172,7 @@ def sea_attention_forward(
         replay = None
         if layer.record_past:
             replay = _replay(core, sea_call, scaling, query, *(x[:, :, past : past + time] for x in (key, value)))
-        segment_ids = None if sea_call.documents is None else sea_call.documents.segment_ids
-        layer.update_state(tuple(output.state), time, sea_call.mask, replay, segment_ids)
+        layer.update_state(tuple(output.state), time, sea_call.mask, replay, sea_call.segment_ids)
     if sea_call.results is not None:
         output.state = None
         if not sea_call.output_attentions:
@@ -164,9 +184,9 @@ def sea_attention_forward(
 
 def _sea_layer(core: SeaAttentionCore, query, key, value, call: SeaCall, index: int, scaling) -> SeaCoreOutput:
     """What a SEA layer gives for the new tokens, whole rows or document by document."""
-    past, time, cached = call.layout.past_slots, query.shape[2], call.cache is not None
+    past, time = call.key_layout.past_slots, query.shape[2]
     new_key, new_value = (x[:, :, past : past + time] for x in (key, value))
-    state = call.cache.layers[index].get_state() if cached else None
+    state = call.state_of(index)
     distillation = call.distillation
     options = {
         "teacher": None if distillation is None else distillation.targets.get(index),
@@ -177,8 +197,8 @@ def _sea_layer(core: SeaAttentionCore, query, key, value, call: SeaCall, index: 
         "measure": distillation is not None and distillation.measure,
     }
     if call.documents is None:
-        key_cache = (key, value) if cached else None
-        return core(query, new_key, new_value, layout=call.layout, key_cache=key_cache, **options)
+        key_cache = None if call.cache is None else (key, value)
+        return core(query, new_key, new_value, layout=call.key_layout, key_cache=key_cache, **options)
     past_keys = (key[:, :, :past], value[:, :, :past])
     return call.documents.attend(core, query, new_key, new_value, past_keys=past_keys, **options)
 
@@ -190,7 +210,7 @@ def _replay(core: SeaAttentionCore, call: SeaCall, scaling, query, key, value):
     mask = call.mask
     if mask is None:
         mask = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-    past = call.layout.past[:, None].expand_as(mask)
+    past = call.key_layout.past[:, None].expand_as(mask)
 
     def advance(state, q, k, v, keep, past):
         layout = replace(KeyLayout.from_mask(keep, *keep.shape, keep.device), past=past[:, 0])
@@ -209,7 +229,7 @@ def _replay(core: SeaAttentionCore, call: SeaCall, scaling, query, key, value):
 
 def _softmax_layer(query, key, value, call: SeaCall, causal: bool, scaling, dropout):
     """Softmax attention of a layer that keeps it, with its T x S mask only where tokens are padded or cached."""
-    past, time = call.layout.past_slots, query.shape[2]
+    past, time = call.key_layout.past_slots, query.shape[2]
     key, value = (repeat_key_heads(x[:, :, : past + time], query.shape[1]) for x in (key, value))
     plain = call.key_mask is None and past == 0 and call.documents is None
     mask = None if plain and not call.output_attentions else _visible(call, past, time, causal, query.device)
@@ -236,8 +256,7 @@ def _visible(call: SeaCall, past: int, time: int, causal: bool, device: torch.de
     mask = mask[None, None]
     if call.key_mask is not None:
         mask = mask & call.key_mask[:, None, None]
-    if call.documents is not None:  # what a cache holds belongs to document 0
-        segment_ids = call.documents.segment_ids
-        of_keys = nn.functional.pad(segment_ids, [past, 0])
-        mask = mask & (of_keys[:, None, None] == segment_ids[:, None, :, None])
+    if call.segment_ids is not None:  # what a cache holds belongs to document 0
+        of_keys = nn.functional.pad(call.segment_ids, [past, 0])
+        mask = mask & (of_keys[:, None, None] == call.segment_ids[:, None, :, None])
     return mask

@@ -14,7 +14,12 @@ from transformers import (
     AutoModelForTokenClassification,
     Cache,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils import ModelOutput
 
 from ..shared.compat import cache_keyword, cache_of, can_return_tuple, either_cache_name
@@ -84,8 +89,8 @@ class SeaModel(SeaPreTrainedModel):
         )[0]
 
 
-def head(*targets: str):
-    """The forward of a head whose targets, in the host's form, are called `targets`.
+def head(output_class: type[ModelOutput], *targets: str):
+    """The forward of a head that returns `output_class`, and whose targets, in the host's form, are called `targets`.
 
     The host predicts; the loss is that of the other families' heads, because not every host heeds `num_items_in_batch`.
     """
@@ -102,12 +107,12 @@ def head(*targets: str):
         output_sea: bool = False,
         distillation: Distillation | None = None,
         **kwargs,
-    ) -> ModelOutput:
+    ) -> output_class:  # type: ignore[valid-type]
         """Predict; arguments as for `SeaModel`, targets and output class as those of the host's model for this task."""
         given = {name: kwargs.pop(name, None) for name in targets}
         self._check_targets(input_ids if inputs_embeds is None else inputs_embeds, **given)
         count = kwargs.pop("num_items_in_batch", None)
-        output, sequence = self._run_host(
+        output, call = self._run_host(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -119,7 +124,7 @@ def head(*targets: str):
         )
         if given[targets[0]] is None:
             return output
-        return with_loss(output, self.loss_of(output, sequence, **given, count=count))
+        return with_loss(output, self.loss_of(output, call, **given, count=count))
 
     return forward
 
@@ -127,7 +132,7 @@ def head(*targets: str):
 class SeaForMaskedLM(SeaPreTrainedModel):
     """The host's masked language model with SEA."""
 
-    forward = head("labels")
+    forward = head(MaskedLMOutput, "labels")
 
     def __init__(self, config: SeaConfig):
         super().__init__(config)
@@ -150,7 +155,7 @@ class SeaForSequenceClassification(SeaPreTrainedModel):
     """
 
     labels_of = "texts"
-    forward = head("labels")
+    forward = head(TextClassifierOutput, "labels")
 
     def __init__(self, config: SeaConfig):
         super().__init__(config)
@@ -187,7 +192,7 @@ class SeaForSequenceClassification(SeaPreTrainedModel):
 class SeaForTokenClassification(SeaPreTrainedModel):
     """The host's classifier of tokens with SEA."""
 
-    forward = head("labels")
+    forward = head(TokenClassifierOutput, "labels")
 
     def __init__(self, config: SeaConfig):
         super().__init__(config)
@@ -206,7 +211,7 @@ class SeaForTokenClassification(SeaPreTrainedModel):
 class SeaForQuestionAnswering(SeaPreTrainedModel):
     """The host's question answering model with SEA: scores of where an answer starts and ends."""
 
-    forward = head("start_positions", "end_positions")
+    forward = head(QuestionAnsweringModelOutput, "start_positions", "end_positions")
 
     def __init__(self, config: SeaConfig):
         super().__init__(config)

@@ -77,7 +77,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
         shift_labels = kwargs.pop("shift_labels", None)  # not in the signature, see RecurrentForCausalLM
         if labels is not None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep):
             raise ValueError("`labels` need all logits: leave `logits_to_keep` out, which drops some")
-        output, sequence = self._run_host(
+        output, call = self._run_host(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -92,7 +92,7 @@ class SeaForCausalLM(RecurrentGenerationMixin, SeaPreTrainedModel, GenerationMix
         )
         if labels is None and shift_labels is None:
             return output
-        return with_loss(output, self.loss_of(output, sequence, labels, shift_labels, num_items_in_batch))
+        return with_loss(output, self.loss_of(output, call, labels, shift_labels, num_items_in_batch))
 
     def loss_of(self, output, sequence, labels=None, shift_labels=None, count=None) -> torch.Tensor:
         """See `SeaPreTrainedModel`."""

@@ -8,12 +8,12 @@ from dataclasses import field, make_dataclass, replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..kernels.plain_layers import table_rows
 from ..kernels.tracing import can_read_values
-from ..shared.body import check_cache, read_call
+from ..shared.body import check_direction, open_cache, read_call
 from ..shared.compat import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -26,14 +26,9 @@ from ..shared.compat import (
 )
 from ..shared.files.checkpoint import PortableCheckpointMixin
 from ..shared.heads import check_classes, check_labels
-from ..shared.sequence import HARMLESS_KEYWORDS, ONE_ANSWER, SequenceInputs, check_token_ids
-from ..shared.states.cache import RecurrentCache
-from ..shared.states.past_columns import join_masks
+from ..shared.sequence import DOCUMENT_KEYWORDS, HARMLESS_KEYWORDS, ONE_ANSWER, SequenceInputs, check_token_ids
 from .attention import SeaAttentionCore
-from .cache import SeaCacheLayer
-from .cells import KeyLayout
 from .configuration_sea import SEA_FIELDS, SeaConfig
-from .documents import PackedRows
 from .host_attention import (
     ATTENTION_NAME,
     LayerResults,
@@ -41,6 +36,7 @@ from .host_attention import (
     check_attention,
     keep_attention,
     register_attention,
+    sea_call,
 )
 from .hosts import (
     attention_layers,
@@ -166,41 +162,49 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         distillation=None,
         read=None,
         **kwargs,
-    ) -> tuple[ModelOutput, SequenceInputs]:
+    ) -> tuple[ModelOutput, SeaCall]:
         """Prepare ranks, masks and caches, call the host, collect what the layers left.
 
-        With `read` it is the host's body that is called, and `read(output, sequence)` makes the output in the stead of its head.
+        With `read` it is the host's body that is called, and `read(output, call)` makes the output in the stead of its head.
         """
         # First phase: what is refused, and what the call and the configurations ask for.
         check_call(self, input_ids, inputs_embeds, kwargs)
         kwargs.pop("is_causal", None)
         self._apply_switches(kwargs)
         tokens, causal = input_ids if inputs_embeds is None else inputs_embeds, self.config.is_causal
+        self._check_token_types(kwargs)
         if distillation is not None:
             check_targets(distillation, self.config.num_hidden_layers, tokens.shape[1])
-        # Second phase: ranks, slots, documents and the cache, the same for all layers.
-        cache = self._cache(cache, causal, use_cache, tokens.shape[0], distillation is not None)
-        past = 0 if cache is None else cache.get_seq_length()
-        call, sequence = self._prepare(tokens, attention_mask, position_ids, cache, past, kwargs)
+        # Second phase: the cache, positions and documents, ranks and slots: the same for all layers.
+        cache = self._open_cache(cache, use_cache, distillation is not None)
+        documents = {name: kwargs.pop(name, None) for name in DOCUMENT_KEYWORDS}
+        kwargs = {name: value for name, value in kwargs.items() if name not in PACKING_KEYWORDS}
+        call = sea_call(
+            read_call(tokens, attention_mask, position_ids, cache, **documents),
+            tokens,
+            cache,
+            output_attentions=bool(kwargs["output_attentions"]),
+            distillation=distillation,
+            results=LayerResults() if output_sea or distillation is not None else None,
+        )
+        self._check_length(call.position_ids)
         if call.documents is not None and self.labels_of == "texts":
             raise ValueError(ONE_ANSWER)
-        call.results = LayerResults() if output_sea or distillation is not None else None
-        call.distillation = distillation
         # Third phase: the host.
         if causal:
             kwargs |= {"use_cache": cache is not None, **cache_keyword(cache)}
-        kwargs |= {"return_dict": True, "position_ids": sequence.position_ids, "sea_call": call}
+        kwargs |= {"return_dict": True, "position_ids": call.position_ids, "sea_call": call}
         kwargs |= tokens_for_host(self.host_model, input_ids, inputs_embeds, call.mask)
-        if past == 0:  # what hosts do with the mask besides attention: warn
+        if call.key_layout.past_slots == 0:  # what hosts do with the mask besides attention: warn
             kwargs["attention_mask"] = attention_mask
         host = self.host_model if read is None else self.host_model.base_model
         with padding_known(call.mask):
             output = host(**kwargs)
         # Last phase: the output, with what the layers left.
-        output = output if read is None else read(output, sequence)
+        output = output if read is None else read(output, call)
         if causal and cache is None and CACHE_NAME in output:
             output[CACHE_NAME] = None
-        return self._extend(output, call, output_sea), sequence
+        return self._extend(output, call, output_sea), call
 
     def _extend(self, output: ModelOutput, call: SeaCall, output_sea: bool) -> ModelOutput:
         """A host's output with the fields that were asked for, a tuple over the layers each."""
@@ -230,73 +234,33 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name) or getattr(host, name)
 
-    def _prepare(self, tokens, attention_mask, position_ids, cache, past: int, kwargs: dict):
-        """Ranks and masks of a call; takes the keywords out of `kwargs` that only matter here."""
-        documents = {name: kwargs.pop(name, None) for name in ("seq_idx", "cu_seq_lens_q")}
-        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
-            kwargs.pop(name, None)
-        types = kwargs.get("token_type_ids")
-        if types is None or not find_host(self.config.host_config).token_types:
-            kwargs.pop("token_type_ids", None)
-            if types is not None and can_read_values(types) and bool(types.any()):
-                raise ValueError(
-                    f"`token_type_ids` other than 0 mean nothing to a {self.config.host_config.model_type} host"
-                )
-        (batch, length), device = tokens.shape[:2], tokens.device
-        old_mask = None if cache is None else cache.layers[0].key_mask
-        counts = None
-        if past:
-            counts = torch.full((batch,), past, device=device) if old_mask is None else old_mask.sum(1)
-        layer = None if cache is None else cache.layers[0]
-        sequence = read_call(tokens, attention_mask, position_ids, layer, past, counts=counts, **documents)
-        key_mask = join_masks(old_mask, sequence.mask, batch, past, length, device)
-        if sequence.mask is not None:
-            sequence = replace(sequence, position_ids=sequence.position_ids.masked_fill(~sequence.mask, 0))
-        self._check_length(sequence.position_ids)
-        mask = None if key_mask is None else key_mask[:, past:]
-        packed = None
-        if sequence.segment_ids is not None:
-            packed = PackedRows.find(sequence.segment_ids.expand(batch, -1), mask, key_mask, past)
-        call = SeaCall(
-            layout=KeyLayout.from_mask(key_mask, batch, length, device, past),
-            mask=mask,
-            key_mask=key_mask,
-            documents=packed,
-            cache=cache,
-            output_attentions=bool(kwargs["output_attentions"]),
-        )
-        return call, sequence
+    def _check_token_types(self, kwargs: dict) -> None:
+        """Take token types out of the host's arguments where it has none; refuse others than 0."""
+        if find_host(self.config.host_config).token_types:
+            return
+        types = kwargs.pop("token_type_ids", None)
+        if types is not None and can_read_values(types) and bool(types.any()):
+            raise ValueError(
+                f"`token_type_ids` other than 0 mean nothing to a {self.config.host_config.model_type} host"
+            )
 
-    def _cache(self, cache, causal: bool, use_cache: bool | None, batch: int, distilling: bool):
+    def _open_cache(self, cache, use_cache: bool | None, distilling: bool) -> Cache | None:
         """The cache to go on from, a new one, or None."""
+        causal = self.config.is_causal
         checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
         if cache is None:
             wanted = self.config.use_cache if use_cache is None else use_cache
-            makes_one = causal and wanted and not (checkpointing or distilling)
-            return RecurrentCache(config=self.config) if makes_one else None
+            return open_cache(self, None, causal and wanted and not (checkpointing or distilling))
         if checkpointing:
             raise ValueError(f"`{CACHE_NAME}` cannot be updated under checkpointing, which runs layers twice")
-        if not self.config.is_causal:
+        if not causal:
             raise ValueError(f"`{CACHE_NAME}` needs a causal host; a bidirectional SEA model reads whole texts")
-        check_cache(cache, self.config)
-        layers = cache.layers
-        if len(layers) != self.config.num_hidden_layers or not all(isinstance(x, SeaCacheLayer) for x in layers):
+        cache = open_cache(self, cache, use_cache)
+        keys, host = cache.layers[0].keys, self.config.host_config
+        if keys is not None and (keys.shape[1], keys.shape[3]) != (key_heads(host), head_size(host)):
             raise ValueError(
-                f"`{CACHE_NAME}` ({type(cache).__name__} with {len(layers)} layers) does not belong to this model: "
-                "build it with `DynamicCache(config=model.config)` or `RecurrentCache(config=model.config)`"
-            )
-        keys = layers[0].keys
-        host = self.config.host_config
-        heads = key_heads(host)
-        if keys is not None and (keys.shape[1], keys.shape[3]) != (heads, head_size(host)):
-            raise ValueError(
-                f"`{CACHE_NAME}` holds {keys.shape[1]} key heads of size {keys.shape[3]}, this model has {heads} of "
+                f"`{CACHE_NAME}` holds {keys.shape[1]} key heads of size {keys.shape[3]}, this model has {key_heads(host)} of "
                 f"{head_size(host)}: it comes from another model"
-            )
-        if keys is not None and layers[0].slots and keys.shape[0] != batch:
-            raise ValueError(
-                f"`{CACHE_NAME}` holds {keys.shape[0]} rows, but the batch has {batch}: use "
-                "`cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
             )
         return cache
 
@@ -352,17 +316,13 @@ def check_call(model, input_ids, inputs_embeds, kwargs: dict) -> None:
         check_token_ids(input_ids, table_rows(model.get_input_embeddings()), model.training)
     elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
         raise ValueError(f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {width})")
-    causal, host = model.config.is_causal, model.config.host_config.model_type
-    if kwargs.get("is_causal") is not None and bool(kwargs["is_causal"]) != causal:
-        what = "each token sees only earlier ones" if causal else "it is an encoder, whose tokens see all others"
-        raise ValueError(
-            f"`is_causal={kwargs['is_causal']}` cannot be honoured by a {model.config.host_config.model_type} host: {what}"
-        )
+    check_direction(kwargs.get("is_causal"), model.config.is_causal)
     known = set(inspect.signature(model.host_model.forward).parameters) | HARMLESS_KEYWORDS | PACKING_KEYWORDS
     known.add("token_type_ids")  # zeros say nothing; others are refused with what the host lacks
     known -= {"encoder_hidden_states", "encoder_attention_mask"}  # of cross-attention, which no host has here
     unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
     if unknown:
+        host = model.config.host_config.model_type
         raise TypeError(
             f"unknown keyword(s) {', '.join(unknown)}: neither SEA nor its {host} host would act on "
             "them. Padding is told by `attention_mask`"

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..kernels.plain_layers import table_rows
@@ -12,6 +13,7 @@ from .call import Call
 from .compat import CACHE_NAME, EitherCacheName, refuse_cache_under_checkpointing
 from .sequence import SequenceInputs, blank_padding, check_token_ids, prepare_sequence
 from .states.cache import RecurrentCache
+from .states.state_layer import LAYER_TYPE_PREFIX
 
 
 @dataclass
@@ -67,39 +69,60 @@ def without_cache_in_training(forward):
 def check_cache(cache, config) -> None:
     """Refuse a cache whose layers are not those of this model."""
     layers = getattr(cache, "layers", None)
-    if layers is None or len(layers) != config.num_hidden_layers or not all(hasattr(x, "update_state") for x in layers):
-        kinds = (
+    kinds = config.layer_types[: config.num_hidden_layers]
+    if layers is None or len(layers) != len(kinds) or not all(map(_is_of_kind, layers, kinds)):
+        found = (
             "no list of layers"
             if layers is None
             else f"{len(layers)} layers of {sorted({type(x).__name__ for x in layers})}"
         )
         raise ValueError(
-            f"`{CACHE_NAME}` ({type(cache).__name__} with {kinds}) does not belong to this model, which has "
-            f"{config.num_hidden_layers} recurrent layers: build it with `RecurrentCache(config=model.config)`, "
+            f"`{CACHE_NAME}` ({type(cache).__name__} with {found}) does not belong to this model, whose layers are {kinds}: "
+            "build it with `RecurrentCache(config=model.config)`, "
             "`DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`. "
             "Keys and values per token, which prefix tuning writes, have no place in a state of fixed size: use prompt tuning "
             "or LoRA"
         )
 
 
+def _is_of_kind(layer, kind: str) -> bool:
+    """Whether a layer of a cache is of this layer type; those that are not ours are told by what they lack."""
+    if kind.startswith(LAYER_TYPE_PREFIX):
+        return getattr(layer, "_layer_type", None) == kind
+    return not hasattr(layer, "update_state")
+
+
+def open_cache(model, cache, use_cache) -> Cache | None:
+    """The cache that a call goes on from and updates: the one given, or a new one if `use_cache` asks for it."""
+    if cache is None:
+        if not use_cache:
+            return None
+        cache = RecurrentCache(config=model.config)
+    check_cache(cache, model.config)
+    refuse_cache_under_checkpointing(model, cache)
+    return cache
+
+
+def check_direction(asked: bool | None, causal: bool) -> None:
+    """Refuse an `is_causal` that this model was not built for."""
+    if asked is not None and bool(asked) != causal:
+        kind = (
+            "sums from the left, each token sees only earlier ones"
+            if causal
+            else "is an encoder, whose tokens see all others"
+        )
+        raise ValueError(
+            f"`is_causal={asked}` cannot be honoured: this model {kind}; its configuration chose the direction"
+        )
+
+
 def begin(
     model, inputs_embeds, attention_mask, position_ids, cache, use_cache, output_focus_weights=False, **kwargs
 ) -> Call:
-    """Check a causal body's inputs and make its cache: what its layers share."""
-    if kwargs.get("is_causal") is False:
-        raise ValueError(
-            "`is_causal=False` cannot be honoured: this model sums from the left, each token sees only earlier ones"
-        )
-    if use_cache and cache is None:
-        cache = RecurrentCache(config=model.config)
-    layer = None
-    if cache is not None:
-        check_cache(cache, model.config)
-        refuse_cache_under_checkpointing(model, cache)
-        layer = cache.layers[0]
-    past_length = 0 if layer is None else cache.get_seq_length()
-    bound = position_bound(model)
-    sequence = read_call(inputs_embeds, attention_mask, position_ids, layer, past_length, bound, **kwargs)
+    """Check a body's inputs and open its cache: what its layers share."""
+    check_direction(kwargs.get("is_causal"), model.is_causal)
+    cache = open_cache(model, cache, use_cache)
+    sequence = read_call(inputs_embeds, attention_mask, position_ids, cache, position_bound(model), **kwargs)
     return Call(
         sequence.mask,
         sequence.position_ids,
@@ -120,20 +143,18 @@ def asks_for_attentions(model, kwargs: dict) -> bool:
     return bool(kwargs.get("output_attentions", model.config.output_attentions))
 
 
-def read_call(
-    inputs_embeds, attention_mask, position_ids, layer, past_length, max_positions=None, counts=None, **kwargs
-) -> SequenceInputs:
-    """`prepare_sequence` after what `layer` of a cache (or None) has seen, which takes note of the call.
-
-    `counts` (B,) are the tokens of the open documents where the layer itself does not count them.
-    """
-    if layer is None:
+def read_call(inputs_embeds, attention_mask, position_ids, cache=None, max_positions=None, **kwargs) -> SequenceInputs:
+    """`prepare_sequence` after what a cache has seen, which takes note of the call."""
+    if cache is None:
         return prepare_sequence(inputs_embeds, attention_mask, position_ids, max_positions=max_positions, **kwargs)
-    counts, past = layer.get_token_counts() if counts is None else counts, layer.past
+    with_state = [layer for layer in cache.layers if hasattr(layer, "update_state")]
+    layer, past_length = with_state[0], cache.get_seq_length()  # the first of them knows where the rows stand
+    counts, past = layer.open_tokens(), layer.past
+    past.keeps_mask = len(with_state) < len(cache.layers)
     if counts is not None and counts.shape[0] != inputs_embeds.shape[0]:
         raise ValueError(
-            f"`{CACHE_NAME}` holds the state of {counts.shape[0]} rows, but the batch has {inputs_embeds.shape[0]}: "
-            "use `cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
+            f"`{CACHE_NAME}` holds {counts.shape[0]} rows, but the batch has {inputs_embeds.shape[0]}: use "
+            "`cache.batch_repeat_interleave(n)` or `cache.batch_select_indices(rows)`"
         )
     sequence = prepare_sequence(
         inputs_embeds, attention_mask, position_ids, past_length, counts, max_positions, past, **kwargs

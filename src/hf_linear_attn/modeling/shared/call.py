@@ -7,7 +7,7 @@ rotary positions) is formed when the first of them asks, and kept for the others
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,9 +57,15 @@ class Call(SequenceInputs):
         """The state from which a layer goes on, None where it begins."""
         return self.state if self.cache is None else self.cache.layers[layer_idx].get_state()
 
-    def layout(self, batch: int, length: int, device: torch.device) -> TokenLayout:
-        """Where the real tokens of the (B, T) tokens stand: one sort a forward."""
-        return self._once("layout", lambda: token_layout(batch, length, device, self.mask, self.segment_ids))
+    def layout(
+        self, batch: int, length: int, device: torch.device, seen_tokens: torch.Tensor | None = None
+    ) -> TokenLayout:
+        """Where the real tokens of the (B, T) tokens stand: one sort a forward. `seen_tokens` (B,), which whoever looks at
+        ranks knows, are those of the open document before this call.
+        """
+        return self._once(
+            "layout", lambda: token_layout(batch, length, device, self.mask, self.segment_ids, seen_tokens)
+        )
 
     def position_factors(self, kind: str, head_dim: int, theta: float, dtype: torch.dtype) -> PositionFactors:
         """Multipliers of relative positions (see `shared.positions`): one table a forward."""
@@ -75,22 +81,33 @@ class Call(SequenceInputs):
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Call":
         """The same on another device, all but the cache; a model over several devices asks for that before each layer."""
-        tensors = (self.mask, self.position_ids, self.segment_ids)
         device = torch.empty(0, device=device).device  # with its index
-        if all(x is None or x.device == device for x in (*tensors, *(self.state or ()))):
+        own = {name: value for name, value in vars(self).items() if name not in ("cache", "_formed")}
+        if all(x.device == device for x in _tensors(own)):
             return self
-        mask, position_ids, segment_ids = (
-            None if x is None else x.to(device, non_blocking=non_blocking) for x in tensors
-        )
-        state = None if self.state is None else tuple(x.to(device, non_blocking=non_blocking) for x in self.state)
-        moved: dict[str, Any] = {
-            "mask": mask,
-            "position_ids": position_ids,
-            "segment_ids": segment_ids,
-            "state": state,
-            "_formed": {},
-        }
-        return self._once(device, lambda: replace(self, **moved))
+        moved = {name: _moved(value, device, non_blocking) for name, value in own.items()}
+        return self._once(device, lambda: replace(self, **moved, _formed={}))
+
+
+def _tensors(held) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples and dictionaries."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, (tuple, dict)):
+        for each in held.values() if isinstance(held, dict) else held:
+            yield from _tensors(each)
+
+
+def _moved(held, device, non_blocking):
+    """The same with its tensors on another device."""
+    if isinstance(held, torch.Tensor):
+        return held.to(device, non_blocking=non_blocking)
+    if isinstance(held, dict):
+        return {name: _moved(each, device, non_blocking) for name, each in held.items()}
+    if isinstance(held, tuple):
+        moved = [_moved(each, device, non_blocking) for each in held]
+        return type(held)(*moved) if hasattr(held, "_fields") else tuple(moved)
+    return held
 
 
 ARGUMENTS: dict[str, Any] = {

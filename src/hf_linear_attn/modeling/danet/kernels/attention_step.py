@@ -129,14 +129,14 @@ def step_kernel(query, hidden_states, factors, turned, memory, count, pattern, w
     return out
 
 
-def take_step(attention, hidden_states, context, layer_cache) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def take_step(attention, hidden_states, call) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output (B, 1, d) of a layer for one more token (B, 1, d), normalised and scaled; its state goes on in place.
 
     Also returns the counters that are one too low now: raised together at the end, those of all layers take one launch.
     """
-    factors = context.factors[attention.pattern]
+    factors = call.factors[attention.pattern]
     query = step_linear(attention.query_proj, hidden_states)
-    (memory, count), counts, length = layer_cache.take_step()
+    (memory, count), counts, length = call.layer_cache(attention.layer_idx).take_step()
     turned = [factors is not None and name in attention.scheme for name in "qkv"]
     shift = window_shift(attention.pattern, attention.window)
     out = step_kernel(
@@ -145,27 +145,28 @@ def take_step(attention, hidden_states, context, layer_cache) -> tuple[torch.Ten
     return out[:, None], [x for x in (count, counts, length) if x is not None]
 
 
-def _run(attention, hidden_states, context, state, layer_cache, return_state, output_attentions) -> LayerOutput:
-    out, counters = take_step(attention, hidden_states, context, layer_cache)
+def _run(attention, hidden_states, call) -> LayerOutput:
+    out, counters = take_step(attention, hidden_states, call)
     torch._foreach_add_(counters, 1)
     return LayerOutput(out)
 
 
-def _suits(attention, hidden_states, context, state, layer_cache, return_state, output_attentions) -> bool:
-    asks_for_more = return_state or output_attentions
-    return hidden_states.shape[1] == 1 and layer_cache is not None and not asks_for_more and not records_gradients()
+def _suits(attention, hidden_states, call) -> bool:
+    asks_for_more = call.return_state or call.output_attentions
+    return hidden_states.shape[1] == 1 and call.cache is not None and not asks_for_more and not records_gradients()
 
 
-def _covers(attention, hidden_states, context, state, layer_cache, return_state, output_attentions) -> str | None:
+def _covers(attention, hidden_states, call) -> str | None:
+    layer_cache = call.layer_cache(attention.layer_idx)
     if type(layer_cache) is not RecurrentStateLayer or layer_cache.record_past or layer_cache.get_state() is None:
         return "the cache has no state that may change in place"
-    if context.layout.mask is not None or context.layout.segment_ids is not None:
+    if call.mask is not None or call.segment_ids is not None:
         return "it knows neither padding nor documents"
     if attention.training:
         return "the layer is in training mode, and it drops nothing"
     if weight_dtype(attention.query_proj) != hidden_states.dtype:
         return f"the queries' weight is not {hidden_states.dtype}, the dtype of the input"
-    factors = context.factors[attention.pattern]
+    factors = call.factors[attention.pattern]
     if factors is not None and attention.scheme == ["qkv"]:
         return "the queries are made of turned inputs"
     return dtypes_as_written(hidden_states) or one_dtype(hidden_states) or _sizes(attention, hidden_states, layer_cache)

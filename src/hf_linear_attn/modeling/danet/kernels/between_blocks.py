@@ -173,18 +173,18 @@ class _LeaveStream(torch.autograd.Function):
         return grad, None
 
 
-def _run(model, layers, hidden_states: torch.Tensor, context, cache, output_attentions) -> torch.Tensor:
-    norm, first, last, lazy = model.norm, layers[0], layers[-1], context.keep is None
-    keep = row_numbers(context.keep, hidden_states)
-    scales = {pattern: row_numbers(scale, hidden_states) for pattern, scale in context.input_scales.items()}
+def _run(model, layers, hidden_states: torch.Tensor, call) -> torch.Tensor:
+    norm, first, last, lazy = model.norm, layers[0], layers[-1], call.keep is None
+    keep = row_numbers(call.keep, hidden_states)
+    scales = {pattern: row_numbers(scale, hidden_states) for pattern, scale in call.input_scales.items()}
     counters: list[torch.Tensor] = []
     # From block to block: y is what a block adds, before its norm; x the normalised, scaled input of the next.
     x, stream, factor = first.pre_norm(hidden_states, scales[first.pattern]), hidden_states, None
     for block, following in pairwise(layers):
-        y = _added(block, x, context, cache, counters)
+        y = _added(block, x, call, counters)
         eps = block.post_norm.eps, following.pre_norm.eps
         x, stream, factor = between_blocks(y, stream, factor, keep, scales[following.pattern], *eps, lazy)
-    y = _added(last, x, context, cache, counters)
+    y = _added(last, x, call, counters)
     if counters:
         torch._foreach_add_(counters, 1)
     # The end: the last block's norm and sum, and the final norm where there is one.
@@ -194,18 +194,16 @@ def _run(model, layers, hidden_states: torch.Tensor, context, cache, output_atte
     return hidden_states if norm is None else norm(hidden_states)
 
 
-def _added(block, x, context, cache, counters) -> torch.Tensor:
+def _added(block, x, call, counters) -> torch.Tensor:
     """FFN(DenseAttention(x)) of a block, (B, T, d); a decoding step adds to `counters` what is one too low after it."""
     from ..block import DenseAttention  # the model files import this one
 
     attention = block.attention
-    if cache is not None and type(attention) is DenseAttention and not has_hooks(attention):
-        layer_cache = cache.layers[block.layer_idx]
-        if STEP.takes(attention, x, context, None, layer_cache, False, False):
-            mixed, raised = take_step(attention, x, context, layer_cache)
-            counters += raised
-            return block.mlp(mixed)
-    return block.mix(x, context, cache)[0]
+    if type(attention) is DenseAttention and not has_hooks(attention) and STEP.takes(attention, x, call):
+        mixed, raised = take_step(attention, x, call)
+        counters += raised
+        return block.mlp(mixed)
+    return block.mix(x, call)[0]
 
 
 def _is_max_norm(norm) -> bool:
@@ -214,11 +212,11 @@ def _is_max_norm(norm) -> bool:
     return type(norm) is VectorNorm and norm.scale is None and not norm.mean and not has_hooks(norm)
 
 
-def _suits(model, layers, hidden_states, context, cache, output_attentions) -> bool:
-    return len(layers) > 0 and hidden_states.shape[1] > 0 and not output_attentions
+def _suits(model, layers, hidden_states, call) -> bool:
+    return len(layers) > 0 and hidden_states.shape[1] > 0 and not call.output_attentions
 
 
-def _covers(model, layers, hidden_states, context, cache, output_attentions) -> str | None:
+def _covers(model, layers, hidden_states, call) -> str | None:
     reason = _reason(layers, hidden_states)
     return None if reason is None else NextPath(reason)  # block by block, the norms and steps have kernels, too
 

@@ -26,13 +26,11 @@ def folded_attention(weight: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return folded.transpose(1, 2).reshape(batch, -1, heads * head_dim)
 
 
-def is_one_sum(
-    attention, hidden_states, context, state=None, layer_cache=None, return_state=False, output_attentions=False
-) -> bool:
+def is_one_sum(attention, call) -> bool:
     """Whether every token of a row reads the same sum, wherever it stands, and the output is all that is asked for."""
-    asks_for_more = state is not None or layer_cache is not None or return_state or output_attentions
-    whole = attention.pattern == "g" and not attention.is_causal and context.layout.segment_ids is None
-    return whole and not asks_for_more and context.factors["g"] is None
+    if attention.pattern != "g" or attention.is_causal or call.segment_ids is not None or call.factors["g"] is not None:
+        return False
+    return call.state is None and not call.wants_state and not call.output_attentions
 
 
 def _fold(attention, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,16 +40,16 @@ def _fold(attention, hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden_states, folded_attention(attention.query_proj.weight, key)
 
 
-def _run_attention(attention, hidden_states, *call) -> LayerOutput:
+def _run_attention(attention, hidden_states, call) -> LayerOutput:
     hidden_states, matrix = _fold(attention, hidden_states)
     return LayerOutput(hidden_states @ matrix)
 
 
-def _suits_attention(attention, hidden_states, *call) -> bool:
-    return attention.config.attention_mode == "auto" and is_one_sum(attention, hidden_states, *call)
+def _suits_attention(attention, hidden_states, call) -> bool:
+    return is_one_sum(attention, call) and attention.config.attention_mode == "auto"
 
 
-def _covers_attention(attention, hidden_states, *call) -> str | None:
+def _covers_attention(attention, hidden_states, call) -> str | None:
     length, width = hidden_states.shape[1:]
     if not isinstance(length, int) or length <= width:
         return f"it pays in rows of more than {width} tokens"
@@ -64,23 +62,23 @@ def _covers_attention(attention, hidden_states, *call) -> str | None:
     return reason
 
 
-def _run_block(block, normed, context, *call) -> tuple[torch.Tensor, None]:
+def _run_block(block, normed, call) -> tuple[torch.Tensor, None]:
     hidden_states, matrix = _fold(block.attention, normed)
     first = _first_layer(block.mlp)
     product = matrix @ first.weight.t()  # (B, d, f)
     return feed_forward_of_product(block.mlp, hidden_states, product), None
 
 
-def _suits_block(block, normed, context, cache=None, state=None, return_state=False, output_attentions=False) -> bool:
+def _suits_block(block, normed, call) -> bool:
     from ..block import DanetMLP, DenseAttention  # the model files import this one
 
     if type(block.attention) is not DenseAttention or type(block.mlp) is not DanetMLP:
         return False
-    return _suits_attention(block.attention, normed, context, state, cache, return_state, output_attentions)
+    return _suits_attention(block.attention, normed, call)
 
 
-def _covers_block(block, normed, context, *call) -> str | None:
-    reason = _covers_attention(block.attention, normed)
+def _covers_block(block, normed, call) -> str | None:
+    reason = _covers_attention(block.attention, normed, call)
     first = _first_layer(block.mlp)
     reason = reason or plain(first) or no_bias(first)
     if reason is None and normed.shape[1] <= first.out_features:

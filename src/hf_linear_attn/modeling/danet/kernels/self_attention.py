@@ -71,18 +71,18 @@ class _Quadratic(torch.autograd.Function):
         return dx, dquery.flatten(0, 1).mT @ x.flatten(0, 1)
 
 
-def _run(attention, hidden_states, *call) -> LayerOutput:
+def _run(attention, hidden_states, call) -> LayerOutput:
     length, width = hidden_states.shape[1:]
     mode = attention.config.attention_mode
     linear = mode == "linear" or (mode == "auto" and width <= length)
     return LayerOutput(self_attention(attention.dropout(hidden_states), attention.query_proj.weight, linear))
 
 
-def _suits(attention, hidden_states, *call) -> bool:
-    return attention.num_heads == 1 and is_one_sum(attention, hidden_states, *call)
+def _suits(attention, hidden_states, call) -> bool:
+    return attention.num_heads == 1 and is_one_sum(attention, call)
 
 
-def _covers(attention, hidden_states, *call) -> str | None:
+def _covers(attention, hidden_states, call) -> str | None:
     query_proj = attention.query_proj
     if hidden_states.dtype != getattr(query_proj.weight, "dtype", None):
         return "the queries' weight has another dtype than the input"

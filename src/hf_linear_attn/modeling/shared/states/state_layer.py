@@ -72,6 +72,10 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignor
             return None
         return self.recurrent_states[self.number_of_states - 1]
 
+    def open_tokens(self) -> torch.Tensor | None:
+        """Real tokens (B,) of the document that the next call may go on with; None before the first token."""
+        return self.get_token_counts()
+
     def update_state(
         self,
         state: tuple[torch.Tensor, ...],
