@@ -107,7 +107,9 @@ class RecurrentGenerationMixin:
         """None: the model counts, from where its state stands. Transformers would number columns, padding included."""
         return None
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         given = model_kwargs.get(CACHE_NAME)
         if generation_mode == GenerationMode.ASSISTED_GENERATION and given is not None and given.get_seq_length():
             raise ValueError(
@@ -128,7 +130,11 @@ class RecurrentGenerationMixin:
             model_kwargs[CACHE_NAME] = cache
             # Transformers refuses a cache together with the name of one.
             generation_config.cache_implementation = None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        # Prompt lookup of Transformers proposes past the end of the text, too: a static cache holds that until it is undone.
+        max_cache_length += generation_config.prompt_lookup_num_tokens or 0
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def _check_early_exit(self, layers: int) -> None:
         """Refuse a draft of no layers, of more than there are, or of softmax layers alone, which keep no count of tokens."""
