@@ -166,7 +166,7 @@ def _recording(plain, paths, args, kwargs):
 
 
 def _first_tensor(args: tuple, kwargs: dict) -> torch.Tensor:
-    for x in args if not kwargs else (*args, *kwargs.values()):
+    for x in args:
         if isinstance(x, torch.Tensor):
             return x
-    raise TypeError("a function with fast paths takes at least one tensor")
+    return next(x for x in kwargs.values() if isinstance(x, torch.Tensor))

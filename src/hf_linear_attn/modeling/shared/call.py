@@ -7,8 +7,8 @@ rotary positions) is formed when the first of them asks, and kept for the others
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -89,25 +89,33 @@ class Call(SequenceInputs):
         return self._once(device, lambda: replace(self, **moved, _formed={}))
 
 
+def _parts(held) -> Iterable:
+    """What lies in a collection or a dataclass; nothing in anything else."""
+    if isinstance(held, (tuple, list)):
+        return held
+    if isinstance(held, dict):
+        return held.values()
+    return vars(held).values() if is_dataclass(held) else ()
+
+
 def _tensors(held) -> Iterator[torch.Tensor]:
-    """All tensors in nested tuples and dictionaries."""
+    """All tensors in nested collections and dataclasses."""
     if isinstance(held, torch.Tensor):
         yield held
-    elif isinstance(held, (tuple, dict)):
-        for each in held.values() if isinstance(held, dict) else held:
-            yield from _tensors(each)
+    for part in _parts(held):
+        yield from _tensors(part)
 
 
 def _moved(held, device, non_blocking):
     """The same with its tensors on another device."""
     if isinstance(held, torch.Tensor):
         return held.to(device, non_blocking=non_blocking)
+    parts = [_moved(part, device, non_blocking) for part in _parts(held)]
+    if isinstance(held, (tuple, list)):
+        return type(held)(*parts) if hasattr(held, "_fields") else type(held)(parts)
     if isinstance(held, dict):
-        return {name: _moved(each, device, non_blocking) for name, each in held.items()}
-    if isinstance(held, tuple):
-        moved = [_moved(each, device, non_blocking) for each in held]
-        return type(held)(*moved) if hasattr(held, "_fields") else tuple(moved)
-    return held
+        return dict(zip(held, parts))
+    return replace(held, **dict(zip(vars(held), parts))) if is_dataclass(held) else held
 
 
 ARGUMENTS: dict[str, Any] = {

@@ -70,6 +70,8 @@ def _run_block(block, normed, call) -> tuple[torch.Tensor, None]:
 
 
 def _suits_block(block, normed, call) -> bool:
+    if block.pattern != "g" or call.cache is not None or call.factors["g"] is not None:
+        return False  # as most calls: the import below takes time
     from ..block import DanetMLP, DenseAttention  # the model files import this one
 
     if type(block.attention) is not DenseAttention or type(block.mlp) is not DanetMLP:
