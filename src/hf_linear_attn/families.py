@@ -5,7 +5,6 @@ Classes stand here as text, so that reading the records imports nothing: `hf-lin
 process that loads one family need not load the others.
 """
 
-import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +88,9 @@ class Family:
 
     def load(self, name: str) -> Any:
         """One of its public classes; imports the module that holds it."""
-        return getattr(importlib.import_module(self.places()[name]), name)
+        from .registration import load  # which imports this file
+
+        return load(self.places()[name], name)
 
     def config_class(self) -> Any:
         """Its configuration class."""
