@@ -1,7 +1,7 @@
 """What all layers of one forward share: the call, and what of it DANet's layers use in a form of their own."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -11,6 +11,9 @@ from ..shared.precision import accumulation_dtype
 from ..shared.token_order import TokenLayout, take_tokens
 from .configuration_danet import RELATIVE_POSITIONS, SOFTMAX_PATTERNS, DanetConfig
 from .state import DenseAttentionState, window_shift
+
+
+SHARED = tuple(x.name for x in fields(Call))
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def danet_call(call: Call, config: DanetConfig, hidden_states: torch.Tensor, lay
     keep = None if tokens.mask is None else tokens.mask[..., None].to(wide)
     scales = {code: _input_scale(config, code, tokens, keep, length, wide, hidden_states.device) for code in patterns}
     factors = _position_factors(config, patterns, call.position_ids, tokens, hidden_states)
-    own = {**vars(call), "segment_ids": _documents_of_tokens(tokens)}  # padding belongs to the document before it
+    own = {name: getattr(call, name) for name in SHARED}
+    own["segment_ids"] = _documents_of_tokens(tokens)  # padding belongs to the document before it
     return DanetCall(**own, tokens=tokens, keep=keep, input_scales=scales, factors=factors)
 
 

@@ -76,10 +76,14 @@ def check_cache(cache, config) -> None:
             if layers is None
             else f"{len(layers)} layers of {sorted({type(x).__name__ for x in layers})}"
         )
+        recurrent = sum(kind.startswith(LAYER_TYPE_PREFIX) for kind in kinds)
+        wanted = f"{recurrent} recurrent layers" + f" and {len(kinds) - recurrent} of softmax" * (
+            recurrent < len(kinds)
+        )
         raise ValueError(
-            f"`{CACHE_NAME}` ({type(cache).__name__} with {found}) does not belong to this model, whose layers are {kinds}: "
-            "build it with `RecurrentCache(config=model.config)`, "
-            "`DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`. "
+            f"`{CACHE_NAME}` ({type(cache).__name__} with {found}) does not belong to this model, which has {wanted}: build "
+            "it with `RecurrentCache(config=model.config)`, `DynamicCache(config=model.config)` or "
+            "`StaticCache(config=model.config, max_cache_len=...)`. "
             "Keys and values per token, which prefix tuning writes, have no place in a state of fixed size: use prompt tuning "
             "or LoRA"
         )
