@@ -65,7 +65,7 @@ def saved(model, folder):
     """Folder of a model with its tokenizer."""
     model.save_pretrained(folder)
     tokenizer = word_tokenizer()
-    tokenizer.mask_token = "w3"
+    tokenizer.mask_token = "w9"  # a special token is cut out of the text first: no other word may begin with it
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -169,6 +169,10 @@ class TestCommand:
         assert "did you mean '--license'" in capsys.readouterr().err
         with pytest.raises(SystemExit, match="2"):
             main(["card", str(folder / "nothing")])
+        assert f"there is no folder '{folder / 'nothing'}'" in capsys.readouterr().err
+        (folder / "nothing").mkdir()
+        with pytest.raises(SystemExit, match="2"):
+            main(["card", str(folder / "nothing")])
         assert "config.json" in capsys.readouterr().err
 
 

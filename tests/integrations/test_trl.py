@@ -83,7 +83,9 @@ def test_adapters_of_sft(row, tmp_path):
 @in_every_run("leap", "sea", of=FIRST)
 def test_dpo(row, tmp_path):
     """Policy and reference agree at first, so the loss begins at log 2; then the policy moves."""
-    arguments = trl.DPOConfig(str(tmp_path), per_device_train_batch_size=2, save_strategy="no", **FEW_STEPS)
+    # Adam's first step moves every weight by the rate: at 0.02 past the minimum, where SEA's masks choose other cells.
+    options = FEW_STEPS | {"learning_rate": 0.002}
+    arguments = trl.DPOConfig(str(tmp_path), per_device_train_batch_size=2, save_strategy="no", **options)
     pairs = {"prompt": ["w5 w9 w3", "w8 w31"], "chosen": [" w12 w30", " w7"], "rejected": [" w40 w41 w42", " w9 w9"]}
     trainer = trl.DPOTrainer(
         row.causal_lm(),
