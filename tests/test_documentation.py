@@ -8,6 +8,7 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -264,3 +265,18 @@ def test_commands_are_understood(page, monkeypatch):
         except Misunderstood:
             pass
         pytest.fail(f"not understood: {' '.join(words)}")
+
+
+def test_types_of_the_reference_are_plain_words():
+    """A docstring's marks are not shown inside of code; other pages stay as they are."""
+    pytest.importorskip("mkdocs", reason="pip install 'hf-linear-attn[docs]'")
+    hook = runpy.run_path(str(ROOT / "docs" / "scripts" / "site.py"))["on_page_content"]
+    html = "<td><code>`(B, T)`, *optional*</code></td> returns [<code>Output</code>]"
+
+    def page(name):
+        return SimpleNamespace(file=SimpleNamespace(src_uri=name))
+
+    assert hook(html, page("reference/models.md"), None, None) == (
+        "<td><code>(B, T), optional</code></td> returns <code>Output</code>"
+    )
+    assert hook(html, page("quickstart.md"), None, None) == html

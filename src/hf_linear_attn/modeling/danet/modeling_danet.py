@@ -150,7 +150,7 @@ class DanetModel(DanetPreTrainedModel):
         """Run the body.
 
         Args:
-            input_ids (`(B, T)`) or inputs_embeds (`(B, T, d)`): the tokens.
+            input_ids (`(B, T)`): the tokens, or `inputs_embeds` of shape `(B, T, d)`.
             attention_mask (`(B, T)`, or with a cache `(B, past + T)`, *optional*): 1 keeps, 0 is padding, on any side.
             position_ids (`(B, T)`, *optional*): restarting positions mark packed documents.
             token_type_ids (`(B, T)`, *optional*): text A (0) or B (1), with `use_token_type`; all of text A if not given.

@@ -58,7 +58,7 @@ class SeaModel(SeaPreTrainedModel):
         """Run the model.
 
         Args:
-            input_ids (`(B, T)`) or inputs_embeds (`(B, T, d)`): the tokens.
+            input_ids (`(B, T)`): the tokens, or `inputs_embeds` of shape `(B, T, d)`.
             attention_mask (`(B, T)`, or with a cache `(B, past + T)`, *optional*): 1 keeps, 0 is padding, on any side.
             token_type_ids (`(B, T)`, *optional*): for hosts that have them (BERT, GPT-2).
             position_ids (`(B, T)`, *optional*): positions for the host; ranks among the real tokens if not given.
