@@ -167,6 +167,7 @@ class TestAll:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         code, _, err = call(["explain", "outputs/laep", "some text"], capsys)
         assert code == 1
+        assert err.startswith("there is no folder 'outputs/laep' here: looking for a repository of that name\n")
         assert err.endswith("There is no folder 'outputs/laep' here, so the Hub was asked for it.\n")
 
     def test_a_mistyped_folder_beside_others_is_said_at_once(self, tmp_path, monkeypatch, capsys):

@@ -236,7 +236,9 @@ def test_our_families_train_resume_and_write(tiny, tmp_path, family, ends, capsy
         r"state ([\d.]+) KiB after the prompt .*, ([\d.]+) KiB at the end", written
     ).groups()
     assert after_prompt == at_end
-    code = cli.main(["generate", output, "The people", "--max-new-tokens", "100"])  # the blocks it was trained on have 40
+    code = cli.main(
+        ["generate", output, "The people", "--max-new-tokens", "100"]
+    )  # the blocks it was trained on have 40
     written = capsys.readouterr()
     assert (code == 1 and "positions" in written.err) if ends else (code == 0 and "100 tokens" in written.out)
 

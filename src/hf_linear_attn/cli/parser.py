@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -124,11 +125,14 @@ def is_text(word: str) -> bool:
 
 
 def checkpoint(name: str) -> str:
-    """Argument type of a saved model: a folder, or a name that the Hub may know."""
+    """Argument type of a saved model: a folder, or a name that the Hub may know, which is said: that may take long."""
     missing = no_such_folder(name) if name else None  # an empty one has its own message
     if missing is not None:
         raise argparse.ArgumentTypeError(missing)
-    return os.path.expanduser(name)
+    found = os.path.expanduser(name)
+    if name and not os.path.exists(found):
+        print(printable(f"there is no folder {name!r} here: looking for a repository of that name"), file=sys.stderr)
+    return found
 
 
 def usable_device(name: str) -> str:
