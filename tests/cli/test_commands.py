@@ -65,7 +65,7 @@ def saved(model, folder):
     """Folder of a model with its tokenizer."""
     model.save_pretrained(folder)
     tokenizer = word_tokenizer()
-    tokenizer.mask_token = "w9"  # a special token is cut out of the text first: no other word may begin with it
+    tokenizer.mask_token = "w8"  # a special token is cut out of the text first: no other word may begin with it
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -379,7 +379,15 @@ class TestExplain:
         assert found["tokens"] == ["w5", "w9", "w7"]
         assert found["scores"] == pytest.approx(expected.scores.tolist(), abs=1e-5)
         assert [each["position"] for each in found["top"]] == expected.scores.argsort(descending=True).tolist()
-        assert "w9" in (tmp_path / "page.html").read_text()
+        page = (tmp_path / "page.html").read_text()
+        assert "w9" in page
+        assert f"What {leap} (LeapForCausalLM) looks at" in page
+        assert re.search(r" \d\.\d\d\+ ", page)  # the last colour stands for what is above, too
+
+    def test_special_tokens_are_named_where_they_are_left_out(self, leap, capsys):
+        """With what they have, or the list would not add up."""
+        _, out, _ = call(["explain", leap, "w5 <eos> w7"], capsys)
+        assert re.search(r"^\(without <eos>, which have \d+% of the sum\)$", out, flags=re.M)
 
     def test_words_for_people(self, leap, capsys):
         """The text and the list, without JSON."""

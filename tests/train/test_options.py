@@ -82,3 +82,11 @@ def test_help_teaches_with_an_example(words, capsys):
 def test_errors_a_user_can_put_right_come_without_a_stack(tmp_path, capsys):
     assert cli.main(["train", "--data", str(tmp_path / "absent.txt"), "--output", str(tmp_path / "run")]) == 1
     assert "absent.txt" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_text_is_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("hf_linear_attn.training.language_modeling.load_text", lambda _: pytest.fail("it was read"))
+    assert cli.main(["train", "--output", str(tmp_path / "file" / "run")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
     given = command.parse(arguments)
     if given["checkpoints"] and given["families"]:
         command.error("give checkpoints or --families, not both")
-    begin_work()
+    begin_work(*given["checkpoints"])
     import torch
 
     from ..training.speed import compare_speed

@@ -7,7 +7,7 @@ from ..families import FAMILIES
 from ..terminal_text import printable
 from ..training.options import key_values, path
 from .parser import Parser, one_of
-from .quiet import begin_work
+from .quiet import begin_work, say_if_no_folder
 from .result import show, words_aside
 
 DESCRIPTION = """\
@@ -75,6 +75,7 @@ def run(arguments: list[str]) -> int:
             fields = fitting_values(FAMILIES[given["to"]].config_class(), key_values(given["set"], "--set"), "--set")
     except ValueError as error:
         command.error(str(error))
+    say_if_no_folder(given["source"])
     as_json = given.get("json", False)
     with words_aside(as_json):
         result = _convert(given, fields, output)

@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
     if given["data"] and given["dataset"]:
         command.error("give --data or --dataset, not both")
     as_json = given.pop("json", False)
-    begin_work()
+    begin_work(given["checkpoint"])
     from ..training.evaluation import evaluate_checkpoint
 
     with words_aside(as_json):

@@ -1,8 +1,11 @@
 """`hf-linear-attn explain`: which tokens of a text a model looks at."""
 
+import os
 import sys
+from dataclasses import replace
 from typing import Any
 
+from ..packaged import PACKAGED_MODEL
 from ..terminal_text import printable
 from ..training.number_range import COUNT, NumberRange
 from ..training.options import path
@@ -46,13 +49,15 @@ def run(arguments: list[str]) -> int:
     """Parse, load, explain. Exit codes: 0, 1 for a model or text that cannot be explained, 2 for a wrong call."""
     command = parser()
     given = command.parse(arguments)
-    begin_work()
+    begin_work(given["checkpoint"])
     from ..explain import importance
     from ..hub.cards import load_with_its_head
     from ..hub.loading import load_tokenizer
 
     model = load_with_its_head(given["checkpoint"]).to(given["device"]).eval()
     found = importance(model, load_tokenizer(given["checkpoint"]), given["text"], method=given["method"])
+    name = os.path.basename(PACKAGED_MODEL) if given["checkpoint"] == PACKAGED_MODEL else given["checkpoint"]
+    found = replace(found, model_name=f"{name} ({type(model).__name__})")
     result: dict[str, Any] = {
         "method": found.method,
         "tokens": found.tokens,
@@ -62,6 +67,9 @@ def run(arguments: list[str]) -> int:
     if given["html"]:
         result["html"] = str(found.save_html(given["html"]))
     best = "\n".join(f"{each['score']:8.2f}  {printable(each['token'])}" for each in result["top"])
+    special = sorted({token for token, left_out in zip(found.tokens, found.read.special.tolist()) if left_out})
+    if special:
+        best += f"\n(without {', '.join(map(printable, special))}, which have {found.special_share:.0%} of the sum)"
     page = f"\n\npage: {printable(result['html'])}" if given["html"] else ""
     text = f"{found.to_terminal(given['width'], color=sys.stdout.isatty())}\n\n{best}{page}"
     show(result, text, given.get("json", False), coloured=True)

@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> int:
     # os.path answers for any text; Path asks the system, which refuses a long one.
     if checkpoint == PACKAGED_MODEL and os.path.isfile(os.path.join(given["prompt"], "config.json")):
         command.error(f"{given['prompt']!r} is the folder of a model: give the text to continue after it")
-    begin_work()
+    begin_work(checkpoint)
     model, tokenizer = load(checkpoint, given.pop("device"))
     with words_aside(as_json):
         result = write_text(model, tokenizer, given.pop("prompt"), **given)

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import os
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -125,14 +124,11 @@ def is_text(word: str) -> bool:
 
 
 def checkpoint(name: str) -> str:
-    """Argument type of a saved model: a folder, or a name that the Hub may know, which is said: that may take long."""
+    """Argument type of a saved model: a folder, or a name that the Hub may know."""
     missing = no_such_folder(name) if name else None  # an empty one has its own message
     if missing is not None:
         raise argparse.ArgumentTypeError(missing)
-    found = os.path.expanduser(name)
-    if name and not os.path.exists(found):
-        print(printable(f"there is no folder {name!r} here: looking for a repository of that name"), file=sys.stderr)
-    return found
+    return os.path.expanduser(name)
 
 
 def usable_device(name: str) -> str:

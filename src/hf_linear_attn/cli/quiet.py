@@ -1,8 +1,11 @@
 """What the libraries print on their own, and a user of the command line need not read unless something goes wrong."""
 
 import logging
+import os
 import sys
 from collections import deque
+
+from ..terminal_text import printable
 
 KEPT = 20
 
@@ -25,16 +28,28 @@ class HeldBack(logging.Handler):
 _held = HeldBack()
 
 
-def begin_work() -> None:
+def begin_work(*checkpoints: str) -> None:
     """What every command does when its words are read and checked, before it imports anything that takes seconds.
+
+    Args:
+        *checkpoints: names that the command is about to load.
 
     Raises:
         ImportError: a Transformers that is not supported.
     """
+    for name in checkpoints:
+        say_if_no_folder(name)
     from ..registration import register_all
 
     register_all()
     quiet_libraries()
+
+
+def say_if_no_folder(checkpoint: str) -> None:
+    """A mistyped folder may be a name on the Hub, whose answer takes half a minute without a network: the user hears at once."""
+    if not os.path.exists(checkpoint):
+        what = printable(f"there is no folder {checkpoint!r} here: looking for a repository of that name")
+        print(what, file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:

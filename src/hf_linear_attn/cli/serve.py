@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     given = command.parse(arguments)
     host, port, model = given["host"], given["port"], given["checkpoint"]
     _refuse_used(host, port)
-    begin_work()
+    begin_work(model)
     from ..modeling.shared.compat import run_server
     from .generate import check_writes
     from .result import show

@@ -26,12 +26,18 @@ class Scale:
 
     low: float
     high: float
+    exceeded: bool = False  # by some numbers, which have the last colour, too
 
     @classmethod
     def of(cls, scores: torch.Tensor) -> "Scale":
         """From the smallest number to the one that 2 % exceed, so that one outlier does not leave all others white."""
         low, high = float(scores.min()), float(torch.quantile(scores.float(), 0.98))
-        return cls(low, high if high > low else low + 1.0)
+        return cls(low, high, float(scores.max()) - high > 0.005) if high > low else cls(low, low + 1.0)
+
+    @property
+    def end(self) -> str:
+        """What the last colour stands for."""
+        return f"{self.high:.2f}{'+' * self.exceeded}"
 
     def share(self, score: float) -> float:
         """Place in the ramp, 0 to 1."""
@@ -81,7 +87,7 @@ def to_html(read: ReadText, scores: torch.Tensor, title: str, caption: str) -> s
     return (
         f'<div style="{STYLE}"><div style="{SMALL};font-weight:600;margin-bottom:6px">{html.escape(title)}</div>'
         f'<div style="white-space:pre-wrap">{"".join(spans)}</div>'
-        f'<div style="{SMALL};margin-top:8px">{scale.low:.2f} <span style="{bar}"></span> {scale.high:.2f} '
+        f'<div style="{SMALL};margin-top:8px">{scale.low:.2f} <span style="{bar}"></span> {scale.end} '
         f"&nbsp; {html.escape(caption)}</div></div>"
     )
 
@@ -108,8 +114,9 @@ def to_terminal(read: ReadText, scores: torch.Tensor, caption: str, width: int, 
         caption = f"[in brackets: the top fifth of the tokens] {caption}"
     lines = ["".join(_painted(part, score, scale, color) for part, score in line) for line in _lines(pieces, width)]
     if color:
-        bar = "".join(_painted("  ", scale.low + (scale.high - scale.low) * i / 6, scale, True) for i in range(7))
-        lines += ["", f"{scale.low:.2f} {bar} {scale.high:.2f}"]
+        cell = " " * (2 if width > 24 else 1)
+        bar = "".join(_painted(cell, scale.low + (scale.high - scale.low) * i / 6, scale, True) for i in range(7))
+        lines += ["", f"{scale.low:.2f} {bar} {scale.end}"]
     return "\n".join([*lines, *textwrap.wrap(caption, width)])
 
 
@@ -196,7 +203,7 @@ def draw(read: ReadText, scores: torch.Tensor, title: str, caption: str, columns
     bar.imshow([[tuple(part / 255 for part in shade(i / 63)) for i in range(64)]], aspect="auto")
     bar.set(xticks=[], yticks=[])
     figure.text(0.2 / width, 0.23 / height, f"{scale.low:.2f}", fontsize=9)
-    figure.text(1.92 / width, 0.23 / height, f"{scale.high:.2f}    {caption}", fontsize=9, parse_math=False)
+    figure.text(1.92 / width, 0.23 / height, f"{scale.end}    {caption}", fontsize=9, parse_math=False)
     return figure
 
 

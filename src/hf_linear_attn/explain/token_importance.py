@@ -54,6 +54,11 @@ class Importance:
         """One line above the map."""
         return f"What {self.model_name} looks at: {len(self.tokens)} tokens"
 
+    @property
+    def special_share(self) -> float:
+        """What the special tokens have of the sum of all scores: 0 to 1."""
+        return float(self.scores[self.read.special].sum() / self.scores.sum().clamp(min=1e-9))
+
     def top(self, n: int = 10) -> list[tuple[str, float, int]]:
         """The n tokens that count most: (token, score, position), the first the highest. Special tokens are left out."""
         if n < 1:

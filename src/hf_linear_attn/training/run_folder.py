@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable
@@ -33,8 +34,9 @@ KINDS = (TrainingOptions, DistillOptions)
 class RunFolder(CarriedOver):
     """Folder of the run that `options` describe, and the callback that moves its checkpoints into place.
 
-    Constructing it touches nothing. It refuses to mix two runs: ValueError for an earlier run where neither resume nor overwrite
-    is given, for a folder with a model that no run wrote, and for a run to resume of which no checkpoint is whole.
+    Constructing it changes nothing. It refuses a folder that cannot be written (OSError), and to mix two runs: ValueError for an
+    earlier run where neither resume nor overwrite is given, for a folder with a model that no run wrote, and for a run to resume
+    of which no checkpoint is whole.
 
     Args:
         options: of the run.
@@ -53,6 +55,8 @@ class RunFolder(CarriedOver):
         self._holds_ours = options.resume
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output={options.output!r} is a file, not a folder")
+        if not options.resume:
+            _refuse_unwritable(self.path)
         if options.resume:
             self.run_id = type(options).load_marked(self.path)[1]
             self.checkpoint = self._whole_checkpoint()
@@ -224,6 +228,15 @@ class RunFolder(CarriedOver):
             known = [number for number, there in checkpoints(self.path) if _bears(there, run_id)]
             if checkpoint_damage(path) is None and _bears(path, run_id) and step > max(known, default=0):
                 self._publish(path)
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """OSError, before the text is read and the model built, where a run could not make its folder."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise OSError(f"output={str(folder)!r} cannot be written: {there}: {error.strerror}") from None
 
 
 def _bears(checkpoint: Path, run_id: str | None) -> bool:
