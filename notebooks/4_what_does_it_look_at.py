@@ -31,8 +31,7 @@ import transformers
 from IPython.display import display
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from hf_linear_attn import DanetConfig
-from hf_linear_attn.cli.generate import PACKAGED
+from hf_linear_attn import PACKAGED_MODEL, DanetConfig
 from hf_linear_attn.explain import (
     alignments,
     attention_maps,
@@ -58,7 +57,7 @@ set_seed(0)
 # %%
 rows = load_speech_paragraphs(EXCERPT_FOLDER)
 names = rows["train"].features["label"].names
-tokenizer = AutoTokenizer.from_pretrained(PACKAGED)
+tokenizer = AutoTokenizer.from_pretrained(PACKAGED_MODEL)
 tokenizer.padding_side = "right"
 
 
@@ -89,7 +88,7 @@ def accuracy(model):
         return float((model(**inputs).logits.argmax(-1) == labels).float().mean())
 
 
-classifier = train(AutoModelForSequenceClassification.from_pretrained(PACKAGED, num_labels=len(names)), 1e-3)
+classifier = train(AutoModelForSequenceClassification.from_pretrained(PACKAGED_MODEL, num_labels=len(names)), 1e-3)
 print(f"{sum(p.numel() for p in classifier.parameters()):,} parameters, windows {classifier.config.layer_windows}")
 labels = list(rows["test"]["label"])
 majority = max(labels.count(0), labels.count(1)) / len(labels)
@@ -191,7 +190,7 @@ display(attention_maps(danet, tokenizer, sentence).draw())
 # does not improve is not used.
 
 # %%
-writer = AutoModelForCausalLM.from_pretrained(PACKAGED).eval()
+writer = AutoModelForCausalLM.from_pretrained(PACKAGED_MODEL).eval()
 page = "\n".join(rows["test"]["text"][:6])
 print(effective_context(writer, tokenizer, page, max_tokens=256).table())
 losses = context_losses(writer, tokenizer, page, contexts=(1, 2, 4, 8, 16, 32, 64, 128), targets=128)

@@ -1,5 +1,7 @@
 """The committed notebooks are what their sources say, have run, and name no folder of the machine that ran them."""
 
+import ast
+import importlib
 from pathlib import Path
 
 import nbformat
@@ -43,3 +45,14 @@ def test_the_top_says_what_and_how_long(source: Path):
     assert top.startswith(f"# {source.stem[0]}. ")
     assert "**You will see**" in top
     assert "**It takes**" in top
+
+
+@each
+def test_what_it_imports_is_there(source: Path):
+    """Of this package, by the names that the notebook uses: `make notebooks` takes minutes and is not part of `make test`."""
+    found = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
+    ours = [
+        (node.module, alias.name) for node in found for alias in node.names if node.module.startswith("hf_linear_attn")
+    ]
+    assert ours
+    assert [name for module, name in ours if not hasattr(importlib.import_module(module), name)] == []
