@@ -3,16 +3,22 @@
 import contextlib
 import json
 import os
+import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from common.families import ROWS, first_rows
 from common.tiny import word_tokenizer
+from transformers import AutoTokenizer
 
 from hf_linear_attn import PACKAGED_MODEL
 from hf_linear_attn.cli.main import main
@@ -114,6 +120,41 @@ def test_our_command_serves_the_packaged_model():
         openai = pytest.importorskip("openai")
         found = openai.OpenAI(base_url=f"{url}/v1", api_key="none").completions.create(**body)
         assert found.choices[0].text.split() == text.split()
+
+
+def test_what_the_page_says_runs(tmp_path, monkeypatch, capsys):
+    """docs/howto/serve.md: its curl commands, its client, and a conversation in the terminal, on a model with a chat template."""
+    shutil.copytree(PACKAGED_MODEL, tmp_path / "outputs" / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGED_MODEL)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "outputs" / "sft")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "serve.md").read_text()
+    blocks = [textwrap.dedent(found).strip() for found in re.findall(r"^(?: {4}.*\n|\n(?= {4}))+", page, flags=re.M)]
+    with started(["-m", "hf_linear_attn_cli", "serve", "outputs/sft"], port := free_port()) as url:
+        blocks = [block.replace("http://127.0.0.1:8000", url) for block in blocks]
+        curls = [block.replace("\\\n", " ") for block in blocks if block.startswith("curl ")]
+        for call in curls if shutil.which("curl") else ():
+            answer = subprocess.run([*shlex.split(call), "-sS"], capture_output=True, text=True, timeout=120).stdout
+            assert '"choices"' in answer
+            assert answer.startswith("data: ") == ('"stream": true' in call)
+        assert len(curls) == 2
+        pytest.importorskip("openai")
+        (client,) = (block for block in blocks if "import OpenAI" in block)
+        capsys.readouterr()
+        exec(compile(client, "serve.md", "exec"), {})
+        assert capsys.readouterr().out.strip()
+        (chat,) = (block for block in blocks if block.startswith("transformers chat"))
+        command = [
+            sys.executable,
+            "-c",
+            "from transformers.cli.transformers import main; main()",
+            *shlex.split(chat)[1:],
+        ]
+        talk = subprocess.run(command, input="Hello\n!exit\n", capture_output=True, text=True, timeout=240)
+        assert talk.returncode == 0, talk.stderr[-2000:]
+        assert str(port) in chat
+        print(talk.stdout)
 
 
 def test_our_command_listens_on_loopback_and_refuses_what_it_cannot_serve(capsys, tmp_path):
