@@ -12,7 +12,6 @@ from ..shared.token_order import TokenLayout, take_tokens
 from .configuration_danet import RELATIVE_POSITIONS, SOFTMAX_PATTERNS, DanetConfig
 from .state import DenseAttentionState, window_shift
 
-
 SHARED = tuple(x.name for x in fields(Call))
 
 
