@@ -54,4 +54,7 @@ def test_loads_computes_and_saves_again(answers, row, head):
         tokens = model.generate(some_ids(), max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
         assert found["loaded"]["generated"] == tokens
         assert found["saved again"]["generated"] == tokens
-    assert set(found["auto_map"]) == {"AutoConfig", *FAMILIES[row.family].heads}
+    heads = set(FAMILIES[row.family].heads)
+    if hasattr(model.config, "modeling_file") and not model.config.is_causal:
+        heads.remove("AutoModelForCausalLM")  # an encoder's checkpoint does not carry the code of one
+    assert set(found["auto_map"]) == {"AutoConfig", *heads}

@@ -155,8 +155,8 @@ def test_what_the_page_says_runs(tmp_path, monkeypatch, capsys):
         talk = subprocess.run(
             command, input="Hello\nn\n!exit\n", env=online, capture_output=True, text=True, timeout=120
         )
-        assert "Traceback" not in talk.stderr, talk.stderr[-2000:]  # an answer cut at its limit asks a question: n
-        assert talk.stdout.strip()
+        assert talk.returncode == 0, talk.stderr[-2000:]  # an answer cut at its limit asks whether to go on: n
+        assert "Hello" in talk.stdout
 
 
 def test_our_command_listens_on_loopback_and_refuses_what_it_cannot_serve(capsys, tmp_path):
