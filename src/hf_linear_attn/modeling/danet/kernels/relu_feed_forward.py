@@ -25,12 +25,7 @@ from ...kernels.fast_paths import FastPath
 from ...kernels.second_derivatives import differentiable_gradients
 from ...kernels.step_linear import step_feed_forward, step_linear
 from ...kernels.tracing import is_traced, records_gradients
-from ...kernels.triton_shim import tl, triton
-
-try:  # inside `try`, since loading a checkpoint's own code demands every other import, also where there is no GPU
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except Exception:
-    TensorDescriptor = None
+from ...kernels.triton_shim import TensorDescriptor, tl, triton
 
 FEWEST_ROWS = 4096  # with fewer there are too few tiles for all processors
 TILE_M, TILE_N, TILE_K, GROUP = 128, 256, 64, 8
