@@ -249,12 +249,14 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
             if self.conv_kernel is not None:
                 tensors.append(StateTensor((self.conv_kernel - 1, self.hidden_size)))
             layers.append(numbered(*tensors))
-        keeps_keys = "full_attention" in self.layer_types
-        layers[self.layer_types.index(LAYER_TYPE)] |= noted_columns(length if keeps_keys else None)
+        full = LayerKind("softmax")
+        first = next(i for i, kind in enumerate(self.layer_kinds) if kind != full)
+        layers[first] |= noted_columns(length if full in self.layer_kinds else None)
         return layers
 
     def _of_softmax(self, window: int | None, length: int) -> dict[str, StateTensor]:
-        heads, head_dim = self.softmax_key_value_heads, self.hidden_size // self.softmax_attention_heads
+        heads = self.softmax_key_value_heads or self.num_attention_heads
+        head_dim = self.hidden_size // (self.softmax_attention_heads or self.num_attention_heads)
         if window is None:
             return keys_and_values(heads, head_dim, length)
         keys, there = window_state_shapes(heads, head_dim, window)

@@ -270,6 +270,13 @@ def build_norm(config: LeapConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
+def build_feed_forward(config: LeapConfig) -> nn.Module:
+    """The feed-forward layer of a block."""
+    if config.ffn_type == "swiglu":
+        return SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_dropout_prob)
+    return LeapMLP(config)
+
+
 def softmax_attention(config: LeapConfig, layer_idx: int) -> SoftmaxAttention:
     """The softmax layer of a hybrid."""
     return SoftmaxAttention(
@@ -292,15 +299,10 @@ class LeapBlock(GradientCheckpointingLayer):
     def __init__(self, config: LeapConfig, layer_idx: int = 0):
         super().__init__()
         self.attention_norm = build_norm(config)
-        if config.layer_kinds[layer_idx].name == "softmax":
-            self.attention = softmax_attention(config, layer_idx)
-        else:
-            self.attention = LeapAttention(config, layer_idx)
+        is_softmax = config.layer_kinds[layer_idx].name == "softmax"
+        self.attention = (softmax_attention if is_softmax else LeapAttention)(config, layer_idx)
         self.mlp_norm = build_norm(config)
-        if config.ffn_type == "swiglu":
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_dropout_prob)
-        else:
-            self.mlp = LeapMLP(config)
+        self.mlp = build_feed_forward(config)
         self.width = config.hidden_size
         self.recomputes_mlp = layer_idx < config.num_recomputed_mlps
 
