@@ -19,6 +19,7 @@ from ..shared.compat import (
     create_sliding_window_causal_mask,
 )
 from ..shared.layer_output import LayerOutput
+from ..shared.layers.softmax_attention import eager_attention, refuse_documents_with_a_cache
 from ..shared.positions import apply_position_factors
 from ..shared.states.cache import hold_in
 from .block import DanetMLP

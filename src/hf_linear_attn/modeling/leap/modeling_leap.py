@@ -178,13 +178,13 @@ class LeapAttention(nn.Module):
         rows, shown = self._maps(weights, call) if call.wants_maps else (None, None)
         return LayerOutput(mixed.flatten(2), rows, shown, state if call.return_state else None)
 
-    def _state_before(self, projected, call):
-        """What earlier tokens left; None at the beginning of a text."""
+    def _state_before(self, inputs, call):
+        """What tokens before `inputs` (B, ...) left; None at the beginning of a text."""
         state = call.state_of(self.layer_idx)
         if state is not None:
             shapes = state_shapes((2, self.num_heads, self.head_dim), self.window, self.exponential)
             count = len(shapes) + (self.convolution is not None)
-            check_state(state, self.layer_idx, count, (projected.shape[0], *shapes[0]))
+            check_state(state, self.layer_idx, count, (inputs.shape[0], *shapes[0]))
         if call.output_attentions:
             refuse_maps_after(state)
         return state
@@ -193,7 +193,7 @@ class LeapAttention(nn.Module):
         """The layer's input (B, T, d) after the short convolution, if it has one."""
         if self.convolution is None:
             return hidden_states
-        state = call.state_of(self.layer_idx)
+        state = self._state_before(hidden_states, call)
         layout = call.layout(*hidden_states.shape[:2], hidden_states.device)
         return self.convolution(hidden_states, layout, None if state is None else state[-1])
 
