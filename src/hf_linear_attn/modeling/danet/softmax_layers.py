@@ -132,7 +132,7 @@ def with_softmax_layers(
     if call.cache is not None:
         if call.segment_ids is not None:
             refuse_documents_with_a_cache(call.segment_ids)
-        attention_mask = call.key_mask
+        attention_mask = call.kept_mask
     _check_windows(codes - {"softmax"}, config, attention_mask, call.cache)
     masks = {code: _mask(code, call, config, hidden_states, attention_mask) for code in codes}
     head_dim = config.hidden_size // config.softmax_attention_heads

@@ -25,7 +25,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..kernels.fast_paths import fast_paths
-from ..kernels.tracing import records_gradients
+from ..kernels.tracing import is_traced, making_buffers, records_gradients
 from ..shared.body import RecurrentModelOutput, add_positions, begin, embed_inputs, without_cache_in_training
 from ..shared.call import Call, takes_call
 from ..shared.causal_lm import RecurrentForCausalLM, mask_for_generate
@@ -94,9 +94,8 @@ class LeapAttention(nn.Module):
             "short convolution": self.convolution,
             "norm, gate or projection behind the heads": self.output,
         }
-        self.options = tuple(
-            name for name, part in more.items() if part is not None
-        )  # that the published layer has not
+        self.options = tuple(name for name, part in more.items() if part is not None)  # beyond the published layer's
+        self._held_octaves: torch.Tensor | None = None
 
     def decay(self) -> torch.Tensor | None:
         """The rates (H,) at which weights fade, ln 2 / half-life, in float32 at least; None where they do not.
@@ -107,8 +106,18 @@ class LeapAttention(nn.Module):
         if self.half_life_shift is None:
             return None
         shift = self.half_life_shift.to(accumulation_dtype(self.half_life_shift.dtype))
-        octaves = shift + shift.new_tensor([math.log2(life) for life in self.half_lives])
+        octaves = shift + self._octaves(shift.device, shift.dtype)
         return math.log(2) * torch.exp2(-octaves.clamp(min=SHORTEST_HALF_LIFE))
+
+    def _octaves(self, device, dtype):
+        """log2 of `half_lives` (H,), copied to a device once: a CUDA graph of a decoding step could not copy it."""
+        held = self._held_octaves
+        if held is None or held.device != device or held.dtype != dtype:
+            with making_buffers():
+                held = torch.tensor([math.log2(life) for life in self.half_lives], device=device, dtype=dtype)
+            if not is_traced():
+                self._held_octaves = held
+        return held
 
     @takes_call(
         "attention_mask",

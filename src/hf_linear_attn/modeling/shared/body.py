@@ -132,10 +132,10 @@ def begin(
     check_direction(kwargs.get("is_causal"), model.is_causal)
     cache = open_cache(model, cache, use_cache)
     sequence = read_call(inputs_embeds, attention_mask, position_ids, cache, position_bound(model), **kwargs)
-    key_mask = None
+    kept_mask = None
     if cache is not None and not all(map(keeps_a_state, model.config.layer_types)):
         past = next(layer.past for layer in cache.layers if hasattr(layer, "update_state"))
-        key_mask = past.mask_of_keys(attention_mask, cache.get_seq_length(), inputs_embeds.shape[1])
+        kept_mask = past.mask_of_keys(attention_mask, cache.get_seq_length(), inputs_embeds.shape[1])
     return Call(
         sequence.mask,
         sequence.position_ids,
@@ -143,7 +143,7 @@ def begin(
         cache=cache,
         output_attentions=asks_for_attentions(model, kwargs),
         output_focus_weights=output_focus_weights,
-        key_mask=key_mask,
+        kept_mask=kept_mask,
     )
 
 

@@ -30,7 +30,7 @@ class Call(SequenceInputs):
     cache: a state for each layer, read and updated at the layer's index, or None.
     state, return_state: of a layer used alone: the tensors an earlier call returned, and whether to return them.
     output_attentions: whether attention maps are asked for. output_focus_weights: True, "log" or False.
-    key_mask: (B, past + T) mask of all tokens whose keys a cache keeps; None where it keeps none, or nothing is padded.
+    kept_mask: (B, past + T) mask of all tokens whose keys a cache keeps; None where it keeps none, or nothing is padded.
     """
 
     cache: Cache | None = None
@@ -38,7 +38,7 @@ class Call(SequenceInputs):
     return_state: bool = False
     output_attentions: bool = False
     output_focus_weights: bool | str = False
-    key_mask: torch.Tensor | None = None
+    kept_mask: torch.Tensor | None = None
     _formed: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -77,7 +77,7 @@ class Call(SequenceInputs):
     @property
     def mask_of_keys(self) -> torch.Tensor | None:
         """The mask of all tokens so far, those whose keys are in a cache included."""
-        return self.mask if self.cache is None else self.key_mask
+        return self.mask if self.cache is None else self.kept_mask
 
     def positioned(self, hidden_states: torch.Tensor) -> "Call":
         """The same with positions: those of tokens (B, T, ...) that begin a text are counted where none are given.
