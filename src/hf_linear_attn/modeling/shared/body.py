@@ -76,7 +76,7 @@ def check_cache(cache, config) -> None:
             if layers is None
             else f"{len(layers)} layers of {sorted({type(x).__name__ for x in layers})}"
         )
-        recurrent = sum(kind.startswith(LAYER_TYPE_PREFIX) for kind in kinds)
+        recurrent = sum(map(keeps_a_state, kinds))
         wanted = f"{recurrent} recurrent layers" + f" and {len(kinds) - recurrent} of softmax" * (
             recurrent < len(kinds)
         )
