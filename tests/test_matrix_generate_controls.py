@@ -9,7 +9,7 @@ import torch
 from common.families import CAUSAL, FIRST, rows_and
 from common.generation import check_batch_operations, check_cache, check_rows_alone
 
-from hf_linear_attn.modeling.danet import context as danet_context
+from hf_linear_attn.modeling.shared import call as shared_call
 from hf_linear_attn.modeling.shared.states.state_layer import RecurrentStateLayer
 
 
@@ -90,9 +90,9 @@ def test_the_check_sees_the_fault(row, control):
 )
 def test_windows_that_count_columns_are_seen(row, monkeypatch):
     """DANet's windows have borders: without the order that puts real tokens first, padding shifts them."""
-    layout = danet_context.token_layout
+    layout = shared_call.token_layout
     model = row.causal_lm(torch.float64)
     check_rows_alone(model)
-    monkeypatch.setattr(danet_context, "token_layout", lambda *args: layout(*args)._replace(order=None, slots=None))
+    monkeypatch.setattr(shared_call, "token_layout", lambda *args: layout(*args)._replace(order=None, slots=None))
     with pytest.raises(AssertionError):
         check_rows_alone(model)
