@@ -246,7 +246,10 @@ OTHER_MODELS = {
 def test_refuses_other_models_whose_shapes_fit(row, tmp_path):
     cache = row.causal_lm()(tokens(1, 9), use_cache=True).cache
     cache.save(tmp_path / "c.safetensors")
+    own = row.config()
     for change in OTHER_MODELS[row.family]:
+        if all(getattr(own, name) == value for name, value in change.items()):
+            continue  # no change of this row
         name = next(iter(change)).replace("rope_theta", "rope_")
         message = rf"c\.safetensors is the state of another model: .*{name}.* in the file, .* in `config`"
         with pytest.raises(ValueError, match=message):

@@ -8,6 +8,7 @@ from common.padding import padded_batch
 
 from hf_linear_attn import FastformerAttention, LeapAttention
 from hf_linear_attn.modeling.fastformer.modeling_fastformer import normalize_features
+from hf_linear_attn.modeling.shared.configuration import layer_kind
 
 explaining = [row for row in ROWS if row.explains]
 explaining_rows = pytest.mark.parametrize("row", explaining, ids=[row.name for row in explaining])
@@ -55,9 +56,9 @@ def test_maps_of_a_padded_batch_are_those_of_the_texts(row):
 
 @causal_rows
 def test_maps_keep_to_windows_and_documents(row):
-    windows = row.config().layer_windows if hasattr(row.config(), "layer_windows") else None
-    if windows is None:
+    if not hasattr(row.config(), "layer_windows"):
         pytest.skip("no windows")
+    windows = [layer_kind(entry).window for entry in row.config().layer_windows]
     model = row.build("AutoModel", torch.float64)
     position_ids = torch.cat([torch.arange(12), torch.arange(18)])[None]
     document = torch.tensor([0] * 12 + [1] * 18)
@@ -72,14 +73,18 @@ def test_maps_keep_to_windows_and_documents(row):
 
 @causal_rows
 def test_focus_weights_explain_the_maps(row):
-    """Each row of a map is the focus weights in sight, divided by their sum."""
+    """Each row of a map is the focus weights in sight, divided by their sum; half of a fading one is left after its half-life."""
     if not row.explains:
         pytest.skip("the family has no focus weights")
     model = row.build("AutoModel", torch.float64)
     with torch.no_grad():
         output = model(tokens(1, 20), output_attentions=True, output_focus_weights=True, use_cache=False)
-    for attention, weights in zip(output.attentions, output.focus_weights):
+    age = (torch.arange(20)[:, None] - torch.arange(20)).clamp(min=0)
+    for mixer, attention, weights in zip(row.mixers(model), output.attentions, output.focus_weights):
         shares = weights[:, :, None] * (attention > 0)
+        if getattr(mixer, "half_lives", None) is not None:
+            half_lives = torch.tensor(mixer.half_lives) * 2 ** mixer.half_life_shift.detach()
+            shares = shares * 2 ** (-age / half_lives[:, None, None])
         shares = shares / (shares.sum(-1, keepdim=True) + 1e-5)
         torch.testing.assert_close(attention, shares, atol=1e-9, rtol=1e-6)
 

@@ -239,5 +239,5 @@ def test_controls(row, fault):
         pytest.skip("only a constant shift of positions for this row")
     model = row.build("AutoModel", torch.float64) if check is check_body else row.causal_lm(torch.float64)
     check(model, LAYOUTS["left"], (9, 4))
-    with breaks(), pytest.raises(AssertionError):
+    with breaks(), pytest.raises((AssertionError, ValueError)):  # a hybrid's cache itself refuses masks that change
         check(model, LAYOUTS["left"], (9, 4))

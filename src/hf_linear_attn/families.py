@@ -33,6 +33,7 @@ class Sizes:
 
     default_for: tasks whose family this is where none is named. dropout: fields that `--dropout` sets. positions: choices of
     `--position-embedding`, the default first; none: the family has no choice. windows: whether it takes `--windows`.
+    kinds: whether these may name other kinds of layer, too. presets: choices of `--preset`.
     all: fields of every model; decoder, encoder, classifier: of these alone (a family with both a decoder and an encoder is a
     decoder where `--causal` is given). per_width, per_length: field -> how many times the width, or the block length.
     """
@@ -41,6 +42,8 @@ class Sizes:
     dropout: tuple[str, ...] = ("hidden_dropout_prob",)
     positions: tuple[str, ...] = ()
     windows: bool = False
+    kinds: bool = False
+    presets: tuple[str, ...] = ()
     all: dict[str, Any] = field(default_factory=dict)
     decoder: dict[str, Any] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)
@@ -135,9 +138,15 @@ LEAP = Family(
         ),
     },
     heads=heads("Leap", "Model", "ForCausalLM", *CLASSIFIERS),
-    lora_targets=("qfkv_proj",),
+    lora_targets=("qfkv_proj", "q_proj", "v_proj"),
     # The published model has learned positions, which end with the blocks that it was trained on.
-    sizes=Sizes(default_for=("causal-lm",), positions=("rotary", "learned"), windows=True),
+    sizes=Sizes(
+        default_for=("causal-lm",),
+        positions=("rotary", "learned"),
+        windows=True,
+        kinds=True,
+        presets=("published", "fixed-state", "hybrid"),
+    ),
     published="leap",
     card=Card(
         "A causal language model whose layers are gated, focus-weighted running means (LEAP): linear time, and a state of "

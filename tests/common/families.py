@@ -31,6 +31,16 @@ TINY: dict[str, dict] = {
     },
     "sea": {"k": 5, "predictor_length": 16, "initializer_range": 0.3},
 }
+# All that a LEAP layer may have beside the mechanism.
+MODERN = {
+    "conv_kernel": 3,
+    "output_gate": True,
+    "head_norm": True,
+    "output_projection": True,
+    "norm_type": "rmsnorm",
+    "ffn_type": "swiglu",
+    "position_embedding_type": "rotary",
+}
 # What a SeaConfig itself takes; every other size is its host's.
 SEA_FIELDS = set(SeaConfig.__dataclass_fields__) - {
     "host_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "layer_types",
@@ -49,8 +59,9 @@ SIZES_OF_THE_HOST = (
 )
 OWN_LOSS = "the control changes the other families' loss, which is not that of a host"
 INSIDE = "a head holds the host's model with its head, not a SeaModel: its parts are elsewhere, its checkpoints load the same"
+NEEDS_STREAMS = "Transformers moves keys to the CPU and back in streams of an accelerator"
 SEA_LEAVES_OUT = {
-    "test_cache_implementations:offloaded": "Transformers moves keys to the CPU and back in streams of an accelerator",
+    "test_cache_implementations:offloaded": NEEDS_STREAMS,
     "test_controls:padding_is_predicted": OWN_LOSS,
     "test_state_does_not_grow": "keys grow with the text; what SEA adds does not (tests/sea/test_sea_generation.py)",
     "test_packed_forward_is_one_graph": ONE_GRAPH,
@@ -144,6 +155,9 @@ class Row:
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):  # zero biases would hide mistakes
                     parameter.normal_(std=0.1)
+            for parameter in model.parameters():
+                if not parameter.any():  # what begins at 0, where it changes nothing
+                    parameter.normal_(std=0.3)
             for name, parameter in model.named_parameters():
                 if re.search(r"(?i)(norm|ln_\w+)\.weight$", name):  # so would gains that are all one
                     parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.4))
@@ -221,6 +235,14 @@ ROWS = [
         {"position_embedding_type": "rotary", "focus_function": "exp", "layer_windows": [None, 3, 7]},
         bounded=False,
         shift_invariant=True,
+    ),
+    Row(
+        "leap-decay",
+        "leap",
+        {**MODERN, "layer_windows": ["decay", 3, "decay"]},
+        bounded=False,
+        shift_invariant=True,
+        immune=("mask_is_applied_too_early",),  # a norm a head takes away by how much zero rows lower a mean
     ),
     Row("fastformer", "fastformer"),
     Row(
@@ -333,6 +355,26 @@ HYBRIDS = [
         leaves_out={"test_state_after_a_packed_row_is_that_of_its_last_document": NO_DOCUMENTS},
     )
     for pattern in ("softmax_g_sw", "swa@softmax_g_sw", "sw_l@softmax_g")
+] + [
+    Row(
+        "leap-softmax",
+        "leap",
+        {
+            **MODERN,
+            "layer_windows": ["softmax", "decay", 4],
+            "softmax_attention_heads": 4,
+            "softmax_key_value_heads": 2,
+        },
+        bounded=False,
+        shift_invariant=True,
+        traced=False,
+        explains=False,
+        keeps_inputs=True,
+        leaves_out={
+            "test_state_after_a_packed_row_is_that_of_its_last_document": NO_DOCUMENTS,
+            "test_cache_implementations:offloaded": NEEDS_STREAMS,
+        },
+    )
 ]
 _named = {row.name: row for row in ROWS}
 # All that leave a state: also softmax layers whose windows begin elsewhere, and those that SEA leaves as they are.
@@ -343,6 +385,16 @@ STATES = [
         HYBRIDS[0],
         name="danet-sl@softmax_softmax_g",
         options={"layer_pattern": "sl@softmax_softmax_g", "softmax_attention_heads": 2},
+    ),
+    # Softmax in windows of their own width, whose keys are a state like any other.
+    replace(
+        _named["leap-decay"],
+        name="leap-sliding",
+        options={"layer_windows": ["softmax:5", "decay", "softmax:70"]},
+        explains=False,
+        keeps_inputs=True,
+        bounded=True,
+        shift_invariant=False,
     ),
     replace(_named["sea"], name="sea-softmax", options={"softmax_layers": [0, 2]}),
 ]
@@ -356,6 +408,24 @@ def _encoder(name: str, **options) -> Row:
 
 # Further arithmetic of a family, hosts, layers and positions: these run through the checks of numbers alone (`number_rows`).
 VARIANTS = [
+    replace(
+        _named["leap"],
+        name="leap-decay-exp",
+        options={"layer_windows": ["decay", "decay", None], "focus_function": "exp", "conv_kernel": 1},
+    ),
+    replace(
+        _named["leap-decay"],
+        name="leap-no-positions",
+        options={
+            **MODERN,
+            "position_embedding_type": "none",
+            "layer_windows": ["decay", "softmax:6", 4],
+            "softmax_positions": "none",
+        },
+        positional=False,
+        explains=False,
+        keeps_inputs=True,
+    ),
     replace(_named["danet"], name="danet-g", options={"layer_pattern": "g"}),
     *(
         replace(HYBRIDS[0], name=f"danet-{pattern}", options={"layer_pattern": pattern, "softmax_attention_heads": 2})

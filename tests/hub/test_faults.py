@@ -63,7 +63,7 @@ class TestConfigurations:
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
     @one_row_a_family
-    @pytest.mark.parametrize("version", [2, 0, "1", 1.5])
+    @pytest.mark.parametrize("version", [3, 0, "1", 1.5])
     def test_another_format(self, saved, version):
         """A newer (or nonsensical) format number names the way out."""
         self._change(saved[1], hf_linear_attn_format=version)

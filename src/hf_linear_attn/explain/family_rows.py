@@ -18,6 +18,7 @@ from ..modeling.danet.modeling_danet import DanetPreTrainedModel
 from ..modeling.fastformer.modeling_fastformer import FastformerModel
 from ..modeling.leap.modeling_leap import LeapModel
 from ..modeling.sea.modeling_sea import SeaPreTrainedModel
+from ..modeling.shared.configuration import layer_kind
 from .reading import ReadText, evaluating, on_device_of
 
 LONGEST_MAP = 2048  # maps are n x n a head: longer texts are refused rather than run out of memory
@@ -114,8 +115,9 @@ def _seen(model, sizes: torch.Tensor) -> torch.Tensor:
     seen = torch.ones_like(sizes, dtype=torch.bool)
     if isinstance(body, FastformerModel) and not body.is_causal:
         return seen
-    for layer, window in zip(seen, body.config.layer_windows):
+    for layer, entry in zip(seen, body.config.layer_windows):
         layer.tril_()
+        window = layer_kind(entry).window
         if window is not None:
             layer.triu_(1 - window)
     return seen

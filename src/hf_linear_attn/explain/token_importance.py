@@ -125,8 +125,8 @@ def importance(model, tokenizer, text: str, *, method: str = "auto", max_tokens:
         tokenizer: the model's.
         text (`str`): what is explained.
         method: `"focus"` (LEAP, Fastformer; linear in the length): the focus weights, as a share of their sum over the
-            text, mean over layers and heads. `"received"` (every family): what queries give a token, relative to an equal
-            share for all they could see, mean over queries, layers and heads. `"rollout"` (every family): attention
+            text, mean over heads and the layers that have some. `"received"` (every family): what queries give a token, relative
+            to an equal share for all they could see, mean over queries, layers and heads. `"rollout"` (every family): attention
             rollout, read where the prediction is read (`reading_token`). `"auto"`: focus where it is defined, received for
             DANet, else rollout: what deleting tokens from trained models speaks for (docs, results).
         max_tokens (`int`, *optional*): look at the first tokens only.
@@ -177,7 +177,12 @@ def _focus_shares(body, read: ReadText) -> torch.Tensor:
     }
     with evaluating(body):
         output = body(**on_device_of(body, inputs), output_focus_weights="log")
-    logs = torch.stack([layer[0].float().cpu() for layer in output.focus_weights])
+    found = [layer[0].float().cpu() for layer in output.focus_weights if layer is not None]
+    if not found:
+        raise ValueError(
+            "all layers of this LEAP are softmax attention, which has no focus weights: use method='received'"
+        )
+    logs = torch.stack(found)
     # Weights of an exp focus may be beyond any number; a text whose weights are all 0 shares evenly.
     return logs.clamp_min(torch.finfo(torch.float32).min).softmax(-1) * logs.shape[-1]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ..families import FAMILIES
-from ..modeling.shared.configuration import FORMAT_FIELD, FORMAT_VERSION
+from ..modeling.shared.configuration import FORMAT_FIELD, format_of
 from ..modeling.shared.files.checkpoint import auto_map, copy_code
 from ..modeling.shared.files.whole_files import put_in_place, staging_folder
 
@@ -36,7 +36,7 @@ def add_code(folder: str | os.PathLike) -> None:
     config = FAMILIES[family].config_class().from_pretrained(folder)
     with staging_folder(folder) as staging:
         copy_code(body, config, staging)
-        fields = json.loads(path.read_text()) | {"auto_map": auto_map(body, config), FORMAT_FIELD: FORMAT_VERSION}
+        fields = json.loads(path.read_text()) | {"auto_map": auto_map(body, config), FORMAT_FIELD: format_of(config)}
         (staging / path.name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         put_in_place(staging, folder)
 

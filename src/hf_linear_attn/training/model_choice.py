@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_args
 
 from ..families import TASKS, Sizes, sized
@@ -86,8 +87,10 @@ def build_config(options: TrainingOptions, tokenizer) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
     }
     values |= _fields_of_the_family(options, sized()[options.family])
-    given = fitting_values(type(AutoConfig.for_model(options.family)), options.config_fields(), "config")
-    config = AutoConfig.for_model(options.family, **(values | given))
+    config_class = type(AutoConfig.for_model(options.family))
+    given = fitting_values(config_class, options.config_fields(), "config")
+    make = config_class if options.preset is None else partial(config_class.preset, options.preset)
+    config = make(**(values | given))
     if config.vocab_size < len(tokenizer):
         raise ValueError(
             f"config: vocab_size={config.vocab_size} is less than the {len(tokenizer)} tokens of the tokenizer"
@@ -113,13 +116,15 @@ def _fields_of_the_family(options: TrainingOptions, sizes: Sizes) -> dict[str, A
         )
     else:
         values |= sizes.encoder | (sizes.classifier if options.task == "classification" else {})
+    if options.preset is not None and options.preset not in sizes.presets:
+        raise ValueError(f"preset {options.preset} belongs to {_names('presets', ', ')}, not to {family}")
     if options.windows is not None or options.all_global:
         if not sizes.windows:
             raise ValueError(f"windows and all_global belong to {_names('windows', ', ')}, not to {family}")
         values |= {"use_local_attention": False} if options.all_global else {"layer_windows": options.layer_windows()}
     if options.position_embedding is not None and options.position_embedding not in sizes.positions:
         raise ValueError(f"position_embedding is a choice of {_names('positions', ' and ')}, not of {family}")
-    if sizes.positions:
+    if sizes.positions and (options.preset is None or options.position_embedding is not None):
         values["position_embedding_type"] = options.position_embedding or sizes.positions[0]
     return values
 

@@ -39,6 +39,9 @@ ENCODERS = tuple(name for name in FAMILIES if "mlm" in tasks_of(name))
 DEFAULTS = {task: name for name, sizes in sized().items() for task in sizes.default_for}
 OTHER_DEFAULTS = ", ".join(f"{name} for {task}" for task, name in DEFAULTS.items() if task != "causal-lm")
 DECODERS_TOO = ", ".join(name for name, sizes in sized().items() if sizes.decoder)
+PRESETS = tuple(dict.fromkeys(name for sizes in sized().values() for name in sizes.presets))
+PRESET_FAMILIES = ", ".join(name for name, sizes in sized().items() if sizes.presets)
+KIND_FAMILIES = ", ".join(name for name, sizes in sized().items() if sizes.kinds)
 POSITIONS = tuple(dict.fromkeys(kind for sizes in sized().values() for kind in sizes.positions))
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -213,8 +216,19 @@ class TrainingOptions(RunOptions):
     hidden_size: int = option(128, "model", "width of the residual stream", int)
     num_hidden_layers: int = option(4, "model", "number of blocks", int)
     num_attention_heads: int = option(2, "model", "attention heads; head sizes near 64 work best", int)
+    preset: str | None = option(
+        None,
+        "model",
+        f"a family's configuration by name, which other options change ({PRESET_FAMILIES}): published; fixed-state, whose "
+        "state does not grow; hybrid, which has softmax layers over the whole text (default: the sizes above)",
+        choices=PRESETS,
+    )
     windows: str | None = option(
-        None, "model", "window of each layer, as in global,4,8,16 (default: the family's own)", metavar="W,W,..."
+        None,
+        "model",
+        f"window of each layer, as in global,4,8,16 (default: the family's own); {KIND_FAMILIES} also takes decay, softmax and "
+        "softmax:W",
+        metavar="W,W,...",
     )
     all_global: bool = option(False, "model", "no windows: every layer sees the whole past", bool)
     position_embedding: str | None = option(
@@ -340,6 +354,7 @@ class TrainingOptions(RunOptions):
                 "hidden_size",
                 "num_hidden_layers",
                 "num_attention_heads",
+                "preset",
                 "windows",
                 "all_global",
             ]
@@ -361,17 +376,20 @@ class TrainingOptions(RunOptions):
         if self.task == "classification" and (self.dataset or self.join_rows):
             raise ValueError("classification reads data (files or a named set), neither dataset nor join_rows")
 
-    def layer_windows(self) -> list[int | None] | None:
-        """The windows as a config wants them, None for a global layer: "global,4" -> [None, 4]."""
+    def layer_windows(self) -> list[int | str | None] | None:
+        """The windows as a config wants them, None for a global layer: "global,4,decay" -> [None, 4, "decay"]."""
         if self.windows is None:
             return None
-        parsed: list[int | None] = []
+        kinds = self.from_checkpoint is None and self.family in KIND_FAMILIES.split(", ")
+        parsed: list[int | str | None] = []
         for word in self.windows.split(","):
             word = word.strip().lower()
             if word in ("global", "none"):
                 parsed.append(None)
             elif word.isdecimal() and len(word) <= 10 and 0 < int(word) <= LARGEST_INT:
                 parsed.append(int(word))
+            elif kinds and word.partition(":")[0] in ("decay", "softmax"):
+                parsed.append(word)  # its configuration says whether there is such a kind
             else:
                 raise ValueError(
                     f"windows must list 'global' or sizes from 1 to {LARGEST_INT:,}, as in global,4,8,16, got {word!r}"

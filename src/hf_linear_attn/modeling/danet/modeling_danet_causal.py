@@ -5,8 +5,7 @@ from transformers import GenerationMixin
 
 from ..shared.body import RecurrentModelOutput
 from ..shared.causal_lm import Backbone, RecurrentForCausalLM, mask_for_generate
-from ..shared.compat import can_return_tuple, either_cache_name
-from ..shared.states.state_layer import LAYER_TYPE
+from ..shared.compat import can_return_tuple
 from .configuration_danet import DanetConfig
 from .heads import DanetLMHead, TiedHeadMixin
 from .modeling_danet import (  # the heads that a decoder's checkpoint may be loaded with, too: `auto_map` names one file
@@ -21,18 +20,10 @@ from .modeling_danet import (  # the heads that a decoder's checkpoint may be lo
 )
 
 
-@either_cache_name
-def danet_mask_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
-    """What generate() hands on as `attention_mask`: this call's columns, but all of them where softmax layers need them."""
-    if any(kind != LAYER_TYPE for kind in config.layer_types):
-        return attention_mask
-    return mask_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
-
-
 class DanetForCausalLM(TiedHeadMixin, RecurrentForCausalLM, DanetPreTrainedModel, GenerationMixin):
     """DANet decoder that predicts each next word; generates from a state of fixed size."""
 
-    create_masks_for_generate = staticmethod(danet_mask_for_generate)
+    create_masks_for_generate = staticmethod(mask_for_generate)
 
     def __init__(self, config: DanetConfig):
         super().__init__(config)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..kernels.tracing import can_read_values, check_when_run
+from ..kernels.tracing import can_read_values
 from ..shared.compat import (
     ALL_ATTENTION_FUNCTIONS,
     GradientCheckpointingLayer,
@@ -19,24 +19,14 @@ from ..shared.compat import (
     create_sliding_window_causal_mask,
 )
 from ..shared.layer_output import LayerOutput
+from ..shared.layers.softmax_attention import eager_attention, refuse_documents_with_a_cache
 from ..shared.positions import apply_position_factors
-from ..shared.precision import accumulation_dtype
 from ..shared.states.cache import hold_in
 from .block import DanetMLP
 from .call import DanetCall
 from .configuration_danet import SOFTMAX_PATTERNS, DanetConfig
 from .norms import build_norm
 from .state import window_shift
-
-
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Softmax attention written out: (B, H, T, D) tensors give (B, T, H, D) and the weights (B, H, T, Tk)."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=accumulation_dtype(query.dtype)).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class DanetSoftmaxAttention(nn.Module):
@@ -141,29 +131,13 @@ def with_softmax_layers(
         return call
     if call.cache is not None:
         if call.segment_ids is not None:
-            _refuse_documents_with_a_cache(call.segment_ids)
-        attention_mask = _mask_of_keys(call.cache, attention_mask, hidden_states.shape[1])
+            refuse_documents_with_a_cache(call.segment_ids)
+        attention_mask = call.kept_mask
     _check_windows(codes - {"softmax"}, config, attention_mask, call.cache)
     masks = {code: _mask(code, call, config, hidden_states, attention_mask) for code in codes}
     head_dim = config.hidden_size // config.softmax_attention_heads
     factors = call.position_factors("rotary", head_dim, config.rope_theta, hidden_states.dtype)
     return replace(call, softmax_masks=masks, softmax_factors=factors)
-
-
-def _mask_of_keys(cache, attention_mask, length: int) -> torch.Tensor | None:
-    """The mask over all columns, those of the cache included; its first layer with a state remembers them."""
-    past = next(layer.past for layer in cache.layers if hasattr(layer, "update_state"))
-    return past.mask_of_keys(attention_mask, cache.get_seq_length(), length)
-
-
-def _refuse_documents_with_a_cache(segment_ids) -> None:
-    reason = (
-        "packed documents and a cache cannot go together in a model with softmax layers, whose keys and values keep no document "
-        "numbers: pass `use_cache=False`, or one document a row"
-    )
-    if can_read_values(segment_ids):
-        raise ValueError(reason)
-    check_when_run((segment_ids == 0).all(), reason)  # plain positions show no restart while traced
 
 
 def _check_windows(windowed: set[str], config, attention_mask, cache) -> None:

@@ -54,6 +54,7 @@ def gated_means(
     initial_state: tuple[torch.Tensor, ...] | None = None,
     return_state: bool = False,
     layout: TokenLayout | None = None,
+    decay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """The mechanism from (B, T, 4, H, D) to (B, T, H, D), after dropout; arguments and returns as for `leap_mechanism`."""
     query = projected[:, :, 0] if rotated is None else rotated[0]
@@ -68,6 +69,7 @@ def gated_means(
         initial_state=initial_state,
         return_state=return_state,
         layout=layout,
+        decay=decay,
     )
     focused_key, focused_value = means.unbind(2)  # (B, T, H, D) each
     alignment = torch.sigmoid((query.to(means.dtype) * focused_key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5)

@@ -21,6 +21,7 @@ def leap_mechanism(
     initial_state: tuple[torch.Tensor, ...] | None = None,
     return_state: bool = False,
     layout: TokenLayout | None = None,
+    decay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """Focus-weighted means of keys and values, gated by the alignment of each query. O(T) time and memory.
 
@@ -31,12 +32,12 @@ def leap_mechanism(
             take the place of the projected ones everywhere but in the focus logits.
         exponential (`bool`): weights exp(l) instead of elu(l) + 1.
         dropout (`float`): probability of dropping entries of queries, focus, values and the focus logits.
-        mask, segment_ids, initial_state, return_state, layout: as in `windowed_mean`, whose state this is, too.
+        mask, segment_ids, initial_state, return_state, layout, decay: as in `windowed_mean`, whose state this is, too.
 
     Returns:
         `tuple`: the output (B, T, H, D) in the inputs' dtype, and the state or None.
     """
     projected, rotated, kept = dropped(projected, rotated, dropout)
     return gated_means(
-        projected, rotated, window, kept, exponential, mask, segment_ids, initial_state, return_state, layout
+        projected, rotated, window, kept, exponential, mask, segment_ids, initial_state, return_state, layout, decay
     )

@@ -8,9 +8,13 @@ A layer averages keys and values over a window with one positive weight a token 
     g_i   = sigmoid(<q_i, K_i> / sqrt(D))                 alignment: how much token i wants of what it sees
     out_i = g_i V_i
 
+A configuration may choose more, layer by layer or for all of them: weights that fade (`half_lives`), a short convolution in front
+of the projections, a norm, a gate and a projection behind the heads, and layers of softmax attention in between.
+
 Notation: B batch, T time, d hidden size, H heads, D = d / H head size, W window.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -36,145 +40,13 @@ from ..shared.compat import (
 )
 from ..shared.files.checkpoint import PortableCheckpointMixin
 from ..shared.heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
-from ..shared.layer_output import LayerOutput, check_state, refuse_maps_after, shown_weights
-from ..shared.positions import apply_position_factors
-from ..shared.sequence import DOCUMENT_KEYWORDS, passes_on, prepare_sequence
-from ..shared.windowed_mean import attention_rows, state_shapes, windowed_mean
+from ..shared.layers.short_convolution import ShortConvolution
+from ..shared.layers.softmax_attention import SoftmaxAttention
+from ..shared.layers.swiglu import SwiGLU
+from ..shared.sequence import DOCUMENT_KEYWORDS, passes_on
+from .attention import LeapAttention
 from .configuration_leap import LeapConfig
 from .fast_paths import BLOCK, FEED_FORWARD
-from .formula import averaged, focus_weights
-from .mechanism import leap_mechanism
-
-
-class LeapAttention(nn.Module):
-    """The LEAP mechanism as a layer on `(B, T, d)` tensors; usable in any network.
-
-    Args:
-        config (`LeapConfig`): sizes, focus function, dropout, positions.
-        layer_idx (`int`, defaults to 0): which of `config.layer_windows` applies, and the place in a cache.
-
-    O(T) time and memory. No output projection (specification, section 2).
-    """
-
-    def __init__(self, config: LeapConfig, layer_idx: int = 0):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.window = config.layer_windows[layer_idx]
-        self.width = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.rope_theta = config.rope_theta if config.position_embedding_type == "rotary" else None
-        self.exponential = config.focus_function == "exp"
-        self.qfkv_proj = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=False)
-        self.dropout = nn.Dropout(config.attention_dropout)
-
-    @takes_call(
-        "attention_mask",
-        "position_ids",
-        "segment_ids",
-        "cache",
-        "state",
-        "return_state",
-        "output_attentions",
-        "output_focus_weights",
-    )
-    def forward(self, hidden_states: torch.Tensor, call: Call) -> LayerOutput:
-        """Mix tokens causally.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, T, d)`).
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 keeps; padding may stand anywhere.
-            position_ids (`torch.Tensor` of shape `(B, T)` or `(1, T)`, *optional*): for rotary positions; counted if not given.
-            segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): non-decreasing document numbers, to restart at each.
-            cache (`Cache`, *optional*): read and updated at `layer_idx`; instead of `state`.
-            state, return_state: the tensors an earlier call returned, and whether to return them (see `windowed_mean`).
-            output_attentions (`bool`): also build the (B, H, T, T) rows behind the means; O(T^2).
-            output_focus_weights (`bool` or `"log"`): also return the focus weights (B, H, T), or their logarithms, which no exp
-                focus overflows.
-            call (`Call`, *optional*): all of these but `hidden_states`, as a model hands them to its layers.
-
-        Returns:
-            [`LayerOutput`].
-        """
-        return self.mix(self.qfkv_proj(hidden_states), call)
-
-    def mix(self, projected: torch.Tensor, call: Call) -> LayerOutput:
-        """`forward` from the projections (B, T, 4 d) on."""
-        projected = projected.unflatten(-1, (4, self.num_heads, self.head_dim))  # queries, focus, keys, values
-        state = self._state_before(projected, call)
-        rotated = self.rotated(projected, call, state)
-        mixed, state = leap_mechanism(
-            projected,
-            self.window,
-            rotated=rotated,
-            exponential=self.exponential,
-            dropout=self.dropout.p if self.training else 0.0,
-            mask=call.mask,
-            segment_ids=call.segment_ids,
-            initial_state=state,
-            return_state=call.wants_state,
-            layout=self._layout(projected, call),
-        )
-        layer_cache, weights = call.layer_cache(self.layer_idx), None
-        if call.wants_maps or (layer_cache is not None and layer_cache.record_past):
-            weights = focus_weights(projected[:, :, 1], projected[:, :, 2], self.exponential)  # (B, T, H)
-        if layer_cache is not None:
-            replay = self._advance, (averaged(projected, rotated), weights, call.mask, call.segment_ids)
-            layer_cache.update_state(state, projected.shape[1], call.mask, replay, call.segment_ids)
-        rows, shown = self._maps(weights, call) if call.wants_maps else (None, None)
-        return LayerOutput(mixed.flatten(2), rows, shown, state if call.return_state else None)
-
-    def _state_before(self, projected, call):
-        """What earlier tokens left; None at the beginning of a text."""
-        state = call.state_of(self.layer_idx)
-        if state is not None:
-            shapes = state_shapes((2, self.num_heads, self.head_dim), self.window, self.exponential)
-            check_state(state, self.layer_idx, len(shapes), (projected.shape[0], *shapes[0]))
-        if call.output_attentions:
-            refuse_maps_after(state)
-        return state
-
-    def rotated(self, projected, call, state=None):
-        """Queries and keys (B, T, H, D) turned by their positions, or None."""
-        if self.rope_theta is None:
-            return None
-        if call.position_ids is None:
-            if state is not None:
-                raise ValueError("`position_ids` are needed to go on from a state with rotary positions")
-            sequence = prepare_sequence(projected, call.mask, seq_idx=call.segment_ids)
-            call = Call(sequence.mask, sequence.position_ids)
-        factors = call.position_factors("rotary", self.head_dim, self.rope_theta, projected.dtype)
-        return tuple(apply_position_factors(projected[:, :, i], factors) for i in (0, 2))
-
-    def _layout(self, projected, call):
-        """Where the real tokens stand, if that matters: a window counts them."""
-        if call.mask is None or self.window is None:
-            return None
-        return call.layout(*projected.shape[:2], projected.device)
-
-    def _maps(self, weights, call):
-        """Attention rows (B, H, T, T) and focus weights (B, H, T), each None unless it was asked for."""
-        rows = shown = None
-        if call.output_attentions:
-            rows = attention_rows(
-                weights, self.window, log_weights=self.exponential, mask=call.mask, segment_ids=call.segment_ids
-            )
-        if call.output_focus_weights:
-            shown = shown_weights(weights, self.exponential, call.mask, call.output_focus_weights)
-        return rows, shown
-
-    def _advance(self, state, key_value, weights, mask, segment_ids):
-        """The state after more inputs alone: how a cache undoes tokens (it runs the ones that stay again)."""
-        return windowed_mean(
-            key_value.to(weights.dtype),
-            weights,
-            self.window,
-            log_weights=self.exponential,
-            mask=mask,
-            segment_ids=segment_ids,
-            initial_state=state,
-            return_state=True,
-        )[1]
 
 
 class LeapMLP(nn.Module):
@@ -193,6 +65,32 @@ class LeapMLP(nn.Module):
         return self.dropout(self.down_proj(self.activation(self.up_proj(hidden_states))))
 
 
+def build_norm(config: LeapConfig) -> nn.Module:
+    """A norm of hidden states."""
+    kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def build_feed_forward(config: LeapConfig) -> nn.Module:
+    """The feed-forward layer of a block."""
+    if config.ffn_type == "swiglu":
+        return SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_dropout_prob)
+    return LeapMLP(config)
+
+
+def softmax_attention(config: LeapConfig, layer_idx: int) -> SoftmaxAttention:
+    """The softmax layer of a hybrid."""
+    return SoftmaxAttention(
+        config,
+        layer_idx,
+        config.softmax_attention_heads,
+        config.softmax_key_value_heads,
+        window=config.layer_kinds[layer_idx].window,
+        rope_theta=config.rope_theta if config.softmax_positions == "rotary" else None,
+        dropout=config.attention_dropout,
+    )
+
+
 class LeapBlock(GradientCheckpointingLayer):
     """Pre-norm block: h + LEAP(LN(h)), then h + MLP(LN(h)). Usable in any network, arguments as for `LeapAttention`.
 
@@ -201,10 +99,11 @@ class LeapBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LeapConfig, layer_idx: int = 0):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = LeapAttention(config, layer_idx)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = LeapMLP(config)
+        self.attention_norm = build_norm(config)
+        is_softmax = config.layer_kinds[layer_idx].name == "softmax"
+        self.attention = (softmax_attention if is_softmax else LeapAttention)(config, layer_idx)
+        self.mlp_norm = build_norm(config)
+        self.mlp = build_feed_forward(config)
         self.width = config.hidden_size
         self.recomputes_mlp = layer_idx < config.num_recomputed_mlps
 
@@ -246,9 +145,12 @@ class LeapPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     _no_split_modules = ["LeapBlock"]
     _skip_keys_device_placement = list(CACHE_NAMES)
     _can_compile_fullgraph = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _can_record_outputs = {
         "hidden_states": LeapBlock,
-        "attentions": OutputRecorder(LeapAttention, index=1),
+        "attentions": [OutputRecorder(LeapAttention, index=1), OutputRecorder(SoftmaxAttention, index=1)],
         "focus_weights": OutputRecorder(LeapAttention, index=2),
     }
     create_masks_for_generate = staticmethod(mask_for_generate)
@@ -259,6 +161,31 @@ class LeapPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, ShortConvolution):
+            init.zeros_(module.weight)
+        elif isinstance(module, LeapAttention) and module.half_life_shift is not None:
+            init.zeros_(module.half_life_shift)
+
+
+def weights_in_their_places(forward):
+    """A body's `forward` whose `focus_weights` have one entry a layer: None for a softmax layer, which has none.
+
+    Transformers collects those that there are, which would shift those of later layers to other indices.
+    """
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        as_output = kwargs.pop("return_dict", None)
+        if as_output is None:
+            as_output = self.config.return_dict
+        output = forward(self, *args, return_dict=True, **kwargs)
+        found = output.get("focus_weights")
+        if found is not None:
+            kinds, there = self.config.layer_kinds[: self.config.num_hidden_layers], iter(found)
+            output.focus_weights = tuple(None if kind.name == "softmax" else next(there) for kind in kinds)
+        return output if as_output else output.to_tuple()
+
+    return wrapper
 
 
 class LeapModel(LeapPreTrainedModel):
@@ -274,12 +201,13 @@ class LeapModel(LeapPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(LeapBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = build_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
     @either_cache_name
     @without_cache_in_training
+    @weights_in_their_places
     @merge_with_config_defaults
     @capture_outputs
     @passes_on(*DOCUMENT_KEYWORDS)

@@ -76,7 +76,7 @@ def check_cache(cache, config) -> None:
             if layers is None
             else f"{len(layers)} layers of {sorted({type(x).__name__ for x in layers})}"
         )
-        recurrent = sum(kind.startswith(LAYER_TYPE_PREFIX) for kind in kinds)
+        recurrent = sum(map(keeps_a_state, kinds))
         wanted = f"{recurrent} recurrent layers" + f" and {len(kinds) - recurrent} of softmax" * (
             recurrent < len(kinds)
         )
@@ -91,9 +91,14 @@ def check_cache(cache, config) -> None:
 
 def _is_of_kind(layer, kind: str) -> bool:
     """Whether a layer of a cache is of this layer type; those that are not ours are told by what they lack."""
-    if kind.startswith(LAYER_TYPE_PREFIX):
+    if keeps_a_state(kind):
         return getattr(layer, "_layer_type", None) == kind
     return not hasattr(layer, "update_state")
+
+
+def keeps_a_state(layer_type: str) -> bool:
+    """Whether layers of this type keep a state of ours, instead of keys and values in a layer of Transformers' own."""
+    return layer_type.startswith(LAYER_TYPE_PREFIX)
 
 
 def open_cache(model, cache, use_cache) -> Cache | None:
@@ -127,6 +132,10 @@ def begin(
     check_direction(kwargs.get("is_causal"), model.is_causal)
     cache = open_cache(model, cache, use_cache)
     sequence = read_call(inputs_embeds, attention_mask, position_ids, cache, position_bound(model), **kwargs)
+    kept_mask = None
+    if cache is not None and not all(map(keeps_a_state, model.config.layer_types)):
+        past = next(layer.past for layer in cache.layers if hasattr(layer, "update_state"))
+        kept_mask = past.mask_of_keys(attention_mask, cache.get_seq_length(), inputs_embeds.shape[1])
     return Call(
         sequence.mask,
         sequence.position_ids,
@@ -134,6 +143,7 @@ def begin(
         cache=cache,
         output_attentions=asks_for_attentions(model, kwargs),
         output_focus_weights=output_focus_weights,
+        kept_mask=kept_mask,
     )
 
 

@@ -17,7 +17,7 @@ from transformers import Cache
 from ..kernels.tracing import is_traced
 from .compat import CACHE_NAME, rename_cache
 from .positions import PositionFactors, position_factors
-from .sequence import SequenceInputs, check_layer_inputs
+from .sequence import SequenceInputs, check_layer_inputs, prepare_sequence
 from .token_order import TokenLayout, token_layout
 
 State = tuple[torch.Tensor, ...]
@@ -30,6 +30,7 @@ class Call(SequenceInputs):
     cache: a state for each layer, read and updated at the layer's index, or None.
     state, return_state: of a layer used alone: the tensors an earlier call returned, and whether to return them.
     output_attentions: whether attention maps are asked for. output_focus_weights: True, "log" or False.
+    kept_mask: (B, past + T) mask of all tokens whose keys a cache keeps; None where it keeps none, or nothing is padded.
     """
 
     cache: Cache | None = None
@@ -37,6 +38,7 @@ class Call(SequenceInputs):
     return_state: bool = False
     output_attentions: bool = False
     output_focus_weights: bool | str = False
+    kept_mask: torch.Tensor | None = None
     _formed: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -63,16 +65,35 @@ class Call(SequenceInputs):
         """Where the real tokens of the (B, T) tokens stand: one sort a forward. `seen_tokens` (B,), which whoever looks at
         ranks knows, are those of the open document before this call.
         """
-        return self._once(
+        return self.once(
             "layout", lambda: token_layout(batch, length, device, self.mask, self.segment_ids, seen_tokens)
         )
 
     def position_factors(self, kind: str, head_dim: int, theta: float, dtype: torch.dtype) -> PositionFactors:
         """Multipliers of relative positions (see `shared.positions`): one table a forward."""
         key = kind, head_dim, theta, dtype
-        return self._once(key, lambda: position_factors(kind, self.position_ids, head_dim, theta, dtype))
+        return self.once(key, lambda: position_factors(kind, self.position_ids, head_dim, theta, dtype))
 
-    def _once(self, key, form: Callable) -> Any:
+    @property
+    def mask_of_keys(self) -> torch.Tensor | None:
+        """The mask of all tokens so far, those whose keys are in a cache included."""
+        return self.mask if self.cache is None else self.kept_mask
+
+    def positioned(self, hidden_states: torch.Tensor) -> "Call":
+        """The same with positions: those of tokens (B, T, ...) that begin a text are counted where none are given.
+
+        Raises:
+            ValueError: none are given, and the tokens go on from a state or a cache.
+        """
+        if self.position_ids is not None:
+            return self
+        if self.state is not None or (self.cache is not None and self.cache.get_seq_length()):
+            raise ValueError("`position_ids` are needed to go on from a state with rotary positions")
+        sequence = prepare_sequence(hidden_states, self.mask, seq_idx=self.segment_ids)
+        return replace(self, mask=sequence.mask, position_ids=sequence.position_ids, _formed={})
+
+    def once(self, key, form: Callable) -> Any:
+        """`form()`, which is what every layer that asks for `key` gets: formed when the first of them does."""
         if is_traced():  # a compiler sees by itself that layers ask for the same
             return form()
         if key not in self._formed:
@@ -86,7 +107,7 @@ class Call(SequenceInputs):
         if all(x.device == device for x in _tensors(own)):
             return self
         moved = {name: _moved(value, device, non_blocking) for name, value in own.items()}
-        return self._once(device, lambda: replace(self, **moved, _formed={}))
+        return self.once(device, lambda: replace(self, **moved, _formed={}))
 
 
 def _parts(held) -> Iterable:

@@ -10,6 +10,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..kernels.plain_layers import is_plain
+from .body import keeps_a_state
 from .compat import (
     EitherCacheName,
     ForCausalLMLoss,
@@ -42,9 +43,12 @@ class RecurrentCausalLMOutput(EitherCacheName, CausalLMOutputWithPast):
 
 @either_cache_name
 def mask_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
-    """What generate() hands on as `attention_mask`: this call's columns, or None, so that its shape does not grow."""
-    if attention_mask is None:
-        return None
+    """What generate() hands on as `attention_mask`: this call's columns, or None, so that its shape does not grow.
+
+    All columns where some layers keep a key for each.
+    """
+    if attention_mask is None or not all(map(keeps_a_state, config.layer_types)):
+        return attention_mask
     # Only this call's columns are looked at: PEFT counts its virtual tokens in the cache, but not always in the mask.
     length = inputs_embeds.shape[1]
     return padding_mask(attention_mask[:, -length:], inputs_embeds.shape[0], length)

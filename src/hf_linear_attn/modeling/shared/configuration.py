@@ -3,7 +3,7 @@
 import json
 import math
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from transformers.activations import ACT2FN
 
@@ -15,7 +15,7 @@ else:
 # What a saved configuration says about itself. Raised when a new field changes what a model computes, so that an older
 # release refuses the checkpoint instead of computing something else.
 FORMAT_FIELD = "hf_linear_attn_format"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # a family that has had later ones says so in `newest_format`
 
 MOST_LAYERS = 10_000  # each is a module of its own
 LONGEST_WINDOW = 1 << 18  # tokens: a layer's state holds them all from its first step on
@@ -24,12 +24,17 @@ LARGEST_SIZE = (1 << 31) - 1  # what an index of 32 bits can count
 
 def check_format(config, kwargs: dict) -> None:
     """Take the format number out of `kwargs` and refuse one that this release does not know."""
-    version = kwargs.pop(FORMAT_FIELD, FORMAT_VERSION)
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    version, newest = kwargs.pop(FORMAT_FIELD, FORMAT_VERSION), getattr(config, "newest_format", FORMAT_VERSION)
+    if not isinstance(version, int) or not 1 <= version <= newest:
         raise ValueError(
             f"this {config.model_type} checkpoint has `{FORMAT_FIELD}` {version!r}, but this release of hf-linear-attn reads "
-            f"1 to {FORMAT_VERSION}: update it (pip install -U hf-linear-attn)"
+            f"1 to {newest}: update it (pip install -U hf-linear-attn)"
         )
+
+
+def format_of(config) -> int:
+    """The format number to write beside a configuration: the lowest whose releases compute what it says."""
+    return getattr(config, "needs_format", FORMAT_VERSION)
 
 
 _read: dict[int, str] = {}  # of configurations read from a file, by id: what was in it
@@ -142,9 +147,68 @@ def check_numbers(config, *positive: str) -> None:
     check_choice("hidden_act", config.hidden_act, tuple(ACT2FN))
 
 
-def check_windows(config) -> None:
+class LayerKind(NamedTuple):
+    """What mixes the tokens of a layer.
+
+    name: "mean" (weighted means), "decay" (weighted means whose weights fade) or "softmax".
+    window: tokens that are seen, the token itself included; None for all so far.
+    """
+
+    name: str
+    window: int | None = None
+
+
+def layer_kind(entry: int | str | None) -> LayerKind:
+    """The kind that an entry of `layer_windows` names: 8 -> mean of 8 tokens, None -> of all, "decay", "softmax", "softmax:128".
+
+    Raises:
+        ValueError: a word that names no kind.
+    """
+    if not isinstance(entry, str):
+        return LayerKind("mean", entry)
+    if entry in ("decay", "softmax"):
+        return LayerKind(entry)
+    name, colon, width = entry.partition(":")
+    if name == "softmax" and colon and width.isdecimal() and len(width) <= 10:
+        return LayerKind(name, int(width))
+    raise ValueError(
+        f"{entry!r} names no kind of layer, expected a number of tokens, None or 'global', 'decay', 'softmax', or 'softmax:W' "
+        "with W tokens, such as 'softmax:128'"
+    )
+
+
+def check_kinds(config) -> list[LayerKind]:
+    """The kind of each layer; refuses what `check_windows` refuses, softmax windows below 2, and a model of softmax alone."""
+    kinds = []
+    for i, entry in enumerate(config.layer_windows):
+        try:
+            kinds.append(layer_kind(entry))
+        except ValueError as error:
+            raise ValueError(f"`layer_windows[{i}]` {error}") from None
+    check_windows(config, [kind.window for kind in kinds])
+    for i, (name, window) in enumerate(kinds):
+        if name == "softmax" and window is not None and window < 2:
+            raise ValueError(
+                f"`layer_windows[{i}]` is 'softmax:{window}', expected at least 2 tokens: a token and the one before it"
+            )
+    if all(kind == LayerKind("softmax") for kind in kinds):
+        raise ValueError(
+            f"`layer_windows` {config.layer_windows} is softmax over all tokens throughout, a Transformer: let at least one "
+            "layer be of another kind"
+        )
+    return kinds
+
+
+def check_heads(name: str, value: int | None, of_name: str, of: int, even: bool = False) -> None:
+    """Refuse a number of heads that does not divide `of`, or (`even`) leaves an odd head size to rotary positions."""
+    if value is None or value < 1 or of % value or (even and (of // value) % 2):
+        size = " into heads of even size" if even else ""
+        raise ValueError(f"`{name}` is {value}, expected a number that divides `{of_name}` {of}{size}")
+
+
+def check_windows(config, windows: list[int | None] | None = None) -> None:
     """Refuse a list of windows of another length than the layers, and windows that are not positive."""
-    windows, layers = config.layer_windows, config.num_hidden_layers
+    windows, layers = config.layer_windows if windows is None else windows, config.num_hidden_layers
     if len(windows) != layers:
         raise ValueError(
             f"`layer_windows` has {len(windows)} entries, expected one for each of `num_hidden_layers`={layers} layers: "

@@ -10,6 +10,9 @@ tokens including itself, or all tokens so far (`window=None`, "global"):
                 i=2 # # #                    i=2 # # #
                 i=3 . # # #                  i=3 # # # #
 
+With a `decay` r_h > 0 the weights of a global mean fade: a_j counts exp(-r_h (n_i - n_j)) a_j at token i, where n counts real
+tokens, so that with r = ln 2 / t half of it is left after t tokens. The sums are those of `layers.decayed_sum`.
+
 Two of them: `windowed_mean_reference` is the formula with its T x T matrix; `windowed_mean` is linear in T in time and memory,
 whatever the window, and takes and leaves a state. Notation: B batch, T time, H heads, D features a head, C chunk, W window.
 """
@@ -18,15 +21,13 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.tracing import as_written, float32_products_are_rounded, is_traced
+from .layers.decayed_sum import LOG_WEIGHT_FLOOR, decayed_sum, steps_taken
 from .precision import accumulation_dtype
 from .token_order import TokenLayout, take_tokens, token_layout
 
 # Tokens are summed in chunks of this many by one product with a 0/1 matrix: large enough for the matrix units, small
 # enough that the C-fold arithmetic stays far below that of the projections around it.
 CHUNK = 64
-# exp weights are kept relative to the largest log weight of the window, but never to one below this floor: weights under
-# exp(-30) vanish beside eps anyway, and the floor keeps exp(-reference) finite for windows that are empty.
-LOG_WEIGHT_FLOOR = -30.0
 EPS = 1e-5
 
 
@@ -49,6 +50,7 @@ def windowed_mean(
     initial_state: tuple[torch.Tensor, ...] | None = None,
     return_state: bool = False,
     layout: TokenLayout | None = None,
+    decay: torch.Tensor | None = None,
     eps: float = EPS,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """Weighted mean of `values` over each token's window, in O(T) time and memory (LEAP specification, section 1).
@@ -67,6 +69,8 @@ def windowed_mean(
         return_state (`bool`): also return the state after the last token.
         layout (`TokenLayout`, *optional*): where the real tokens stand, if it is known already (`token_layout` of `mask` and
             `segment_ids`); only a window over padded tokens asks for it.
+        decay (`torch.Tensor` of shape `(H,)`, *optional*): rates r >= 0 at which weights fade, exp(-r) a real token; without a
+            window only.
         eps (`float`): added to the sum of weights.
 
     Returns:
@@ -96,7 +100,7 @@ def windowed_mean(
         values, weights = take_tokens(values, order), take_tokens(weights, order)
     with as_written(values):  # autocast would sum in half precision
         if window is None:
-            mean, state = _global_mean(values, weights, log_weights, segment_ids, initial_state, eps)
+            mean, state = _global_mean(values, weights, log_weights, segment_ids, initial_state, mask, decay, eps)
         else:
             mean, state = _local_mean(
                 values, weights, window, log_weights, segment_ids, ends, counts, initial_state, return_state, eps
@@ -108,18 +112,28 @@ def windowed_mean(
     return mean.to(out_dtype), (state if return_state else None)
 
 
-def _global_mean(values, weights, log_weights, segment_ids, initial_state, eps):
+def _global_mean(values, weights, log_weights, segment_ids, initial_state, mask, decay, eps):
     # First phase: sums over each document of this call alone.
-    (sums, norm), reference = _weighted_sums(values, weights, None, log_weights, segment_ids)
-    # Second phase: what came before belongs to document 0 only.
+    if decay is None:
+        (sums, norm), reference = _weighted_sums(values, weights, None, log_weights, segment_ids)
+    else:
+        decay = decay.to(values.dtype)
+        (sums, norm), reference = _fading_sums(values, weights, decay, log_weights, segment_ids, mask)
+    # Second phase: what came before belongs to document 0 only, and has faded since.
     if initial_state is not None:
         past_sum, past_norm = initial_state[0][:, None], initial_state[1][:, None]
+        faded = (
+            None if decay is None else -decay * steps_taken(values.shape[1], values, mask)[..., None]
+        )  # (B or 1, T, H)
+        if faded is not None and not log_weights:
+            past_norm, past_sum = past_norm * faded.exp(), past_sum * _over_heads(faded.exp(), sums)
         if segment_ids is not None:
             first = (segment_ids == 0)[..., None]
             past_norm = torch.where(first, past_norm, 0.0)
             past_sum = torch.where(_over_heads(first, past_sum), past_sum, 0.0)
         if log_weights:
             past_reference = initial_state[2][:, None].to(reference.dtype)
+            past_reference = past_reference if faded is None else past_reference + faded
             if segment_ids is not None:
                 past_reference = torch.where(first, past_reference, LOG_WEIGHT_FLOOR)
             joint = torch.maximum(reference, past_reference)
@@ -183,18 +197,36 @@ def _sum_all(values, weights, log_weights):
 
 def _weighted_sums(values, weights, window, log_weights, segment_ids):
     """Sums of a x (B, T, ..., H, D) and of a (B, T, H) over each window; with log weights relative to exp(reference)."""
-    batch, length, heads = weights.shape
     if not log_weights:
         weighted = (_over_heads(weights, values) * values).flatten(2)[:, :, None]
         sums, _ = _chunked_sum(weighted, window, segment_ids)
         norm, _ = _chunked_sum(weights[:, :, None], window, segment_ids)
         return (sums.view(values.shape), norm[:, :, 0]), None
-    # The maximum differs by head, so heads lie beside the batch, and a feature of ones counts the weights themselves.
-    features = values.reshape(batch, length, -1, heads, values.shape[-1]).transpose(2, 3).flatten(3)
-    features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
-    sums, reference = _chunked_sum(features, window, segment_ids, weights)
+    # The maximum differs by head, so heads lie beside the batch.
+    sums, reference = _chunked_sum(_by_head(values), window, segment_ids, weights)
+    return _sums_and_norm(sums, values), reference
+
+
+def _fading_sums(values, weights, decay, log_weights, segment_ids, mask):
+    """`_weighted_sums` over all tokens so far, the weights fading; each head at its own rate."""
+    features = _by_head(values)
+    if log_weights:
+        sums, reference = decayed_sum(features, decay, mask, segment_ids, weights)
+    else:
+        sums, reference = decayed_sum(features * weights[..., None], decay, mask, segment_ids)
+    return _sums_and_norm(sums, values), reference
+
+
+def _by_head(values):
+    """Values (B, T, ..., H, D) as features of their heads, and a feature of ones, which counts the weights: (B, T, H, F + 1)."""
+    features = values.reshape(*values.shape[:2], -1, *values.shape[-2:]).transpose(2, 3).flatten(3)
+    return torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
+
+
+def _sums_and_norm(sums, values):
+    """Sums of `_by_head` back in the shape of the values, and those of the weights (B, T, H)."""
     norm, sums = sums[..., -1], sums[..., :-1].unflatten(3, (-1, values.shape[-1])).transpose(2, 3)
-    return (sums.reshape(values.shape), norm), reference
+    return sums.reshape(values.shape), norm
 
 
 def _chunked_sum(x, window=None, segment_ids=None, log_weights=None, depth=0, reverse=False):
@@ -400,11 +432,13 @@ def attention_rows(
     log_weights: bool = False,
     mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
+    decay: torch.Tensor | None = None,
     eps: float = EPS,
 ) -> torch.Tensor:
     """The matrix alpha_ij = a_j [j in W_i] / (sum over W_i + eps) behind the means, (B, H, T, T) (specification, section 7).
 
-    Arguments as in `windowed_mean`. O(T^2): for looking at, and for the reference.
+    With a `decay` r, a_j exp(-r (n_i - n_j)) in the place of a_j. Arguments as in `windowed_mean`. O(T^2): for looking at, and
+    for the reference.
     """
     weights = weights.to(accumulation_dtype(weights.dtype))
     keep = torch.ones(weights.shape[:2], dtype=torch.bool, device=weights.device) if mask is None else mask.bool()
@@ -416,7 +450,11 @@ def attention_rows(
         visible = visible & (gap < window)
     if segment_ids is not None:
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    scores = weights.transpose(1, 2)[:, :, None, :].masked_fill(~visible[:, None], -torch.inf if log_weights else 0.0)
+    scores = weights.transpose(1, 2)[:, :, None, :]
+    if decay is not None:
+        faded = -decay.to(weights.dtype)[:, None, None] * gap[:, None].clamp(min=0)  # (B, H, T, T)
+        scores = scores + faded if log_weights else scores * faded.exp()
+    scores = scores.masked_fill(~visible[:, None], -torch.inf if log_weights else 0.0)
     floor: float | torch.Tensor = eps
     if log_weights:
         top = scores.amax(-1, keepdim=True).clamp(min=LOG_WEIGHT_FLOOR)

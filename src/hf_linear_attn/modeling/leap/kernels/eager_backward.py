@@ -37,13 +37,15 @@ def runs_backward(projected, *args, **kwargs) -> bool:
 
 def eager_covers(
     projected, window=None, *, rotated=None, exponential=False, dropout=0.0, mask=None, segment_ids=None, initial_state=None,
-    return_state=False, layout=None,
+    return_state=False, layout=None, decay=None,
 ) -> str | None:  # fmt: skip
     """Why `eager_mechanism` cannot do this call, or None; arguments as for `leap_mechanism`."""
     if type(projected) is not torch.Tensor:
         return f"the projections are a {type(projected).__name__}, which knows PyTorch's own operators only"
     if exponential:
         return "it has no exp focus"
+    if decay is not None:
+        return "it has no weights that fade"
     if initial_state is not None or return_state:
         return "it gives no gradient to states"
     if window is not None and mask is not None:
@@ -53,7 +55,7 @@ def eager_covers(
 
 def eager_mechanism(
     projected, window=None, *, rotated=None, exponential=False, dropout=0.0, mask=None, segment_ids=None, initial_state=None,
-    return_state=False, layout=None,
+    return_state=False, layout=None, decay=None,
 ):  # fmt: skip
     """`leap_mechanism` by `_Leap`."""
     projected, rotated, kept = dropped(projected, rotated, dropout)

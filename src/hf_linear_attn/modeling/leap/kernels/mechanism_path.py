@@ -21,11 +21,13 @@ def is_long(projected, *args, **kwargs) -> bool:
 
 def kernel_covers(
     projected, window=None, *, rotated=None, exponential=False, dropout=0.0, mask=None, segment_ids=None, initial_state=None,
-    return_state=False, layout=None,
+    return_state=False, layout=None, decay=None,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot do this call, or None; arguments as for `leap_mechanism`."""
     if exponential:
         return "it has no exp focus"
+    if decay is not None:
+        return "it has no weights that fade"
     if window is not None and mask is not None and initial_state is not None:
         return "it does not take padding and an earlier state together in a windowed layer"
     if records_gradients() and (return_state or initial_state is not None):
@@ -36,7 +38,7 @@ def kernel_covers(
 
 def kernel_mechanism(
     projected, window=None, *, rotated=None, exponential=False, dropout=0.0, mask=None, segment_ids=None, initial_state=None,
-    return_state=False, layout=None,
+    return_state=False, layout=None, decay=None,
 ):  # fmt: skip
     """`leap_mechanism` by the kernels."""
     if window is None:

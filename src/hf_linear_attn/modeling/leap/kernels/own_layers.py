@@ -8,4 +8,6 @@ def own_layers(*layers) -> str | None:
     for layer in layers:
         if type(layer) not in (LeapAttention, LeapMLP):
             return f"a layer of the block is a {type(layer).__name__}, not LEAP's own"
+        if type(layer) is LeapAttention and layer.options:
+            return f"it has no {' and no '.join(layer.options)}"
     return None

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..compat import create_and_tag_model_card
-from ..configuration import FORMAT_FIELD, FORMAT_VERSION, fields_read, saved_fields
+from ..configuration import FORMAT_FIELD, fields_read, format_of, saved_fields
 from .exporter import export_code
 from .whole_files import (
     CODE_FOLDER,
@@ -132,7 +132,7 @@ class PortableCheckpointMixin(Base):
         try:
             if include_code:
                 self.config.auto_map = auto_map(type(self), self.config)
-                setattr(self.config, FORMAT_FIELD, FORMAT_VERSION)
+                setattr(self.config, FORMAT_FIELD, format_of(self.config))
             if in_place or not saves:
                 if include_code and not os.path.isfile(save_directory):
                     os.makedirs(save_directory, exist_ok=True)

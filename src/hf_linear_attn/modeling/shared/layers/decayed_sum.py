@@ -1,0 +1,170 @@
+"""Sums whose terms fade: S_i = sum_{j <= i} exp(-r (n_i - n_j)) x_j, in O(T) time and memory.
+
+n_i counts the real tokens of the row up to token i, so that padding ages nothing; r_h = ln 2 / half-life is the rate of head h.
+No factor is ever above 1: a term fades within its chunk, then with its chunk's total, and nothing is divided by a power.
+
+Notation: B batch, T time, H heads, F features a head, C chunk, n chunks.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ...kernels.tracing import float32_products_are_rounded, is_traced
+
+CHUNK = 64  # as in `windowed_mean`
+# exp weights are kept relative to the largest log weight that is seen, but never to one below this floor: weights under
+# exp(-30) vanish beside eps anyway, and the floor keeps exp(-reference) finite for windows that are empty.
+LOG_WEIGHT_FLOOR = -30.0
+
+
+def decayed_sum(
+    x: torch.Tensor,
+    rates: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    log_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sums S (B, T, H, F) of x (B, T, H, F), within each document.
+
+    Args:
+        x: what is summed; 0 at padding (or -inf in `log_weights`).
+        rates (`torch.Tensor` of shape `(H,)`): r >= 0, in the dtype of x.
+        mask (`torch.Tensor` of shape `(B, T)`, *optional*): True for tokens that take a step of time.
+        segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): non-decreasing document numbers.
+        log_weights (`torch.Tensor` of shape `(B, T, H)`, *optional*): x_j counts exp(log_weights_j) times.
+
+    Returns:
+        `tuple`: the sums and, with log weights, the reference (B, T, H): the sums are to be multiplied by exp(reference).
+    """
+    steps = None if mask is None else mask.to(x.dtype)
+    return _decayed_sum(x, rates, steps, segment_ids, log_weights, 0)
+
+
+def steps_taken(length: int, like: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """n_i, the real tokens up to each token, itself included: (B or 1, T), in the dtype of `like`."""
+    if mask is None:
+        return torch.arange(1, length + 1, device=like.device, dtype=like.dtype)[None]
+    return mask.cumsum(1).to(like.dtype)
+
+
+def _decayed_sum(x, rates, steps, segments, logs, depth):
+    """`decayed_sum` of terms that take `steps` (B, T) of time each; None: one each. `rates` are those of a step."""
+    length = x.shape[1]
+    # While compiling, the length may be dynamic and must not be asked for: three levels hold any, and chunks in pairs keep their
+    # number from being 1. torch.export keeps a length dynamic through one level of tables alone.
+    tracing = is_traced()
+    last_level = depth == 2 or (depth == 1 and isinstance(length, torch.SymInt))
+    single = last_level or (depth == 0 and length == 1) or (not tracing and length <= CHUNK)
+    # First phase: cut the row into chunks. What fills the last one up stands behind all tokens, and takes no time.
+    chunk = length if single else CHUNK
+    pair = 2 if tracing else 1
+    count = 1 if single else pair * ((length + pair * chunk - 1) // (pair * chunk))
+    padding = count * chunk - length
+    values = _cut(x, padding, single)  # (B, n, C, H, F)
+    segments = None if segments is None else _cut(segments, padding, single)  # (B, n, C)
+    logs = None if logs is None else _cut(logs, padding, single, -torch.inf).transpose(2, 3)  # (B, n, H, C)
+    # Second phase: the time (C,) or (B, n, C) of each place in its chunk, and how much of term j is left at place i.
+    if steps is None:
+        time = torch.arange(1, chunk + 1, device=x.device, dtype=x.dtype)
+    else:
+        time = _cut(steps, padding, single).cumsum(-1)
+    place = torch.arange(chunk, device=x.device)
+    visible = place[:, None] >= place  # (C, C)
+    if segments is not None:
+        visible = (visible & (segments[..., :, None] == segments[..., None, :]))[:, :, None]  # (B, n, 1, C, C)
+    scores = _fading(time[..., :, None] - time[..., None, :], rates)  # (H, C, C) or (B, n, H, C, C)
+    scores = scores if logs is None else scores + logs[..., None, :]
+    scores = scores.masked_fill(~visible, -torch.inf)
+    # Third phase: the sums of all chunks before, as they stand at the end of the last of them, and what of that is left.
+    before = None
+    if not single:
+        before, reference_before = _chunks_before(values, rates, time, steps is None, segments, logs, depth)
+        left = _fading(time, rates)  # (H, C) or (B, n, H, C)
+        continued = None
+        if segments is not None:
+            continued = (segments == _moved_on(segments[..., -1:], -1))[:, :, None]  # (B, n, 1, C)
+            left = left.masked_fill(~continued, -torch.inf)
+    # Fourth phase: everything relative to the largest, if there are log weights; then the products.
+    reference = None
+    if logs is not None:
+        reference = scores.detach().amax(-1)  # (B, n, H, C)
+        if before is not None:
+            left = left + reference_before[..., None]
+            reference = torch.maximum(reference, left.detach())
+        reference = reference.clamp(min=LOG_WEIGHT_FLOOR)
+        scores = scores - reference[..., None]
+    sums = _product("hij,bnjhf->bnihf" if scores.dim() == 3 else "bnhij,bnjhf->bnihf", scores.exp(), values)
+    if before is not None:
+        left = (left if reference is None else left - reference).exp()
+        sums = sums + left.transpose(-1, -2)[..., None] * before[:, :, None]
+    reference = None if reference is None else _join(reference.transpose(2, 3), single, length)
+    return _join(sums, single, length), reference
+
+
+def _chunks_before(values, rates, time, counted, segments, logs, depth):
+    """Sums (B, n, H, F) over all chunks before each, as they stand at its beginning, and their references (B, n, H) or None."""
+    # First phase: what each chunk hands on, as it stands at its end: the document that is open there.
+    ends = None if segments is None else segments[..., -1]
+    scores = _fading(time[..., -1:] - time, rates)  # (H, C) or (B, n, H, C)
+    if segments is not None:
+        scores = scores.masked_fill((segments != ends[..., None])[:, :, None], -torch.inf)
+    tops = None
+    if logs is not None:
+        scores = scores + logs
+        tops = scores.detach().amax(-1).clamp(min=LOG_WEIGHT_FLOOR)  # (B, n, H)
+        scores = scores - tops[..., None]
+    totals = _product("hj,bnjhf->bnhf" if scores.dim() == 2 else "bnhj,bnjhf->bnhf", scores.exp(), values)
+    # Second phase: the same sum over chunks, each of which takes the time of its tokens; moved on by a chunk.
+    if counted:
+        rates, steps = rates * values.shape[2], None
+    else:
+        steps = time[..., -1]
+    sums, reference = _decayed_sum(totals, rates, steps, ends, tops, depth + 1)
+    return _moved_on(sums, 0), None if reference is None else _moved_on(reference, LOG_WEIGHT_FLOOR)
+
+
+def _fading(time, rates):
+    """-r time: (...) and (H,) -> (H, C) for time (C,), (H, C, C) for (C, C), and with the heads behind (B, n) for those."""
+    behind = 2 if time.dim() > 2 else 0
+    return -time.unsqueeze(behind) * rates.view(-1, *[1] * (time.dim() - behind))
+
+
+def _product(equation, table, x):
+    """`torch.einsum` at full float32 precision, also where the user allows TF32 or bf16 inside float32 products."""
+    product = torch.einsum(equation, table, x)
+    if x.dtype == torch.float32 and float32_products_are_rounded():
+        pairs = ((i, j) for i in range(3) for j in range(3 - i))
+        tables, parts = _thirds(table.detach()), _thirds(x.detach())
+        exact = sum(torch.einsum(equation, tables[i], parts[j]) for i, j in pairs)
+        product = product + (exact - product).detach()
+    return product
+
+
+def _thirds(x):
+    """Three bf16 numbers hold all 24 bits of a float32."""
+    high = x.bfloat16().to(x.dtype)
+    middle = (x - high).bfloat16().to(x.dtype)
+    return high, middle, x - high - middle
+
+
+def _cut(x, padding, single, fill=0):
+    """Cut (B, T, ...) into chunks (B, n, C, ...); the last is filled up at its end."""
+    if single:
+        return x[:, None]
+    if isinstance(padding, int) and padding == 0:
+        return x.unflatten(1, (-1, CHUNK))
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, padding], value=fill).unflatten(1, (-1, CHUNK))
+
+
+def _join(x, single, length):
+    """Chunks (B, n, C, ...) back to (B, T, ...)."""
+    if single:
+        return x[:, 0]
+    if isinstance(length, torch.SymInt):  # torch.export would give up a dynamic length for a slice
+        return x.flatten(1, 2).index_select(1, torch.arange(length, device=x.device))
+    return x.flatten(1, 2)[:, :length]
+
+
+def _moved_on(x, fill):
+    """Chunks (B, n, ...) moved on by one."""
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [1, 0], value=fill)[:, : x.shape[1]]
