@@ -186,48 +186,45 @@ def _chunked(
     """Any number of tokens, real ones first, in chunks of C of which each sees the w - 1 tokens before it."""
     batch, length, heads, _ = query.shape
     groups, wide = key.shape[2], accumulation_dtype(query.dtype)
-    # First phase: the ring's tokens, oldest first, before the new ones; token t of the call stands at t + w.
-    keys, values, numbers = _after_ring(key, value, documents, window, state)
-    # Second phase: chunks of C slots.
+    # First phase: chunks of C slots, behind as many slots for the ring's tokens, oldest first.
     chunk = chunk or min(max(window, 64), 256)
     if isinstance(length, int):
         chunk = min(chunk, length)
     count, behind = _chunks(length, chunk)
-    chunked = (count, chunk)
-    query_features = _queries(feature_map(query, query_map), chunked, behind, groups)  # (B, n, G, R C, 2 F)
+    chunked, rows = (count, chunk), (heads // groups, chunk)
+    front = window if isinstance(count, int) and count == 1 else -(-window // chunk) * chunk
+    keys, values, numbers = _after_ring(key, value, documents, front, window, state)  # (B, f + T, G, D), (B, f + T)
+    wide_keys, wide_values = (F.pad(x.to(wide), (0, 0, 0, 0, 0, behind)) for x in (keys, values))
+    wide_values = F.pad(wide_values, (0, 1), value=1.0)  # a column whose sum is the normaliser
+    numbers = torch.cat((numbers, numbers[:, -1:].expand(-1, behind)), dim=1)  # (B, f + n C)
+    own, leaving = slice(front, None), slice(front - window, front - window + count * chunk)
+    # Second phase: the window, own token and the w - 1 before it.
     queries = _queries(query.to(wide), chunked, behind, groups)  # (B, n, G, R C, D)
-    numbers = torch.cat((numbers, numbers[:, -1:].expand(-1, behind)), dim=1)  # (B, w + n C)
-    own = numbers[:, window:].unflatten(1, chunked)  # (B, n, C)
-    near_keys, padded = (F.pad(x.to(wide), (0, 0, 0, 0, 0, behind)) for x in (keys, values))
-    with_ones = F.pad(padded, (0, 1), value=1.0)  # (B, w + n C, G, D + 1)
-    # Third phase: the window, own token and the w - 1 before it.
-    span = chunk + window - 1
-    near_keys, near_values = (x[:, 1:].unfold(1, span, chunk).transpose(-1, -2) for x in (near_keys, with_ones))
-    place = torch.arange(chunk, device=query.device)[:, None]
-    gap = torch.arange(span, device=query.device) - place  # 0 is the oldest token of a row's window, w - 1 its own
-    visible = (gap >= 0) & (gap < window) & (numbers[:, 1:].unfold(1, span, chunk)[:, :, None] == own[..., None])
-    rows = (heads // groups, chunk)
-    logits = _logits(queries, near_keys, scale, softcap).unflatten(3, rows)  # (B, n, G, R, C, C + w - 1)
-    weights = _window_weights(logits, visible[:, :, None, None], gain.to(wide).view(groups, -1, 1, 1)).flatten(3, 4)
-    total = weights @ near_values  # (B, n, G, R C, D + 1), the last column the normaliser
-    # Fourth phase: what has left the window; with slot t leaves the token w before it, if it is of the same document.
+    near_keys, near_values = (_near(x, chunked, front).transpose(2, 3) for x in (wide_keys, wide_values))
+    logits = _logits(queries, near_keys, scale, softcap).unflatten(3, rows)  # (B, n, G, R, C, f + C)
+    ago = torch.arange(chunk, device=query.device)[:, None] + front - torch.arange(front + chunk, device=query.device)
+    of_query = numbers[:, own].unflatten(1, chunked)  # (B, n, C)
+    visible = (ago >= 0) & (ago < window) & (of_query[..., None] == _near(numbers, chunked, front)[:, :, None])
+    weights = _window_weights(logits, visible[:, :, None, None], gain.to(wide).view(groups, -1, 1, 1))
+    total = weights.flatten(3, 4) @ near_values  # (B, n, G, R C, D + 1)
+    # Third phase: what has left the window. With each slot leaves the token w before it, if it is of the same document.
     real = torch.arange(count * chunk, device=query.device) < (length if lengths is None else lengths[:, None])
-    leaves = (numbers[:, :-window] == numbers[:, window:]) & real
-    features = F.pad(feature_map(keys[:, :length], key_map), (0, 0, 0, 0, 0, behind))
-    features = features.unflatten(1, chunked).transpose(2, 3) * leaves.unflatten(1, chunked)[:, :, None, :, None]  # (B, n, G, C, 2 F)
-    left_values = with_ones[:, :-window].unflatten(1, chunked).transpose(2, 3)  # (B, n, G, C, D + 1)
+    leaves = (numbers[:, leaving] == numbers[:, own]) & real
+    features = feature_map(wide_keys[:, leaving], key_map) * leaves[..., None, None]
+    features, left_values = (x.unflatten(1, chunked).transpose(2, 3) for x in (features, wide_values[:, leaving]))
+    query_features = _queries(feature_map(query, query_map), chunked, behind, groups)  # (B, n, G, R C, 2 F)
     decay = None
     if log_decay is not None:
         decay = F.pad(log_decay.to(wide), (0, 0, 0, behind)).unflatten(1, chunked).transpose(2, 3)  # (B, n, G, C)
     before = None if state is None else torch.cat((state.matrix, state.vector[..., None]), dim=-1).to(wide)
-    older, sums = _older(query_features, features, left_values, decay, own, before, rows)
+    older, sums = _older(query_features, features, left_values, decay, of_query, before, rows)
     total = total + older
-    # Fifth phase: one normaliser, tokens back in a row, and what is left behind.
+    # Fourth phase: one normaliser, tokens back in a row, and what is left behind.
     out = (total[..., :-1] / total[..., -1:]).unflatten(3, rows).permute(0, 1, 4, 2, 3, 5)  # (B, n, C, G, R, D)
     out = out.reshape(batch, count * chunk, heads, -1)[:, :length]
     if not keeps:
         return out, None
-    ring, number = _final_ring(keys, values, documents, lengths, length, window, state)
+    ring, number = _final_ring(keys[:, front - window :], values[:, front - window :], documents, lengths, window, state)
     return out, HedgehogState(ring, sums[..., :-1], sums[..., -1], number)
 
 
@@ -247,16 +244,26 @@ def _queries(states, chunked, behind, groups):
     return states.permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
 
 
-def _after_ring(key, value, documents, window, state):
-    """Keys and values (B, w + T, G, D) with the ring's in front, oldest first, and the document (B, w + T) of each."""
+def _near(states, chunked, front):
+    """(B, f + n C, ...) -> (B, n, f + C, ...): each chunk behind the f slots before it, f a multiple of C if there are several."""
+    count, chunk = chunked
+    if isinstance(count, int) and count == 1:
+        return states[:, None]
+    starts = range(0, front + 1, chunk)
+    return torch.cat([states[:, start : start + count * chunk].unflatten(1, chunked) for start in starts], dim=2)
+
+
+def _after_ring(key, value, documents, front, window, state):
+    """Keys and values (B, f + T, G, D) with those of the ring in the slots before the call's, oldest first, and their documents."""
     batch, length = key.shape[:2]
     if documents is None:
         documents = key.new_zeros(batch, length, dtype=torch.long)
     if state is None:
-        keys, values = (F.pad(x, (0, 0, 0, 0, window, 0)) for x in (key, value))
-        return keys, values, F.pad(documents, (window, 0), value=NOTHING)
+        keys, values = (F.pad(x, (0, 0, 0, 0, front, 0)) for x in (key, value))
+        return keys, values, F.pad(documents, (front, 0), value=NOTHING)
     ranks = state.count[:, None] - window + torch.arange(window, device=key.device)
     old = take_tokens(state.ring.transpose(1, 2), ranks % window).to(key.dtype)  # (B, w, 2, G, D)
+    old, ranks = F.pad(old, [0, 0] * 3 + [front - window, 0]), F.pad(ranks, (front - window, 0), value=-1)
     keys, values = torch.cat((old[:, :, 0], key), dim=1), torch.cat((old[:, :, 1], value), dim=1)
     return keys, values, torch.cat((torch.where(ranks >= 0, 0, NOTHING), documents), dim=1)
 
@@ -328,12 +335,12 @@ def _running_sums(x: torch.Tensor, log_decay: torch.Tensor | None, edges: torch.
     return sums.transpose(2, 3).flatten(1, 2)[:, :number]
 
 
-def _final_ring(keys, values, documents, lengths, length, window, state):
+def _final_ring(keys, values, documents, lengths, window, state):
     """The ring (B, 2, w, G, D) after the last real token, and the tokens (B,) of the document that is open then.
 
     keys, values: (B, w + T, G, D) as `_after_ring` has them.
     """
-    batch, device = keys.shape[0], keys.device
+    batch, length, device = keys.shape[0], keys.shape[1] - window, keys.device
     if lengths is None:
         lengths = torch.full((batch,), length, dtype=torch.long, device=device)
     seen = torch.zeros_like(lengths) if state is None else state.count
