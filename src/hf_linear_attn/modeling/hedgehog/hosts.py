@@ -54,9 +54,10 @@ def check_host(config: PreTrainedConfig) -> None:
 
 
 def _why_not(config: PreTrainedConfig) -> str | None:
-    lacking = [name for name in ("num_attention_heads", "num_hidden_layers", "hidden_size") if not hasattr(config, name)]
+    needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
+    lacking = [name for name in needed if not hasattr(config, name)]
     if lacking:
-        return f"its configuration has no `{lacking[0]}`, so it is no single text model (give that of its text part)"
+        return f"its configuration has no `{lacking[0]}`, which a text model with positions has (of several models in one, give the text part)"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder with a decoder, and Hedgehog replaces causal self-attention only"
     if getattr(config, "add_cross_attention", False):
@@ -93,6 +94,9 @@ def attention_layers(host: nn.Module, config: PreTrainedConfig) -> list[nn.Modul
         )
     elif not all(layer.is_causal for layer in layers):
         reason = "its tokens see later ones"
+    elif any(list(layer.parameters(recurse=False)) for layer in layers):
+        own = next(name for layer in layers for name, _ in layer.named_parameters(recurse=False))
+        reason = f"its attention has a parameter beside its projections (`{own}`), which would be ignored"
     else:
         return layers
     raise ValueError(f"Hedgehog cannot be put into a {name}: {reason}. Hosts that fit: {FITTING}")
