@@ -260,8 +260,8 @@ HEDGEHOG = Family(
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "c_attn"),  # of whichever host
     linearizes=True,
     card=Card(
-        "A pretrained transformer whose attention became linear: exact softmax over the last tokens, learned positive features for "
-        "all older ones (Hedgehog, in the form of LoLCATs), and a state of fixed size in place of a cache that grows.",
+        "A pretrained transformer whose attention became linear: exact softmax over the last tokens, learned positive features "
+        "for all older ones (Hedgehog, in the form of LoLCATs), and a state of fixed size in place of a cache that grows.",
         "@inproceedings{zhang2024hedgehog,\n"
         "  title = {The Hedgehog \\& the Porcupine: Expressive Linear Attentions with Softmax Mimicry},\n"
         "  author = {Zhang, Michael and Bhatia, Kush and Kumbong, Hermann and R{\\'e}, Christopher},\n"

@@ -25,13 +25,17 @@ def inputs(batch: int, length: int, seed: int = 0, dtype=torch.float64, groups: 
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     made = {name: draw(batch, length, heads, SIZE) for name, heads in zip(NAMES, (HEADS, groups, groups))}
-    return made | {"query_map": draw(HEADS, SIZE, FEATURES), "key_map": draw(groups, SIZE, FEATURES), "gain": draw(HEADS)}
+    return made | {
+        "query_map": draw(HEADS, SIZE, FEATURES),
+        "key_map": draw(groups, SIZE, FEATURES),
+        "gain": draw(HEADS),
+    }
 
 
 def forgetting(batch: int, length: int, groups: int = GROUPS) -> torch.Tensor:
     """Logarithms of what tokens leave, some of them much."""
     generator = torch.Generator().manual_seed(7)
-    drawn = -torch.rand(batch, length, groups, generator=generator, dtype=torch.float64) ** 3
+    drawn = -(torch.rand(batch, length, groups, generator=generator, dtype=torch.float64) ** 3)
     return drawn.requires_grad_()
 
 
@@ -48,7 +52,9 @@ def assert_same_with_gradients(run, reference, made: dict, **options) -> None:
 
 
 @pytest.mark.parametrize("decays", [False, True], ids=["", "forgetting"])
-@pytest.mark.parametrize(("length", "window", "chunk"), [(1, 3, 4), (9, 1, 4), (13, 3, 4), (12, 5, 2), (7, 16, 3), (300, 4, 2)])
+@pytest.mark.parametrize(
+    ("length", "window", "chunk"), [(1, 3, 4), (9, 1, 4), (13, 3, 4), (12, 5, 2), (7, 16, 3), (300, 4, 2)]
+)
 def test_the_definition(length, window, chunk, decays):
     """The last length has more chunks than one product sums."""
     made = inputs(2, length)
@@ -124,7 +130,9 @@ def test_calls_with_a_state_are_one_call(window, decays):
                 outs.append(out)
             return torch.cat(outs, 1), state
 
-        assert_same_with_gradients(run, lambda **given: hedgehog_attention_reference(**given, window=window), made, **more)
+        assert_same_with_gradients(
+            run, lambda **given: hedgehog_attention_reference(**given, window=window), made, **more
+        )
 
 
 @pytest.mark.parametrize("decays", [False, True], ids=["", "forgetting"])
@@ -142,7 +150,9 @@ def test_states(calls, window, decays):
         for count in calls:
             where = slice(start, start + count)
             parts = cut(made, where, {"log_decay": log_decay, "mask": mask})
-            out, state = hedgehog_attention(**parts, window=window, initial_state=state, return_state=True, chunk_size=4)
+            out, state = hedgehog_attention(
+                **parts, window=window, initial_state=state, return_state=True, chunk_size=4
+            )
             outs.append(out)
             start += count
         wanted = hedgehog_attention_reference(**made, window=window, log_decay=log_decay, mask=mask)
@@ -150,7 +160,9 @@ def test_states(calls, window, decays):
         for row in range(2):
             tokens = (x[row : row + 1, mask[row]] for x in (made["key"], made["value"]))
             alone = None if log_decay is None else log_decay[row : row + 1, mask[row]]
-            for found, expected in zip(state, hedgehog_state_reference(*tokens, made["key_map"], window=window, log_decay=alone)):
+            for found, expected in zip(
+                state, hedgehog_state_reference(*tokens, made["key_map"], window=window, log_decay=alone)
+            ):
                 torch.testing.assert_close(found[row : row + 1], expected, **TOLERANCE)
         assert all(not part[2].any() for part in state)
 
@@ -162,7 +174,11 @@ def test_the_last_document_is_what_a_state_holds():
         first = cut(made, slice(0, 4), {})
         state = hedgehog_attention(**first, window=3, return_state=True)[1]
         out, state = hedgehog_attention(
-            **cut(made, slice(4, 14), {"segment_ids": ids}), window=3, initial_state=state, return_state=True, chunk_size=4
+            **cut(made, slice(4, 14), {"segment_ids": ids}),
+            window=3,
+            initial_state=state,
+            return_state=True,
+            chunk_size=4,
         )
         wanted = hedgehog_attention_reference(**made, window=3, segment_ids=ids)[:, 4:]
         torch.testing.assert_close(out, wanted, **TOLERANCE)

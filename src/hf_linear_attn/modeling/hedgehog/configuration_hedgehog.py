@@ -1,4 +1,4 @@
-"""Configuration of the Hedgehog family: the configuration of a pretrained Transformer, and what takes the place of its attention."""
+"""Configuration of the Hedgehog family: that of a pretrained Transformer, and what takes the place of its attention."""
 
 import copy
 
@@ -41,8 +41,8 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
 
     Args:
         host_config (`PreTrainedConfig` or `dict`, *optional*): the host's configuration; `LlamaConfig()` if not given. Hosts are
-            causal language models whose layers call Transformers' attention functions: Llama, Mistral, Qwen2, Qwen3, SmolLM, Gemma,
-            GPT-2, OPT and what is built like them.
+            causal language models whose layers call Transformers' attention functions: Llama, Mistral, Qwen2, Qwen3, SmolLM,
+            Gemma, GPT-2, OPT and what is built like them.
         window (`int`, defaults to 64): w, the last tokens that a query sees by exact softmax, its own included. Quality and the
             size of the state grow with it.
         feature_size (`int`, *optional*): F, columns of each head's feature map, which gives 2 F features; the head size if not
@@ -100,12 +100,7 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
         self.tie_word_embeddings = bool(self.tie_word_embeddings)
         if self.feature_size is None:
             self.feature_size = head_size(host)
-        self.softmax_layers = sorted(set(self.softmax_layers or []))
-        self._check_layers()
-        kept = {i: softmax_type(host, i) for i in self.softmax_layers}
-        self.layer_types = [kept.get(i, LAYER_TYPE) for i in range(host.num_hidden_layers)]
-        if "sliding_attention" in self.layer_types:
-            self.sliding_window = sliding_window(host)  # the name under which Transformers' caches and masks look for it
+        self.keep_softmax(self.softmax_layers or [])
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -186,16 +181,28 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
             fields["host_config"]["dtype"] = None
         return fields
 
-    def _check_layers(self) -> None:
-        count = self.host_config.num_hidden_layers
-        wrong = [i for i in self.softmax_layers if not 0 <= i < count]
+    def keep_softmax(self, layers: list[int]) -> None:
+        """Take `layers` for those that keep softmax attention; a model follows by `set_softmax_layers`.
+
+        Raises:
+            ValueError: a layer that the host does not have, or all of them.
+        """
+        host, count = self.host_config, self.host_config.num_hidden_layers
+        wrong = [i for i in layers if not 0 <= i < count]
         if wrong:
             raise ValueError(f"`softmax_layers` names {wrong}, but the host has layers 0 to {count - 1}")
+        self.softmax_layers = sorted(set(layers))
         if len(self.softmax_layers) == count:
             raise ValueError(
                 f"`softmax_layers` names all {count} layers, so that nothing would be linear: leave at least one out, or use the "
                 "host itself"
             )
+        kept = {i: softmax_type(host, i) for i in self.softmax_layers}
+        self.layer_types = [kept.get(i, LAYER_TYPE) for i in range(count)]
+        if "sliding_attention" in self.layer_types:
+            self.sliding_window = sliding_window(
+                host
+            )  # the name under which Transformers' caches and masks look for it
 
     def validate_architecture(self):
         """Refuse values that no model can be built from."""
@@ -212,14 +219,14 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
         check_choice("forgetting", self.forgetting, FORGETTING)
         if self.feature_map not in FEATURE_MAPS:
             raise ValueError(
-                f"`feature_map` is {self.feature_map!r}, expected one of {', '.join(map(repr, FEATURE_MAPS))}: features have to be "
-                "positive, because their products are the weights of a mean"
+                f"`feature_map` is {self.feature_map!r}, expected one of {', '.join(map(repr, FEATURE_MAPS))}: features have "
+                "to be positive, because their products are the weights of a mean"
             )
         near = sliding_window(host)
         if near is not None and self.window > near:
             raise ValueError(
-                f"`window` is {self.window}, but layers of the host see {near} tokens (`host_config.sliding_window`): expected 1 to "
-                f"{near}"
+                f"`window` is {self.window}, but layers of the host see {near} tokens (`host_config.sliding_window`): expected "
+                f"1 to {near}"
             )
         if not 0 <= self.classifier_dropout <= 1:
             raise ValueError(f"`classifier_dropout` is {self.classifier_dropout}, expected a probability, 0 to 1")

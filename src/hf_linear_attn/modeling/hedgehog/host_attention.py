@@ -1,6 +1,8 @@
-"""What a host's attention layer becomes: the learned part that is put into it, and the function that Transformers' registry gives it.
+"""What a host's attention layer becomes: the learned part that is put into it, and the function that Transformers' registry gives
+it.
 
-The host's code stays Transformers': it projects, turns by positions, and calls the registered function with its attention module. The
+The host's code stays Transformers': it projects, turns by positions, and calls the registered function with its attention module.
+The
 host gets no cache and builds no mask (none is registered under that name): states, keys and values are read and written here.
 
 Transformers looks the function up by the name in a configuration, which anybody may change. The layers' own copy of the
@@ -67,7 +69,7 @@ class HedgehogAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Maps that give a token's own features (columns of the identity, then random ones of that length), equal parts, no forgetting."""
+        """Maps of columns of the identity, then random ones of that length; window and features weighed alike; no forgetting."""
         for weight in (self.query_map, self.key_map):
             shape = self.head_dim, max(0, self.feature_size - self.head_dim)
             more = torch.randn(weight.shape[0], *shape, device=weight.device, dtype=torch.float32) * self.head_dim**-0.5
@@ -81,7 +83,7 @@ class HedgehogAttention(nn.Module):
             init.zeros_(self.forget_weight)
 
     def log_decay(self, value: torch.Tensor) -> torch.Tensor | None:
-        """What tokens with these values (B, T, G, D) leave of what is older than their window, in logarithm: (B, T, G), or None."""
+        """Logarithm (B, T, G) of what tokens with these values (B, T, G, D) leave of what is older than their window, or None."""
         if self.forgetting == "none":
             return None
         wide = accumulation_dtype(value.dtype)
@@ -162,8 +164,8 @@ def hedgehog_attention_forward(
     """
     if hedgehog_call is None:
         raise ValueError(
-            "this layer belongs to a Hedgehog model: call that model, not its host, because positions and states are prepared there. "
-            'A dense model of the same configuration takes a copy of it and `attn_implementation="sdpa"`'
+            "this layer belongs to a Hedgehog model: call that model, not its host, because positions and states are prepared "
+            'there. A dense model of the same configuration takes a copy of it and `attn_implementation="sdpa"`'
         )
     core, softcap = getattr(module, "hedgehog", None), kwargs.get("softcap")
     if core is None:

@@ -1,7 +1,8 @@
 """Which pretrained Transformers Hedgehog fits, asked of their structure and not of their names.
 
-A host is a causal model whose every layer has one self-attention module that hands queries, keys and values (B, heads, T, D), already
-turned by their positions, to the attention function of Transformers' registry. What that function returns is all that changes.
+A host is a causal model whose every layer has one self-attention module that hands queries, keys and values (B, heads, T, D),
+already turned by their positions, to the attention function of Transformers' registry. What that function returns is all that
+changes.
 """
 
 import inspect
@@ -57,7 +58,7 @@ def _why_not(config: PreTrainedConfig) -> str | None:
     needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
     lacking = [name for name in needed if not hasattr(config, name)]
     if lacking:
-        return f"its configuration has no `{lacking[0]}`, which a text model with positions has (of several models in one, give the text part)"
+        return f"its configuration has no `{lacking[0]}` (of several models in one, give that of the text part)"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder with a decoder, and Hedgehog replaces causal self-attention only"
     if getattr(config, "add_cross_attention", False):
@@ -89,9 +90,8 @@ def attention_layers(host: nn.Module, config: PreTrainedConfig) -> list[nn.Modul
         reason = "its attention does not go through Transformers' attention functions"
     elif [layer.layer_idx for layer in layers] != list(range(config.num_hidden_layers)):
         found = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
-        reason = (
-            f"it has {len(layers)} self-attention modules ({found}), expected one in each of its {config.num_hidden_layers} layers"
-        )
+        wanted = f"one in each of its {config.num_hidden_layers} layers"
+        reason = f"it has {len(layers)} self-attention modules ({found}), expected {wanted}"
     elif not all(layer.is_causal for layer in layers):
         reason = "its tokens see later ones"
     elif any(list(layer.parameters(recurse=False)) for layer in layers):

@@ -1,7 +1,7 @@
 """Hedgehog attention: exact softmax over the last tokens, learned features for all older ones, under one normaliser.
 
-Query head h reads key head g(h); n and j are ranks among the real tokens of one document; w is the window. The weight of token j for
-query n is
+Query head h reads key head g(h); n and j are ranks among the real tokens of one document; w is the window. The weight of token j
+for query n is
 
     a_nj = exp(gain_h + l_nj - c_n)                                n - w < j <= n     l_nj = scale q_n . k_j,  c_n = max_j l_nj
     a_nj = phi_q(q_n) . phi_k(k_j)  exp(r_{j+w+1} + ... + r_n)     j <= n - w
@@ -10,9 +10,9 @@ query n is
     phi(x) = [softmax(x W), softmax(-x W)]                         2 F features a head, positive, at most 1
 
 with c_n the largest logit of the window of n, and r <= 0 the logarithm of what a token leaves of what is older than the window (0
-without forgetting). Both parts share the scale of c_n: the window's largest weight is exp(gain), a pair of features gives at most 2,
-and the normaliser is at least exp(gain). So nothing overflows, whatever the logits, and a text inside the window is attended to as
-by softmax alone, whatever the features. w = 3, token 5 of 6:
+without forgetting). Both parts share the scale of c_n: the window's largest weight is exp(gain), a pair of features gives at most
+2, and the normaliser is at least exp(gain). So nothing overflows, whatever the logits, and a text inside the window is attended
+to as by softmax alone, whatever the features. w = 3, token 5 of 6:
 
     token         0 1 2 3 4 5
     seen through  f f f s s s       f features, s softmax
@@ -20,8 +20,8 @@ by softmax alone, whatever the features. w = 3, token 5 of 6:
 Sources: the features are those of Hedgehog (arXiv 2402.04347, section 4), the window under one normaliser that of LoLCATs (arXiv
 2410.10254, section 3.3), where `gain` is the logarithm of its mixing term.
 
-State of one layer: the last w keys and values in a ring, sum_j phi(k_j) v_j^T and sum_j phi(k_j) of all that have left it, and the
-count of tokens. `hedgehog_attention_reference` is the definition with its T x T weights; `hedgehog_attention` is linear in T.
+State of one layer: the last w keys and values in a ring, sum_j phi(k_j) v_j^T and sum_j phi(k_j) of all that have left it, and
+the count of tokens. `hedgehog_attention_reference` is the definition with its T x T weights; `hedgehog_attention` is linear in T.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from ..kernels.tracing import as_written
 from ..shared.precision import accumulation_dtype
-from ..shared.token_order import TokenLayout, slot_ranks, take_tokens, token_layout
+from ..shared.token_order import TokenLayout, take_tokens, token_layout
 
 GROUP = 64  # chunks whose sums are formed by one product
 NOTHING = -1  # the "document" of slots of a ring that were never written
@@ -92,7 +92,8 @@ def hedgehog_attention(
         window: w, tokens seen by softmax, the query's own included.
         scale: of the logits, D^(-1/2) if not given. softcap: bound b of the logits, b tanh(l / b), if the host has one.
         log_decay: (B, T, G), at most 0: what each token leaves of all that is older than its window, in logarithm.
-        mask: (B, T) bool, True for real tokens. A padded token writes nothing, moves no window and gets output 0, wherever it stands.
+        mask: (B, T) bool, True for real tokens. A padded token writes nothing, moves no window and gets output 0, wherever it
+        stands.
         segment_ids: (B, T) documents, non-decreasing; 0 continues `initial_state`, others start from nothing.
         initial_state, return_state: the state left by the tokens before, and whether to return the next one.
         chunk_size: tokens that are handled together; equal results.
@@ -135,7 +136,7 @@ def _real_tokens_first(states: torch.Tensor, layout: TokenLayout) -> torch.Tenso
 
 
 def _step(query, key, value, log_decay, query_map, key_map, gain, window, scale, softcap, lengths, state):
-    """One token (B, 1, H, D): the oldest token of a full ring leaves it for the sums, the new one takes its slot, then all is read."""
+    """One token (B, 1, H, D): the oldest of a full ring leaves it for the sums, the new one takes its slot, then all is read."""
     ring, matrix, vector, count = state
     wide = matrix.dtype
     real = torch.ones_like(count, dtype=torch.bool) if lengths is None else lengths > 0
@@ -181,7 +182,21 @@ def _window_weights(logits, visible, gain):
 
 
 def _chunked(
-    query, key, value, log_decay, query_map, key_map, gain, window, scale, softcap, lengths, documents, state, keeps, chunk
+    query,
+    key,
+    value,
+    log_decay,
+    query_map,
+    key_map,
+    gain,
+    window,
+    scale,
+    softcap,
+    lengths,
+    documents,
+    state,
+    keeps,
+    chunk,
 ):
     """Any number of tokens, real ones first, in chunks of C of which each sees the w - 1 tokens before it."""
     batch, length, heads, _ = query.shape
@@ -224,7 +239,9 @@ def _chunked(
     out = out.reshape(batch, count * chunk, heads, -1)[:, :length]
     if not keeps:
         return out, None
-    ring, number = _final_ring(keys[:, front - window :], values[:, front - window :], documents, lengths, window, state)
+    ring, number = _final_ring(
+        keys[:, front - window :], values[:, front - window :], documents, lengths, window, state
+    )
     return out, HedgehogState(ring, sums[..., :-1], sums[..., -1], number)
 
 
@@ -245,7 +262,7 @@ def _queries(states, chunked, behind, groups):
 
 
 def _near(states, chunked, front):
-    """(B, f + n C, ...) -> (B, n, f + C, ...): each chunk behind the f slots before it, f a multiple of C if there are several."""
+    """(B, f + n C, ...) -> (B, n, f + C, ...): each chunk behind the f slots before it; f a multiple of C unless n is 1."""
     count, chunk = chunked
     if isinstance(count, int) and count == 1:
         return states[:, None]
@@ -254,7 +271,7 @@ def _near(states, chunked, front):
 
 
 def _after_ring(key, value, documents, front, window, state):
-    """Keys and values (B, f + T, G, D) with those of the ring in the slots before the call's, oldest first, and their documents."""
+    """Keys and values (B, f + T, G, D), those of the ring in the slots before the call's, oldest first, and their documents."""
     batch, length = key.shape[:2]
     if documents is None:
         documents = key.new_zeros(batch, length, dtype=torch.long)
@@ -306,8 +323,8 @@ def _older(query_features, features, values, decay, numbers, before, rows):
 def _running_sums(x: torch.Tensor, log_decay: torch.Tensor | None, edges: torch.Tensor) -> torch.Tensor:
     """s_c = x_c + [edge_c = edge_(c-1)] exp(log_decay_c) s_(c-1) of (B, N, G, X, Y), for all c at once.
 
-    log_decay (B, N, G), at most 0, or None; edges (B, N), non-decreasing. Groups of chunks by one product each, then the groups' ends
-    in the same way: linear in N.
+    log_decay (B, N, G), at most 0, or None; edges (B, N), non-decreasing. Groups of chunks by one product each, then the groups'
+    ends in the same way: linear in N.
     """
     number = x.shape[1]
     size = min(number, GROUP) if isinstance(number, int) else number

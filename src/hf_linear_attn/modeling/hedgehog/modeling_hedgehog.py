@@ -1,7 +1,8 @@
 """Hedgehog: a pretrained causal Transformer (the host) whose attention keeps a state of fixed size.
 
     host:      x = x + O softmax(Q K^T) V,     x = x + MLP(x)           as Transformers wrote it, with its own weights
-    Hedgehog:  the same, with softmax(Q K^T) V in each layer replaced by `mechanism`: exact softmax over the last w tokens, learned
+    Hedgehog:  the same, with softmax(Q K^T) V in each layer replaced by `mechanism`: exact softmax over the last w tokens,
+    learned
                positive features for all older ones, under one normaliser
 
 The host's body lies in `model.host` with the names of its parameters; what is learned anew is called `hedgehog` in each of its
@@ -62,6 +63,16 @@ class HedgehogPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         """The linear layers' learned parts, by layer."""
         return {module.layer_idx: module for module in self.modules() if isinstance(module, HedgehogAttention)}
 
+    def set_softmax_layers(self, layers: list[int]) -> None:
+        """Let `layers` alone keep softmax attention from now on; one that becomes linear begins with new feature maps.
+
+        Raises:
+            ValueError: a layer that the host does not have, or all of them.
+        """
+        self.config.keep_softmax(layers)
+        body = self if isinstance(self, HedgehogModel) else self.model
+        put_into(attention_layers(body.host, self.config.host_config), self.config)
+
     @torch.no_grad()
     def initialize_weights(self):
         """First the learned parts, which the host's own initialisation does not know, then everything else."""
@@ -78,6 +89,17 @@ class HedgehogPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         self.config._attn_implementation = self._check_and_adjust_attn_implementation(name, is_init_check=False)
 
 
+def put_into(layers: list[nn.Module], config: HedgehogConfig) -> None:
+    """Give each of the host's attention modules that is to be linear its learned part, and take it from the others."""
+    for index, layer in enumerate(layers):
+        has, keeps = hasattr(layer, "hedgehog"), index in config.softmax_layers
+        if has and keeps:
+            del layer.hedgehog
+        elif not has and not keeps:
+            like = next(layer.parameters())
+            layer.hedgehog = HedgehogAttention(config, index).to(like.device, like.dtype)
+
+
 class HedgehogModel(HedgehogPreTrainedModel):
     """The host's body with Hedgehog in its attention. Returns hidden states (B, T, d)."""
 
@@ -90,13 +112,15 @@ class HedgehogModel(HedgehogPreTrainedModel):
         config.host_config._attn_implementation = ATTENTION_NAME
         layers = attention_layers(self.host, config.host_config)
         keep_attention(layers, config.host_config)
-        for index, layer in enumerate(layers):
-            if index not in config.softmax_layers:
-                layer.hedgehog = HedgehogAttention(config, index)
-        names = [name for name, _ in self.host.named_modules()]  # OPT's decoder repeats its body's plan one name too deep
+        put_into(layers, config)
+        names = [
+            name for name, _ in self.host.named_modules()
+        ]  # OPT's decoder repeats its body's plan one name too deep
         plan = getattr(self.host, "_fsdp_plan", None) or {}
         self.host._fsdp_plan = {rule: style for rule, style in plan.items() if fnmatch.filter(names, rule)}
-        self.max_positions = config.max_position_embeddings if learned_positions(self.host, config.host_config) else None
+        self.max_positions = (
+            config.max_position_embeddings if learned_positions(self.host, config.host_config) else None
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -131,7 +155,8 @@ class HedgehogModel(HedgehogPreTrainedModel):
             position_ids (`(B, T)`, *optional*): restarting positions mark packed documents.
             cache (`Cache`, *optional*): the states to go on from; updated in place.
             use_cache (`bool`, *optional*): whether to make and return states.
-            **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions` ((B, H, T, T) a layer,
+            **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions` ((B, H, T, T) a
+            layer,
                 the weights of window and features together: for small T).
 
         Returns:
@@ -217,8 +242,8 @@ class HedgehogModel(HedgehogPreTrainedModel):
                 f"`{CACHE_NAME}` ({type(cache).__name__} with {found}) does not belong to this model, which has "
                 f"{len(kinds)} layers, recurrent but for {self.config.softmax_layers}: build it with "
                 "`RecurrentCache(config=model.config)`, `DynamicCache(config=model.config)` or "
-                "`StaticCache(config=model.config, max_cache_len=...)`. Keys and values per token, which prefix tuning writes, have "
-                "no place in a state of fixed size: use prompt tuning or LoRA"
+                "`StaticCache(config=model.config, max_cache_len=...)`. Keys and values per token, which prefix tuning writes, "
+                "have no place in a state of fixed size: use prompt tuning or LoRA"
             )
 
 

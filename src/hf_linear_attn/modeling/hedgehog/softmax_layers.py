@@ -16,7 +16,8 @@ from ..shared.states.state_layer import LAYER_TYPE
 
 
 def softmax_attention(module, query, key, value, call, scaling, dropout, softcap, more: dict):
-    """As the host's attention, through Transformers' function of the model's `attn_implementation`: (B, T, H, D) and maps or None.
+    """As the host's attention, through Transformers' function of the model's `attn_implementation`: (B, T, H, D) and maps or
+    None.
 
     Maps that are asked for are computed, whatever that function gives.
     """
@@ -28,7 +29,9 @@ def softmax_attention(module, query, key, value, call, scaling, dropout, softcap
     if call.output_attentions or name in (None, "eager") or (softcap is not None and name == "sdpa"):
         return eager_attention(module, query, key, value, mask, scaling, dropout, softcap)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
-    return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, softcap=softcap, sliding_window=window)
+    return attend(
+        module, query, key, value, mask, scaling=scaling, dropout=dropout, softcap=softcap, sliding_window=window
+    )
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
@@ -51,13 +54,16 @@ def eager_attention(module, query, key, value, attention_mask, scaling=None, dro
 
 
 def softmax_masks(config, hidden_states, attention_mask, segment_ids, cache) -> dict[int, torch.Tensor | None]:
-    """The mask of each softmax layer of a model, those of one type share it. `attention_mask` covers the tokens of the cache, too.
+    """The mask of each softmax layer of a model, those of one type share it. `attention_mask` covers the tokens of the cache,
+    too.
 
     Raises:
         ValueError: packed documents together with a cache; or padding between real tokens under a sliding window, which counts
             columns.
     """
-    kinds = {kind: i for i, kind in reversed(list(enumerate(config.layer_types))) if kind != LAYER_TYPE}  # first of each
+    kinds = {
+        kind: i for i, kind in reversed(list(enumerate(config.layer_types))) if kind != LAYER_TYPE
+    }  # first of each
     if not kinds:
         return {}
     if segment_ids is not None and cache is not None:
