@@ -177,8 +177,8 @@ def choose_softmax_layers(teacher: PreTrainedModel, student, ids: torch.Tensor, 
     """
     if not hasattr(student, "lm_head"):
         raise ValueError(
-            f"`softmax_layers` of the form 'auto:25%' compares predicted words, and {type(student).__name__} predicts none: choose "
-            "on the causal language model, and name the layers"
+            f"`softmax_layers` of the form 'auto:25%' compares predicted words, and {type(student).__name__} predicts none: "
+            "choose on the causal language model, and name the layers"
         )
     layers, window = range(student.config.num_hidden_layers), student.config.window
     measured = [0.0] * len(layers)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..kernels.tracing import as_written
+from ..kernels.tracing import as_written, is_traced
 from ..shared.precision import accumulation_dtype
 from ..shared.token_order import TokenLayout, take_tokens, token_layout
 
@@ -202,16 +202,13 @@ def _chunked(
     batch, length, heads, _ = query.shape
     groups, wide = key.shape[2], accumulation_dtype(query.dtype)
     # First phase: chunks of C slots, behind as many slots for the ring's tokens, oldest first.
-    chunk = chunk or min(max(window, 64), 256)
-    if isinstance(length, int):
-        chunk = min(chunk, length)
-    count, behind = _chunks(length, chunk)
+    count, chunk, behind, front = _chunks(length, chunk or min(max(window, 64), 256), window)
     chunked, rows = (count, chunk), (heads // groups, chunk)
-    front = window if isinstance(count, int) and count == 1 else -(-window // chunk) * chunk
     keys, values, numbers = _after_ring(key, value, documents, front, window, state)  # (B, f + T, G, D), (B, f + T)
     wide_keys, wide_values = (F.pad(x.to(wide), (0, 0, 0, 0, 0, behind)) for x in (keys, values))
     wide_values = F.pad(wide_values, (0, 1), value=1.0)  # a column whose sum is the normaliser
-    numbers = torch.cat((numbers, numbers[:, -1:].expand(-1, behind)), dim=1)  # (B, f + n C)
+    slot = torch.arange(front + count * chunk, device=query.device)
+    numbers = torch.where(slot < front + length, F.pad(numbers, (0, behind)), numbers[:, -1:])  # (B, f + n C)
     own, leaving = slice(front, None), slice(front - window, front - window + count * chunk)
     # Second phase: the window, own token and the w - 1 before it.
     queries = _queries(query.to(wide), chunked, behind, groups)  # (B, n, G, R C, D)
@@ -223,7 +220,7 @@ def _chunked(
     weights = _window_weights(logits, visible[:, :, None, None], gain.to(wide).view(groups, -1, 1, 1))
     total = weights.flatten(3, 4) @ near_values  # (B, n, G, R C, D + 1)
     # Third phase: what has left the window. With each slot leaves the token w before it, if it is of the same document.
-    real = torch.arange(count * chunk, device=query.device) < (length if lengths is None else lengths[:, None])
+    real = slot[own] - front < (length if lengths is None else lengths[:, None])
     leaves = (numbers[:, leaving] == numbers[:, own]) & real
     features = feature_map(wide_keys[:, leaving], key_map) * leaves[..., None, None]
     features, left_values = (x.unflatten(1, chunked).transpose(2, 3) for x in (features, wide_values[:, leaving]))
@@ -236,7 +233,7 @@ def _chunked(
     total = total + older
     # Fourth phase: one normaliser, tokens back in a row, and what is left behind.
     out = (total[..., :-1] / total[..., -1:]).unflatten(3, rows).permute(0, 1, 4, 2, 3, 5)  # (B, n, C, G, R, D)
-    out = out.reshape(batch, count * chunk, heads, -1)[:, :length]
+    out = _first_tokens(out.reshape(batch, count * chunk, heads, -1), length)
     if not keeps:
         return out, None
     ring, number = _final_ring(
@@ -245,14 +242,23 @@ def _chunked(
     return out, HedgehogState(ring, sums[..., :-1], sums[..., -1], number)
 
 
-def _chunks(length, chunk: int):
-    """How many chunks hold `length` tokens, and how many empty slots stand behind the last.
+def _chunks(length, chunk: int, window: int):
+    """How many chunks hold `length` tokens, of how many slots, how many of these are empty, and how many slots stand in front.
 
-    For a symbolic length the number is even: PyTorch lays out a single chunk differently, and would ask.
+    For a symbolic length (torch.export) the number is even: PyTorch lays out a single chunk differently, and would ask.
     """
+    if isinstance(length, int) and length <= chunk:
+        return 1, length, 0, window
     group = chunk if isinstance(length, int) else 2 * chunk
     count = (length + group - 1) // group * (group // chunk)
-    return count, count * chunk - length
+    return count, chunk, count * chunk - length, -(-window // chunk) * chunk
+
+
+def _first_tokens(states, length):
+    """The first `length` of (B, T, ...)."""
+    if is_traced():  # whether a slice is contiguous depends on its length, which a program may not ask: it copies
+        return states.index_select(1, torch.arange(length, device=states.device))
+    return states[:, :length]
 
 
 def _queries(states, chunked, behind, groups):
@@ -327,9 +333,10 @@ def _running_sums(x: torch.Tensor, log_decay: torch.Tensor | None, edges: torch.
     ends in the same way: linear in N.
     """
     number = x.shape[1]
-    size = min(number, GROUP) if isinstance(number, int) else number
-    behind = -number % size if isinstance(number, int) else 0
-    if behind:
+    several = isinstance(number, int) and number > GROUP  # one product for the symbolic number of torch.export
+    size = GROUP if several else number
+    if several:
+        behind = -number % size
         x, edges = F.pad(x, [0, 0] * 3 + [0, behind]), F.pad(edges, (0, behind))
         log_decay = None if log_decay is None else F.pad(log_decay, (0, 0, 0, behind))
     grouped, edges = x.unflatten(1, (-1, size)), edges.unflatten(1, (-1, size))  # (B, m, S, G, X, Y), (B, m, S)
@@ -341,7 +348,7 @@ def _running_sums(x: torch.Tensor, log_decay: torch.Tensor | None, edges: torch.
         kept = (passed[..., :, None] - passed[..., None, :]).masked_fill(~kept, -torch.inf).exp()
     rows = grouped.transpose(2, 3).flatten(4)  # (B, m, G, S, X Y)
     sums = (kept.to(x.dtype) @ rows).unflatten(-1, x.shape[3:])  # (B, m, G, S, X, Y)
-    if isinstance(number, int) and number > size:
+    if several:
         ends = edges[:, :, -1]
         totals = None if passed is None else passed[..., -1]
         before = _running_sums(sums[:, :, :, -1], totals, ends)[:, :-1]  # (B, m - 1, G, X, Y)
