@@ -207,10 +207,10 @@ class HedgehogRow(HostRow):
 
     def config(self, **changes):
         """Changes that HedgehogConfig does not know are the host's."""
-        fields = {**COMMON, **TINY[self.family], **self.options, **changes}
+        fields = {**COMMON, "bos_token_id": 1, "eos_token_id": None, **TINY[self.family], **self.options}
+        fields |= self.of_host | changes
         own = {name: fields.pop(name) for name in HEDGEHOG_FIELDS & set(fields)}
         own["classifier_dropout"] = fields.pop("hidden_dropout_prob")
-        fields |= self.of_host | {"bos_token_id": 1, "eos_token_id": None}
         fields.setdefault("tie_word_embeddings", True)
         return HedgehogConfig(host_config=HOSTS[self.host](**fields), **own)
 
@@ -496,7 +496,7 @@ VARIANTS += [
         name="hedgehog-qwen3",
         host="qwen3",
         traced=False,
-        of_host={"head_dim": 8, "num_key_value_heads": 1},
+        of_host={"head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2},
         options={"forgetting": "token", "window": 1},
     ),
 ]

@@ -100,7 +100,7 @@ def test_the_state_stays_the_same_size():
     with torch.no_grad():
         sizes = {model(tokens(1, length), use_cache=True).cache.state_size() for length in (5, 50, 250)}
     assert len(sizes) == 1
-    heads, window, size = 2, 4, 4
+    heads, window, size = 2, 4, 4  # of keys
     numbers = 2 * window * heads * size + heads * 2 * size * (size + 1)
     assert sizes == {3 * (4 * numbers + 2 * 8)}  # float32, and two counts
 

@@ -23,7 +23,7 @@ from ..shared.files.state_file import (
     numbered,
 )
 from ..shared.states.state_layer import LAYER_TYPE
-from .hosts import check_host, head_size, key_heads, sliding_window, softmax_type
+from .hosts import ATTENTION_NAME, check_host, head_size, key_heads, sliding_window, softmax_type
 from .mechanism import state_shapes
 
 FORGETTING = ("none", "head", "token")
@@ -151,14 +151,13 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
 
     @property
     def _attn_implementation(self):
-        return self._attn_implementation_internal
+        """The attention function of softmax layers. The host's configuration does not follow: its layers ask ours."""
+        return PreTrainedConfig._attn_implementation.fget(self)
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: str | dict | None):
-        """The attention function of softmax layers. The host's configuration does not follow: its layers ask ours."""
-        if isinstance(value, dict):
-            value = value.get("", getattr(self, "_attn_implementation_internal", None))
-        self._attn_implementation_internal = value
+        own = value if isinstance(value, dict) else {"": value}
+        PreTrainedConfig._attn_implementation.fset(self, own | {"host_config": ATTENTION_NAME})
 
     def state_tensors(self, length: int) -> list[dict[str, StateTensor]]:
         """What each layer keeps of a text, by name, after `length` columns."""
@@ -228,6 +227,7 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
                 f"`window` is {self.window}, but layers of the host see {near} tokens (`host_config.sliding_window`): expected "
                 f"1 to {near}"
             )
+        check_size("num_labels", self.num_labels)
         if not 0 <= self.classifier_dropout <= 1:
             raise ValueError(f"`classifier_dropout` is {self.classifier_dropout}, expected a probability, 0 to 1")
 

@@ -21,10 +21,10 @@ from ..shared.call import Call
 from ..shared.compat import ALL_ATTENTION_FUNCTIONS, init
 from ..shared.layer_output import check_state, refuse_maps_after
 from ..shared.precision import accumulation_dtype
+from .hosts import ATTENTION_NAME
 from .mechanism import HedgehogState, hedgehog_attention, hedgehog_weights, state_shapes
 from .softmax_layers import softmax_attention
 
-ATTENTION_NAME = "hf_linear_attn_hedgehog"
 NEVER_FORGETS = 8.0  # initial bias of forgetting: a token leaves 1 - e^-8 of what is older
 
 

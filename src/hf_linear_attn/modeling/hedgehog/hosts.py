@@ -10,6 +10,7 @@ import inspect
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+ATTENTION_NAME = "hf_linear_attn_hedgehog"  # of the function that hosts call, in Transformers' registry
 FITTING = "Llama, Mistral, Qwen2, Qwen3, SmolLM, Gemma, GPT-2, OPT and models built like them"
 SOFTMAX_TYPES = ("full_attention", "sliding_attention")
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 
 from ..kernels.plain_layers import table_rows
-from ..shared.body import RecurrentModelOutput, asks_for_attentions, read_call, without_cache_in_training
+from ..shared.body import RecurrentModelOutput, asks_for_attentions, check_cache, read_call, without_cache_in_training
 from ..shared.causal_lm import RecurrentForCausalLM, mask_for_generate
 from ..shared.compat import (
     CACHE_NAME,
@@ -33,8 +33,8 @@ from ..shared.sequence import DOCUMENT_KEYWORDS, blank_padding, check_token_ids,
 from ..shared.states.cache import RecurrentCache
 from ..shared.states.state_layer import LAYER_TYPE
 from .configuration_hedgehog import HedgehogConfig
-from .host_attention import ATTENTION_NAME, HedgehogAttention, HedgehogCall, keep_attention, register_attention
-from .hosts import attention_layers, exits_early, learned_positions, name_in
+from .host_attention import HedgehogAttention, HedgehogCall, keep_attention, register_attention
+from .hosts import ATTENTION_NAME, attention_layers, exits_early, learned_positions, name_in
 from .softmax_layers import softmax_masks
 
 
@@ -83,10 +83,8 @@ class HedgehogPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Choose the attention function of the softmax layers; the host's linear layers keep ours."""
-        name = attn_implementation
-        if isinstance(name, dict):
-            name = name.get("", self.config._attn_implementation)
-        self.config._attn_implementation = self._check_and_adjust_attn_implementation(name, is_init_check=False)
+        own = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
+        super().set_attn_implementation(own | {"host_config": ATTENTION_NAME}, *args, **kwargs)
 
 
 def put_into(layers: list[nn.Module], config: HedgehogConfig) -> None:
@@ -235,12 +233,15 @@ class HedgehogModel(HedgehogPreTrainedModel):
     def _check_cache(self, cache, kinds) -> None:
         """Refuse a cache whose layers are not those of this model."""
         linear = [kind == LAYER_TYPE for kind in kinds]
+        if all(linear):
+            check_cache(cache, self.config)
+            return
         layers = getattr(cache, "layers", None)
         if layers is None or [hasattr(layer, "update_state") for layer in layers] != linear:
             found = "no list of layers" if layers is None else f"layers {[type(layer).__name__ for layer in layers]}"
             raise ValueError(
                 f"`{CACHE_NAME}` ({type(cache).__name__} with {found}) does not belong to this model, which has "
-                f"{len(kinds)} layers, recurrent but for {self.config.softmax_layers}: build it with "
+                f"{len(kinds)} layers, recurrent except {self.config.softmax_layers}: build it with "
                 "`RecurrentCache(config=model.config)`, `DynamicCache(config=model.config)` or "
                 "`StaticCache(config=model.config, max_cache_len=...)`. Keys and values per token, which prefix tuning writes, "
                 "have no place in a state of fixed size: use prompt tuning or LoRA"
