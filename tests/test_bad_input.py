@@ -515,9 +515,7 @@ CASES = [
     for case in CONFIGURATIONS + TOKENS + MASKS_AND_POSITIONS + PACKING + LABELS + CACHES + LAYERS
     for name in case.names
     if not (BY_NAME[name].family == "sea" and case.name in NOT_OF_SEA)
-    if not (
-        BY_NAME[name].family == "hedgehog" and case.name == "heads-do-not-divide"
-    )  # its host says so in its own words
+    if not (BY_NAME[name].family == "hedgehog" and case.name in ("heads-do-not-divide", "no-heads"))  # its host says so
 ]
 
 

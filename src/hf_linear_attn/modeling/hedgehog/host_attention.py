@@ -103,7 +103,7 @@ class HedgehogAttention(nn.Module):
         decay = self.log_decay(value)
         layout = None
         if call.mask is not None or call.segment_ids is not None:
-            layout = call.layout(*query.shape[:2], query.device)
+            layout = call.layout(query.shape[0], query.shape[1], query.device)
         options: dict[str, Any] = {"window": self.window, "scale": scale, "softcap": softcap, "log_decay": decay}
         learned = (self.query_map, self.key_map, self.window_gain)
         mixed, state = hedgehog_attention(

@@ -103,7 +103,7 @@ def hedgehog_attention(
         (B, T, H, D) in the dtype of `query`, and the state or None. O(T (w + F D)) time and memory.
     """
     if layout is None and (mask is not None or segment_ids is not None):
-        layout = token_layout(*query.shape[:2], query.device, mask, segment_ids)
+        layout = token_layout(query.shape[0], query.shape[1], query.device, mask, segment_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     lengths = documents = None
     with as_written(query):
