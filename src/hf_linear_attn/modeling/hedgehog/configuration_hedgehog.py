@@ -125,6 +125,11 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
         self.host_config.num_hidden_layers = value
 
     @property
+    def linear_layers(self) -> list[int]:
+        """The layers that keep no softmax attention."""
+        return [i for i in range(len(self.layer_types)) if i not in self.softmax_layers]
+
+    @property
     def num_attention_heads(self) -> int:
         """Query heads of the host."""
         return self.host_config.num_attention_heads
@@ -169,7 +174,7 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
         for kind in self.layer_types:
             sliding = self.sliding_window if kind == "sliding_attention" else None
             layers.append(dict(state) if kind == LAYER_TYPE else keys_and_values(heads, size, length, sliding))
-        layers[self.layer_types.index(LAYER_TYPE)] |= noted_columns(length if self.softmax_layers else None)
+        layers[self.linear_layers[0]] |= noted_columns(length if self.softmax_layers else None)
         return layers
 
     def to_dict(self) -> dict:

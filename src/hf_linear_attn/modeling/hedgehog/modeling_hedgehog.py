@@ -15,23 +15,26 @@ import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 
-from ..kernels.plain_layers import table_rows
-from ..shared.body import RecurrentModelOutput, asks_for_attentions, check_cache, read_call, without_cache_in_training
+from ..shared.body import (
+    RecurrentModelOutput,
+    asks_for_attentions,
+    check_direction,
+    embed_inputs,
+    open_cache,
+    read_call,
+    without_cache_in_training,
+)
 from ..shared.causal_lm import RecurrentForCausalLM, mask_for_generate
 from ..shared.compat import (
-    CACHE_NAME,
     CACHE_NAMES,
     cache_keyword,
     can_return_tuple,
     either_cache_name,
     merge_with_config_defaults,
-    refuse_cache_under_checkpointing,
 )
 from ..shared.files.checkpoint import PortableCheckpointMixin
 from ..shared.heads import SequenceClassificationMixin
-from ..shared.sequence import DOCUMENT_KEYWORDS, blank_padding, check_token_ids, passes_on
-from ..shared.states.cache import RecurrentCache
-from ..shared.states.state_layer import LAYER_TYPE
+from ..shared.sequence import DOCUMENT_KEYWORDS, blank_padding, passes_on
 from .configuration_hedgehog import HedgehogConfig
 from .host_attention import HedgehogAttention, HedgehogCall, keep_attention, register_attention
 from .hosts import ATTENTION_NAME, attention_layers, exits_early, learned_positions, name_in
@@ -160,7 +163,7 @@ class HedgehogModel(HedgehogPreTrainedModel):
         Returns:
             [`RecurrentModelOutput`].
         """
-        hidden_states = self._embed(input_ids, inputs_embeds)
+        hidden_states = embed_inputs(self, input_ids, inputs_embeds)  # the host adds positions, and scales them
         call = self._open_call(hidden_states, attention_mask, position_ids, cache, use_cache, **kwargs)
         positions = call.position_ids
         if call.mask is not None:
@@ -182,43 +185,17 @@ class HedgehogModel(HedgehogPreTrainedModel):
             attentions=output.attentions,
         )
 
-    def _embed(self, input_ids, inputs_embeds) -> torch.Tensor:
-        """The embedded tokens (B, T, d) from exactly one of the two; the host adds positions and scales them."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
-        if inputs_embeds is None:
-            embedding = self.get_input_embeddings()
-            check_token_ids(input_ids, table_rows(embedding), self.training)
-            return embedding(input_ids)
-        width = self.config.hidden_size
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
-            raise ValueError(
-                f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {width})"
-            )
-        return inputs_embeds
-
     def _open_call(self, hidden_states, attention_mask, position_ids, cache, use_cache, **kwargs) -> HedgehogCall:
         """Check the inputs and open the cache: what all layers share."""
-        if kwargs.get("is_causal") is False:
-            raise ValueError(
-                "`is_causal=False` cannot be honoured: this model sums from the left, each token sees only earlier ones"
-            )
-        kinds = self.config.layer_types[: self.config.num_hidden_layers]
-        if use_cache and cache is None:
-            cache = RecurrentCache(config=self.config)
-        layer, past_length = None, 0
-        if cache is not None:
-            self._check_cache(cache, kinds)
-            refuse_cache_under_checkpointing(self, cache)
-            layer, past_length = cache.layers[kinds.index(LAYER_TYPE)], cache.get_seq_length()
-            layer.past.keeps_mask = bool(self.config.softmax_layers)
-        sequence = read_call(
-            hidden_states, attention_mask, position_ids, layer, past_length, self.max_positions, **kwargs
-        )
+        check_direction(kwargs.get("is_causal"), causal=True)
+        cache = open_cache(self, cache, use_cache)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        sequence = read_call(hidden_states, attention_mask, position_ids, cache, self.max_positions, **kwargs)
         masks = {}
         if self.config.softmax_layers:
-            if layer is not None:
-                attention_mask = layer.past.mask_of_keys(attention_mask, past_length, hidden_states.shape[1])
+            if cache is not None:
+                past = cache.layers[self.config.linear_layers[0]].past
+                attention_mask = past.mask_of_keys(attention_mask, past_length, hidden_states.shape[1])
             masks = softmax_masks(self.config, hidden_states, attention_mask, sequence.segment_ids, cache)
         return HedgehogCall(
             sequence.mask,
@@ -229,23 +206,6 @@ class HedgehogModel(HedgehogPreTrainedModel):
             softmax_masks=masks,
             softmax_function=self.config._attn_implementation,
         )
-
-    def _check_cache(self, cache, kinds) -> None:
-        """Refuse a cache whose layers are not those of this model."""
-        linear = [kind == LAYER_TYPE for kind in kinds]
-        if all(linear):
-            check_cache(cache, self.config)
-            return
-        layers = getattr(cache, "layers", None)
-        if layers is None or [hasattr(layer, "update_state") for layer in layers] != linear:
-            found = "no list of layers" if layers is None else f"layers {[type(layer).__name__ for layer in layers]}"
-            raise ValueError(
-                f"`{CACHE_NAME}` ({type(cache).__name__} with {found}) does not belong to this model, which has "
-                f"{len(kinds)} layers, recurrent except {self.config.softmax_layers}: build it with "
-                "`RecurrentCache(config=model.config)`, `DynamicCache(config=model.config)` or "
-                "`StaticCache(config=model.config, max_cache_len=...)`. Keys and values per token, which prefix tuning writes, "
-                "have no place in a state of fixed size: use prompt tuning or LoRA"
-            )
 
 
 class HedgehogForCausalLM(RecurrentForCausalLM, HedgehogPreTrainedModel, GenerationMixin):
