@@ -81,9 +81,11 @@ def carry_over(teacher: PreTrainedModel, student: HedgehogPreTrainedModel) -> No
     missing = [name for name in missing if MARK not in f".{name}"]
     carried = {id(parameter) for parameter in body.parameters()}
     for name, given in (("lm_head", teacher.get_output_embeddings()), ("score", getattr(teacher, "score", None))):
-        if hasattr(student, name) and given is None:
+        if not hasattr(student, name):
+            continue
+        if given is None:
             missing.append(name)
-        elif hasattr(student, name):
+        else:
             getattr(student, name).load_state_dict(given.state_dict())
             carried |= {id(parameter) for parameter in given.parameters()}
     unexpected += [name for name, parameter in teacher.named_parameters() if id(parameter) not in carried]
@@ -103,7 +105,7 @@ def check_same_inside_the_window(teacher: PreTrainedModel, student: HedgehogPreT
         ValueError: with how far the predictions differ.
     """
     length = min(student.config.window, 8)
-    ids = torch.arange(length, device=teacher.device)[None] * 7 % student.config.vocab_size
+    ids = torch.arange(length, device=teacher.device)[None] * 7 % int(teacher.config.vocab_size)
     if teacher.device.type == "meta" or not can_read_values(ids):
         return
     training = teacher.training

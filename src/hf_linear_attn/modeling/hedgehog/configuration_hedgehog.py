@@ -127,7 +127,7 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
     @property
     def linear_layers(self) -> list[int]:
         """The layers that keep no softmax attention."""
-        return [i for i in range(len(self.layer_types)) if i not in self.softmax_layers]
+        return [i for i, kind in enumerate(self.layer_types or ()) if kind == LAYER_TYPE]
 
     @property
     def num_attention_heads(self) -> int:

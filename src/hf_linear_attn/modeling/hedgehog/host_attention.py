@@ -117,7 +117,7 @@ class HedgehogAttention(nn.Module):
             chunk_size=self.chunk_size,
             layout=layout,
         )
-        if layer_cache is not None:
+        if layer_cache is not None and state is not None:
             replay = self._advance, (key, value, decay, call.mask, call.segment_ids)
             layer_cache.update_state(tuple(state), query.shape[1], call.mask, replay, call.segment_ids)
         maps = None

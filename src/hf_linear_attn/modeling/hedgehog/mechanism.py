@@ -43,13 +43,13 @@ class HedgehogState(NamedTuple):
     ring: (B, 2, w, G, D) keys and values in the dtype of the inputs; the token of rank p stands in slot p mod w, a slot never
         written holds zeros.
     matrix, vector: (B, G, 2 F, D) and (B, G, 2 F), sums over the tokens that have left the ring, in float32 at least.
-    count: (B,) int64, tokens seen in the current document.
+    tokens: (B,) int64, tokens seen in the current document.
     """
 
     ring: torch.Tensor
     matrix: torch.Tensor
     vector: torch.Tensor
-    count: torch.Tensor
+    tokens: torch.Tensor
 
 
 def state_shapes(window: int, key_heads: int, head_dim: int, feature_size: int) -> tuple[tuple[int, ...], ...]:
@@ -284,7 +284,7 @@ def _after_ring(key, value, documents, front, window, state):
     if state is None:
         keys, values = (F.pad(x, (0, 0, 0, 0, front, 0)) for x in (key, value))
         return keys, values, F.pad(documents, (front, 0), value=NOTHING)
-    ranks = state.count[:, None] - window + torch.arange(window, device=key.device)
+    ranks = state.tokens[:, None] - window + torch.arange(window, device=key.device)
     old = take_tokens(state.ring.transpose(1, 2), ranks % window).to(key.dtype)  # (B, w, 2, G, D)
     old, ranks = F.pad(old, [0, 0] * 3 + [front - window, 0]), F.pad(ranks, (front - window, 0), value=-1)
     keys, values = torch.cat((old[:, :, 0], key), dim=1), torch.cat((old[:, :, 1], value), dim=1)
@@ -367,7 +367,7 @@ def _final_ring(keys, values, documents, lengths, window, state):
     batch, length, device = keys.shape[0], keys.shape[1] - window, keys.device
     if lengths is None:
         lengths = torch.full((batch,), length, dtype=torch.long, device=device)
-    seen = torch.zeros_like(lengths) if state is None else state.count
+    seen = torch.zeros_like(lengths) if state is None else state.tokens
     count = seen + lengths
     if documents is not None:
         slot = torch.arange(length, device=device)

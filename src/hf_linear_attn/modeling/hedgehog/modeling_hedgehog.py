@@ -93,7 +93,7 @@ class HedgehogPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
 def put_into(layers: list[nn.Module], config: HedgehogConfig) -> None:
     """Give each of the host's attention modules that is to be linear its learned part, and take it from the others."""
     for index, layer in enumerate(layers):
-        has, keeps = hasattr(layer, "hedgehog"), index in config.softmax_layers
+        has, keeps = hasattr(layer, "hedgehog"), index not in config.linear_layers
         if has and keeps:
             del layer.hedgehog
         elif not has and not keeps:
