@@ -208,7 +208,7 @@ def table_of(measured: list[float], chosen: list[int], ids: torch.Tensor) -> str
     lines = [f"KL of the predictions when a layer alone is linear, {ids.shape[0]} texts of {ids.shape[1]} tokens"]
     lines += [f"{'layer':>5}  {'KL, nats a token':>16}  becomes"]
     for layer, kl in enumerate(measured):
-        lines.append(f"{layer:>5}  {kl:>16.5f}  {'softmax' if layer in chosen else 'linear'}")
+        lines.append(f"{layer:>5}  {kl:>16.3g}  {'softmax' if layer in chosen else 'linear'}")
     return "\n".join(lines)
 
 
