@@ -154,13 +154,9 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
         """The name that the heads of all families read."""
         return self.classifier_dropout
 
-    @property
-    def _attn_implementation(self):
-        """The attention function of softmax layers. The host's configuration does not follow: its layers ask ours."""
-        return PreTrainedConfig._attn_implementation.fget(self)
-
-    @_attn_implementation.setter
+    @PreTrainedConfig._attn_implementation.setter
     def _attn_implementation(self, value: str | dict | None):
+        """The attention function of softmax layers. The host's configuration does not follow: its layers ask ours."""
         own = value if isinstance(value, dict) else {"": value}
         PreTrainedConfig._attn_implementation.fset(self, own | {"host_config": ATTENTION_NAME})
 
