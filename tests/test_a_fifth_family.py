@@ -29,8 +29,8 @@ ECHO = Family(
 ROW = '    Row("echo", "echo", bounded=False, positional=False, shift_invariant=True, explains=False),\n'
 MATRIX = ("test_matrix_forward.py", "test_matrix_padding.py", "test_matrix_packing.py", "hub/test_without_package.py")
 # `tests/common/families.py` lists rows, `families.py` records: what is put in stands before these lines.
-BEFORE_THE_ROWS, BEFORE_THE_RECORDS = "]\nCAUSAL = ", "FAMILIES: dict[str, Family] = {"
-LAST_RECORD = "FASTFORMER, DANET, SEA)"
+BEFORE_THE_ROWS, BEFORE_THE_RECORDS = "]\nROWS.append(", "FAMILIES: dict[str, Family] = {"
+LAST_RECORD = "DANET, SEA, HEDGEHOG)"
 
 
 def add_the_family(folder: Path) -> None:
@@ -44,7 +44,7 @@ def add_the_family(folder: Path) -> None:
     text = records.read_text()
     assert text.count(BEFORE_THE_RECORDS) == text.count(LAST_RECORD) == 1
     text = text.replace(BEFORE_THE_RECORDS, f"{RECORD.lstrip()}\n{BEFORE_THE_RECORDS}")  # the record
-    records.write_text(text.replace(LAST_RECORD, LAST_RECORD.replace("SEA)", "SEA, ECHO)")))
+    records.write_text(text.replace(LAST_RECORD, LAST_RECORD.replace("HEDGEHOG)", "HEDGEHOG, ECHO)")))
     rows = folder / "tests" / "common" / "families.py"
     text = rows.read_text()
     assert text.count(BEFORE_THE_ROWS) == 1

@@ -238,6 +238,12 @@ OTHER_MODELS = {
         {"rope_theta": 500.0},
         {"hidden_act": "relu"},
     ],
+    "hedgehog": [
+        {"forgetting": "head"},
+        {"softmax_layers": [2]},
+        {"rope_theta": 500.0},
+        {"hidden_act": "relu"},
+    ],
 }
 
 

@@ -42,6 +42,12 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
         FastformerForTokenClassification,
         FastformerModel,
     )
+    from .modeling.hedgehog.configuration_hedgehog import HedgehogConfig
+    from .modeling.hedgehog.modeling_hedgehog import (
+        HedgehogForCausalLM,
+        HedgehogForSequenceClassification,
+        HedgehogModel,
+    )
     from .modeling.kernels.dispatch import use_backend
     from .modeling.leap.configuration_leap import LeapConfig
     from .modeling.leap.modeling_leap import (

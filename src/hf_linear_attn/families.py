@@ -257,7 +257,28 @@ SEA = Family(
     ),
 )
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LEAP, FASTFORMER, DANET, SEA)}
+HEDGEHOG = Family(
+    name="hedgehog",
+    module=f"{HERE}.modeling.hedgehog",
+    configuration="HedgehogConfig",
+    classes={
+        "configuration_hedgehog": ("HedgehogConfig",),
+        "modeling_hedgehog": ("HedgehogModel", "HedgehogForCausalLM", "HedgehogForSequenceClassification"),
+    },
+    heads=heads("Hedgehog", "Model", "ForCausalLM", "ForSequenceClassification"),
+    lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "c_attn"),  # of whichever host
+    linearizes=True,
+    card=Card(
+        "A pretrained transformer whose attention became linear: exact softmax over the last tokens, learned positive features "
+        "for all older ones (Hedgehog, in the form of LoLCATs), and a state of fixed size in place of a cache that grows.",
+        "@inproceedings{zhang2024hedgehog,\n"
+        "  title = {The Hedgehog \\& the Porcupine: Expressive Linear Attentions with Softmax Mimicry},\n"
+        "  author = {Zhang, Michael and Bhatia, Kush and Kumbong, Hermann and R{\\'e}, Christopher},\n"
+        "  booktitle = {International Conference on Learning Representations},\n  year = {2024}\n}",
+    ),
+)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LEAP, FASTFORMER, DANET, SEA, HEDGEHOG)}
 
 # Models of Transformers' own that `train` and `bench` set beside ours: tasks, and how they are sized.
 BASELINES: dict[str, tuple[tuple[str, ...], Sizes]] = {

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig, set_seed
+from transformers import BertConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen3Config, set_seed
 
-from hf_linear_attn import SeaConfig
+from hf_linear_attn import HedgehogConfig, SeaConfig
 from hf_linear_attn.families import FAMILIES
 
 VOCAB = 64
@@ -30,6 +30,7 @@ TINY: dict[str, dict] = {
         "query_initializer_range": 0.3,
     },
     "sea": {"k": 5, "predictor_length": 16, "initializer_range": 0.3},
+    "hedgehog": {"window": 4, "chunk_size": 4, "initializer_range": 0.3},
 }
 # All that a LEAP layer may have beside the mechanism.
 MODERN = {
@@ -47,6 +48,8 @@ SEA_FIELDS = set(SeaConfig.__dataclass_fields__) - {
 } | {"num_labels", "id2label", "label2id", "problem_type"}  # fmt: skip
 # Hosts hand no mask to their layers, and positions come from the mask of the keys, not from a state's counts.
 SEA_IMMUNE = ("mask_is_applied_too_early", "counts_stay_in_place")
+# Hosts hand no mask to their layers, and a state holds its own counts.
+HEDGEHOG_IMMUNE = ("mask_is_applied_too_early", "counts_stay_in_place")
 # A padded token enters DenseAttention as a zero row, which writes nothing, and a state holds its own counts.
 DANET_IMMUNE = ("mask_is_applied_too_early", "counts_stay_in_place")
 ONE_GRAPH = (
@@ -81,7 +84,25 @@ SEA_LEAVES_OUT = {
     "test_a_body_loads_into_a_language_model_and_back": INSIDE,
     "test_int8_weights": INSIDE,
 }
-SEA_HOSTS = {"llama": LlamaConfig, "bert": BertConfig, "opt": OPTConfig, "gpt2": GPT2Config}
+HEDGEHOG_LEAVES_OUT = {
+    "test_gradcheck": "Llama's norms compute in float32; tests/hedgehog checks over GPT-2",
+    "test_prompt_tuning": SIZES_OF_THE_HOST,
+    "test_prefix_tuning_is_refused": SIZES_OF_THE_HOST,
+    "test_prefix_tuning_refuses": SIZES_OF_THE_HOST,
+}
+HOSTS = {
+    "llama": LlamaConfig,
+    "bert": BertConfig,
+    "opt": OPTConfig,
+    "gpt2": GPT2Config,
+    "mistral": MistralConfig,
+    "qwen3": Qwen3Config,
+}
+# What a HedgehogConfig itself takes.
+HEDGEHOG_FIELDS = set(HedgehogConfig.__dataclass_fields__) - {
+    "host_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "layer_types",
+    "initializer_range",
+} | {"num_labels", "id2label", "label2id", "problem_type"}  # fmt: skip
 COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -183,16 +204,50 @@ class Row:
 
 
 @dataclass(frozen=True)
-class SeaRow(Row):
-    """SEA over a host.
+class HostRow(Row):
+    """A family over a host.
 
     Args:
-        host: a key of `SEA_HOSTS`.
+        host: a key of `HOSTS`.
         of_host: fields of the host's configuration by its own names.
     """
 
     host: str = "llama"
     of_host: dict = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class HedgehogRow(HostRow):
+    """Hedgehog over a host."""
+
+    def config(self, **changes):
+        """Changes that HedgehogConfig does not know are the host's."""
+        fields = {**COMMON, "bos_token_id": 1, "eos_token_id": None, **TINY[self.family], **self.options}
+        fields |= self.of_host | changes
+        own = {name: fields.pop(name) for name in HEDGEHOG_FIELDS & set(fields)}
+        own["classifier_dropout"] = fields.pop("hidden_dropout_prob")
+        fields.setdefault("tie_word_embeddings", True)
+        return HedgehogConfig(host_config=HOSTS[self.host](**fields), **own)
+
+    def build(self, head: str, dtype=torch.float32, seed: int = 0, **changes):
+        """What Hedgehog adds moves away from its initial values, where every head has the same maps."""
+        model = super().build(head, dtype, seed, **changes)
+        with torch.no_grad():
+            for core in model.hedgehog_layers().values():
+                for parameter in core.parameters():
+                    parameter.add_(torch.randn(parameter.shape) * 0.5)
+                if core.forgetting != "none":
+                    core.forget_bias.sub_(8.0)
+        return model
+
+    def mixers(self, model) -> list[torch.nn.Module]:
+        """The hosts' attention layers."""
+        return [module for module in model.modules() if hasattr(module, "hedgehog")]
+
+
+@dataclass(frozen=True)
+class SeaRow(HostRow):
+    """SEA over a host."""
 
     def config(self, **changes):
         """Changes that SeaConfig does not know are the host's."""
@@ -201,7 +256,7 @@ class SeaRow(Row):
         fields["attention_probs_dropout_prob"] = fields["hidden_dropout_prob"]
         fields |= self.of_host | {"bos_token_id": 1, "eos_token_id": None}
         tied = {"tie_word_embeddings": fields.pop("tie_word_embeddings", True)}
-        return SeaConfig(host_config=SEA_HOSTS[self.host](**fields, **tied), **tied, **own)
+        return SeaConfig(host_config=HOSTS[self.host](**fields, **tied), **tied, **own)
 
     def build(self, head: str, dtype=torch.float32, seed: int = 0, **changes):
         """What SEA adds moves away from its initial values, where many cells tie and the scores of others never change."""
@@ -339,6 +394,19 @@ ROWS = [
         leaves_out=SEA_LEAVES_OUT,
     ),
 ]
+ROWS.append(
+    HedgehogRow(
+        "hedgehog",
+        "hedgehog",
+        of_host={"num_attention_heads": 4, "num_key_value_heads": 2},
+        bounded=False,
+        mixer="self_attn",
+        explains=False,
+        keeps_inputs=True,
+        immune=HEDGEHOG_IMMUNE,
+        leaves_out=HEDGEHOG_LEAVES_OUT,
+    )
+)
 CAUSAL = [row for row in ROWS if row.causal]
 # Recurrent layers beside layers of softmax attention, whose keys and values lie in Transformers' own cache layers.
 HYBRIDS = [
@@ -377,6 +445,15 @@ HYBRIDS = [
     )
 ]
 _named = {row.name: row for row in ROWS}
+HYBRIDS.append(
+    replace(
+        _named["hedgehog"],
+        name="hedgehog-softmax",
+        options={"softmax_layers": [1]},
+        traced=False,
+        leaves_out=HEDGEHOG_LEAVES_OUT | {"test_state_after_a_packed_row_is_that_of_its_last_document": NO_DOCUMENTS},
+    )
+)
 # All that leave a state: also softmax layers whose windows begin elsewhere, and those that SEA leaves as they are.
 STATES = [
     *CAUSAL,
@@ -463,6 +540,35 @@ VARIANTS = [
         bounded=True,
         options={"backend": "dense", "softmax_layers": [1]},
         of_host={"ffn_dim": 24, "word_embed_proj_dim": 8, "init_std": 0.3, "dropout": 0.0},
+    ),
+]
+VARIANTS += [
+    replace(
+        _named["hedgehog"],
+        name="hedgehog-gpt2",
+        host="gpt2",
+        mixer="attn",
+        bounded=True,
+        traced=False,
+        of_host={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        options={"feature_size": 12},
+    ),
+    replace(
+        _named["hedgehog"],
+        name="hedgehog-opt",
+        host="opt",
+        bounded=True,
+        traced=False,
+        of_host={"ffn_dim": 24, "word_embed_proj_dim": 8, "init_std": 0.3, "dropout": 0.0},
+        options={"forgetting": "head", "feature_size": 3},
+    ),
+    replace(
+        _named["hedgehog"],
+        name="hedgehog-qwen3",
+        host="qwen3",
+        traced=False,
+        of_host={"head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2},
+        options={"forgetting": "token", "window": 1},
     ),
 ]
 # All whose outputs are compared with those of the same texts computed in another way.

@@ -15,6 +15,8 @@ Convert a checkpoint.
 
 --to sea       a pretrained BERT, Llama, OPT or GPT-2, with every weight it has; what SEA adds starts from random weights,
                and `hf-linear-attn distill` teaches it
+--to hedgehog  a pretrained causal model like Llama, Mistral, Qwen, SmolLM, Gemma, GPT-2 or OPT, with every weight it has; its
+               state gets a fixed size, and inside its window it predicts what it did
 --to leap, fastformer, danet
                a checkpoint of the published packages: a folder with their config.json and safetensors weights
 --to onnx      the decoding step of a causal model whose layers are all recurrent, for onnxruntime without PyTorch
@@ -44,9 +46,11 @@ def parser() -> Parser:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="sea: fields of SeaConfig, as in k=32 softmax_layers=[0]",
+        help="sea, hedgehog: fields of SeaConfig or HedgehogConfig, as in k=32 softmax_layers=[0]",
     )
-    made.add_argument("--task", metavar="AUTO", help="sea: Auto class to load with (default: from the configuration)")
+    made.add_argument(
+        "--task", metavar="AUTO", help="sea, hedgehog: Auto class to load with (default: from the configuration)"
+    )
     made.add_argument("--dtype", type=one_of(DTYPES), metavar="|".join(DTYPES), help="numbers of the converted weights")
     made.add_argument("--overwrite", action="store_true", help="write into a folder that holds a checkpoint")
     made.add_json()

@@ -1,9 +1,10 @@
-"""A pretrained Transformer into a SEA model that keeps its weights."""
+"""A pretrained Transformer into a model of linear attention that keeps its weights."""
 
 import copy
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,47 +13,64 @@ from transformers import PreTrainedModel
 
 from ..families import FAMILIES
 from ..hub.loading import load_config, load_model, saved_class
+from ..modeling.hedgehog.hosts import check_host
 from ..modeling.sea.configuration_sea import SeaConfig
 from ..modeling.sea.hosts import find_host
 from ..modeling.sea.pretrained import SeaPreTrainedModel
 from ..modeling.shared.compat import modeling_auto
 from ..registration import AUTO_CLASSES
+from .hedgehog import into_hedgehog
 
 TASKS = tuple(FAMILIES["sea"].heads)  # the Auto classes of what SEA can be put into
 SEA_MARK = ".sea."
 
 
 def linearize(
-    model: PreTrainedModel | str | os.PathLike, family: str = "sea", *, task: str | None = None, dtype=None, **options
-) -> SeaPreTrainedModel:
+    model: PreTrainedModel | str | os.PathLike,
+    family: str = "sea",
+    *,
+    task: str | None = None,
+    dtype=None,
+    calibration: torch.Tensor | Sequence[str] | None = None,
+    **options,
+) -> PreTrainedModel:
     """Put linear-time attention into a pretrained model; every weight it has is carried over exactly.
 
-    The new model predicts about what the old one does where `k` covers its texts, and badly elsewhere until it is
-    distilled (`SeaDistillationTrainer`), because the estimator that SEA adds starts from random weights.
+    A SEA model predicts about what the old one does where `k` covers its texts, a Hedgehog model exactly that inside its
+    `window`. Elsewhere both are bad until they are distilled, because what they add is not trained.
 
     Args:
-        model: a BERT, Llama, OPT or GPT-2 in memory (it is not changed), or the path or Hub id of one.
-        family: `"sea"`, the only family that can be put into a pretrained model.
+        model: a pretrained model in memory (it is not changed), or the path or Hub id of one: a BERT, Llama, OPT or GPT-2 for
+            SEA; a causal model like Llama, Mistral, Qwen2, Qwen3, SmolLM, Gemma, GPT-2 or OPT for Hedgehog.
+        family: `"sea"` or `"hedgehog"`.
         task (*optional*): the Auto class to load a path with, such as `"AutoModelForCausalLM"`; from the
             `architectures` of its configuration if not given. For a model in memory its class decides.
         dtype (*optional*): dtype to load a path in; float32 if not given.
-        **options: fields of `SeaConfig`, such as `k`, `predictor_length`, `softmax_layers`.
+        calibration (*optional*): Hedgehog with `softmax_layers="auto:25%"`, which keeps softmax attention in that share of the
+            layers, chosen by how much the predictions suffer when a layer alone is linear: text to see that on, as token ids (N,
+            T) or texts; some speeches that come with the package if not given. The table is printed.
+        **options: fields of `SeaConfig` or `HedgehogConfig`, such as `k`, `predictor_length`, or `window`; and `softmax_layers`.
 
     Returns:
-        `SeaForCausalLM`, `SeaForMaskedLM`, ... on the device and in the dtype and mode of the given model.
+        `SeaForCausalLM`, `HedgehogForCausalLM`, ... on the device and in the dtype and mode of the given model.
 
     Raises:
-        ValueError: another family, an unsupported host, a class of the host that has no SEA counterpart, an unknown
-            option, weights that are missing in the path or do not fit, a `generation_config` that Transformers refuses to
-            save.
+        ValueError: another family, an unsupported host, a class of the host that has no counterpart, an unknown option, weights
+            that are missing in the path or do not fit, too little text for calibration, a `generation_config` that Transformers
+            refuses to save.
     """
     if family not in (able := [name for name, each in FAMILIES.items() if each.linearizes]):
         raise ValueError(f"`family` is {family!r}; a pretrained model can be turned into {', '.join(able)} only")
-    known = set(SeaConfig.__dataclass_fields__) - {"host_config"}
-    unknown = sorted(set(options) - known)
+    config_class = FAMILIES[family].config_class()
+    unknown = sorted(set(options) - (set(config_class.__dataclass_fields__) - {"host_config"}))
     if unknown:
+        such = "k, predictor_length" if family == "sea" else "window, softmax_layers"
         raise ValueError(
-            f"unknown option(s) {unknown}: `linearize` takes the fields of SeaConfig, such as k, predictor_length"
+            f"unknown option(s) {unknown}: `linearize` takes the fields of {config_class.__name__}, such as {such}"
+        )
+    if calibration is not None and family != "hedgehog":
+        raise ValueError(
+            '`calibration` belongs to `linearize(..., "hedgehog", softmax_layers="auto:25%")`: leave it out'
         )
     if isinstance(model, PreTrainedModel):
         if task is not None or dtype is not None:
@@ -62,13 +80,26 @@ def linearize(
             )
         teacher = model
     elif isinstance(model, (str, os.PathLike)):
-        teacher = _load(model, task, dtype)
+        teacher = _load(model, family, task, dtype)
     else:
         raise ValueError(
             f"`model` is a {type(model).__name__}, expected a pretrained model of Transformers, or the path or Hub id of one"
         )
-    find_host(teacher.config)
-    sea_class = _sea_class(teacher)
+    _check_host(family, teacher.config)
+    student_class = _counterpart(teacher, family)
+    if family == "hedgehog":
+        student = into_hedgehog(teacher, student_class, options, calibration, source=model)
+    else:
+        student = _into_sea(teacher, student_class, options)
+    if getattr(teacher, "generation_config", None) is not None and student.can_generate():
+        student.generation_config = copy.deepcopy(
+            teacher.generation_config
+        )  # with what it knows of where it comes from
+    check_can_be_saved(student)
+    return student.train(teacher.training)
+
+
+def _into_sea(teacher: PreTrainedModel, sea_class, options: dict) -> SeaPreTrainedModel:
     config = SeaConfig(host_config=teacher.config, **options)
     config.tie_word_embeddings = bool(getattr(teacher.config, "tie_word_embeddings", False))
     pooler = {}
@@ -77,12 +108,11 @@ def linearize(
     student = sea_class(config, **pooler)
     torch.nn.Module.to(student, dtype=teacher.dtype, device=teacher.device)
     _carry_over(teacher, student)
-    if getattr(teacher, "generation_config", None) is not None and student.can_generate():
-        student.generation_config = copy.deepcopy(
-            teacher.generation_config
-        )  # with what it knows of where it comes from
-    check_can_be_saved(student)
-    return student.train(teacher.training)
+    return student
+
+
+def _check_host(family: str, config) -> None:
+    check_host(config) if family == "hedgehog" else find_host(config)
 
 
 def check_can_be_saved(model: PreTrainedModel) -> None:
@@ -104,9 +134,9 @@ def check_can_be_saved(model: PreTrainedModel) -> None:
                 ) from error
 
 
-def _load(path, task: str | None, dtype) -> PreTrainedModel:
+def _load(path, family: str, task: str | None, dtype) -> PreTrainedModel:
     config = load_config(path)
-    find_host(config)
+    _check_host(family, config)
     new_head = task is not None  # whoever names a task may want a head that is yet to be trained
     if task is None:
         architecture = saved_class(config)
@@ -132,13 +162,14 @@ def _class_name(task: str, model_type: str) -> str | None:
     return getattr(modeling_auto, AUTO_CLASSES[task]).get(model_type)
 
 
-def _sea_class(teacher: PreTrainedModel) -> type[SeaPreTrainedModel]:
-    name = type(teacher).__name__
-    for task in TASKS:
+def _counterpart(teacher: PreTrainedModel, family: str) -> type[PreTrainedModel]:
+    name, shown = type(teacher).__name__, "SEA" if family == "sea" else family.capitalize()
+    tasks = tuple(FAMILIES[family].heads)
+    for task in tasks:
         if _class_name(task, teacher.config.model_type) == name:
-            return FAMILIES["sea"].head(task)
-    supported = [c for c in (_class_name(task, teacher.config.model_type) for task in TASKS) if c]
-    raise ValueError(f"{name} has no SEA counterpart; classes of this host that have one: {', '.join(supported)}")
+            return FAMILIES[family].head(task)
+    supported = [c for c in (_class_name(task, teacher.config.model_type) for task in tasks) if c]
+    raise ValueError(f"{name} has no {shown} counterpart; classes of this host that have one: {', '.join(supported)}")
 
 
 @torch.no_grad()
