@@ -3,13 +3,14 @@
 import pytest
 import torch
 from common.families import ROWS, first_rows
-from common.tiny import one_row_a_family, word_tokenizer
+from common.tiny import FAMILY_ROWS, one_row_a_family, word_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 TEXTS = ["w5 w9 w12", "w7", "w30 w31 w32 w33 w34 w35 w36 w37"]
-with_masked_lm = pytest.mark.parametrize(
-    "row", [row for row in ROWS if "AutoModelForMaskedLM" in row.heads()], ids=lambda row: row.name
-)
+
+
+def rows_with(head, rows=ROWS):
+    return pytest.mark.parametrize("row", [row for row in rows if head in row.heads()], ids=lambda row: row.name)
 
 
 def build(task, row, head, **changes):
@@ -43,7 +44,7 @@ def test_text_generation_from_a_folder(row, tmp_path):
     assert all(each["generated_text"].startswith("w5 w9") for each in found)
 
 
-@with_masked_lm
+@rows_with("AutoModelForMaskedLM")
 def test_fill_mask(row):
     """The likeliest words for a gap are those of the head's logits."""
     tokenizer = word_tokenizer()
@@ -68,7 +69,7 @@ def test_text_classification(row):
         assert [x["score"] for x in one] == pytest.approx([x["score"] for x in many], abs=1e-5)
 
 
-@one_row_a_family
+@rows_with("AutoModelForTokenClassification", FAMILY_ROWS)
 def test_token_classification(row):
     """Every word gets its label, in a batch as alone."""
     tagger = build("token-classification", row, "AutoModelForTokenClassification", num_labels=3)

@@ -372,7 +372,7 @@ def test_inputs_that_cannot_work_are_refused():
         hf_linear_attn.SeaForTokenClassification(hf_linear_attn.SeaConfig(host_config=host_config("opt")))
     with pytest.raises(ValueError, match="unknown option"):
         linearize(make_teacher("bert"), "sea", windows=3)
-    with pytest.raises(ValueError, match="turned into sea only"):
+    with pytest.raises(ValueError, match="turned into sea, hedgehog only"):
         linearize(make_teacher("bert"), "leap")
     with pytest.raises(ValueError, match="leave them out"):
         linearize(make_teacher("bert"), "sea", dtype=torch.float16)

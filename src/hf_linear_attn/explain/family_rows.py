@@ -4,6 +4,7 @@ Where a row's numbers come from:
 
     LEAP        focus weights over the window, divided by their sum: the means that queries gate
     Fastformer  weights of the second pooling (of keys times pooled queries), over the window or the whole text
+    Hedgehog    softmax over the window and features of everything older, under their one normaliser
     SEA         sparse attention after top-k; its average term, which is no token's, is left out
     DANet       |q_i . k_j| divided by the row's sum: scores there are signed and have no normaliser, so a row says how
                 strongly a token acts, not in which direction; `signed` keeps the raw scores
@@ -16,6 +17,7 @@ import torch
 
 from ..modeling.danet.modeling_danet import DanetPreTrainedModel
 from ..modeling.fastformer.modeling_fastformer import FastformerModel
+from ..modeling.hedgehog.modeling_hedgehog import HedgehogPreTrainedModel
 from ..modeling.leap.modeling_leap import LeapModel
 from ..modeling.sea.modeling_sea import SeaPreTrainedModel
 from ..modeling.shared.configuration import layer_kind
@@ -57,7 +59,7 @@ def reads_from_the_left(model) -> bool:
         part = find_part(model, kind)
         if part is not None:
             return bool(part.config.is_causal)
-    if find_part(model, LeapModel) is not None:
+    if find_part(model, (LeapModel, HedgehogPreTrainedModel)) is not None:
         return True
     config = model.config
     decoders = ("gpt", "llama", "opt", "mistral", "qwen")

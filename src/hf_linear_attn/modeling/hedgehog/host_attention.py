@@ -1,9 +1,8 @@
-"""What a host's attention layer becomes: the learned part that is put into it, and the function that Transformers' registry gives
-it.
+"""What a host's attention layer becomes: a learned part inside it, and the function that Transformers' registry gives it.
 
-The host's code stays Transformers': it projects, turns by positions, and calls the registered function with its attention module.
-The
-host gets no cache and builds no mask (none is registered under that name): states, keys and values are read and written here.
+The host's code stays Transformers': it projects, turns by positions, and calls the registered function with its attention
+module. The host gets no cache and builds no mask (none is registered under that name): states, keys and values are read and
+written here.
 
 Transformers looks the function up by the name in a configuration, which anybody may change. The layers' own copy of the
 configuration keeps the name (`keep_attention`), so that no switch turns a linear layer into a softmax one.
@@ -11,6 +10,7 @@ configuration keeps the name (`keep_attention`), so that no switch turns a linea
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,14 +118,15 @@ class HedgehogAttention(nn.Module):
             layout=layout,
         )
         if layer_cache is not None and state is not None:
-            replay = self._advance, (key, value, decay, call.mask, call.segment_ids)
+            advance = partial(self._advance, learned)  # the weights may be elsewhere when tokens are undone
+            replay = advance, (key, value, decay, call.mask, call.segment_ids)
             layer_cache.update_state(tuple(state), query.shape[1], call.mask, replay, call.segment_ids)
         maps = None
         if call.output_attentions:
             maps = hedgehog_weights(query, key, *learned, **options, mask=call.mask, segment_ids=call.segment_ids)
         return mixed, maps
 
-    def _advance(self, state, key, value, decay, mask, segment_ids):
+    def _advance(self, learned, state, key, value, decay, mask, segment_ids):
         """The state after more tokens alone: how a cache undoes some (it runs the ones that stay again)."""
         query = key.repeat_interleave(self.num_heads // self.key_heads, dim=2)  # its outputs are not looked at
         return tuple(
@@ -133,9 +134,7 @@ class HedgehogAttention(nn.Module):
                 query,
                 key,
                 value,
-                self.query_map,
-                self.key_map,
-                self.window_gain,
+                *learned,
                 window=self.window,
                 log_decay=decay,
                 mask=mask,

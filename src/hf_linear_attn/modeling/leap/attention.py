@@ -1,6 +1,7 @@
 """The LEAP mechanism as a layer: projections, positions, state, and what a configuration may set around them."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -124,7 +125,7 @@ class LeapAttention(nn.Module):
         projected = projected.unflatten(-1, (4, self.num_heads, self.head_dim))  # queries, focus, keys, values
         before = self._state_before(projected, call)
         state = before if before is None or inputs is None else before[:-1]
-        rotated = self.rotated(projected, call)
+        rotated, decay = self.rotated(projected, call), self.decay()
         mixed, state = leap_mechanism(
             projected,
             self.window,
@@ -136,7 +137,7 @@ class LeapAttention(nn.Module):
             initial_state=state,
             return_state=call.wants_state,
             layout=self._layout(projected, call),
-            decay=self.decay(),
+            decay=decay,
         )
         if inputs is not None and call.wants_state:
             state = *state, self._taps(inputs, call, before)
@@ -144,7 +145,8 @@ class LeapAttention(nn.Module):
         if call.wants_maps or (layer_cache is not None and layer_cache.record_past):
             weights = focus_weights(projected[:, :, 1], projected[:, :, 2], self.exponential)  # (B, T, H)
         if layer_cache is not None:
-            replay = self._advance, (averaged(projected, rotated), weights, call.mask, call.segment_ids, inputs)
+            advance = partial(self._advance, decay)  # the weights may be elsewhere when tokens are undone
+            replay = advance, (averaged(projected, rotated), weights, call.mask, call.segment_ids, inputs)
             layer_cache.update_state(state, projected.shape[1], call.mask, replay, call.segment_ids)
         rows, shown = self._maps(weights, call) if call.wants_maps else (None, None)
         return LayerOutput(mixed.flatten(2), rows, shown, state if call.return_state else None)
@@ -203,7 +205,7 @@ class LeapAttention(nn.Module):
             shown = shown_weights(weights, self.exponential, call.mask, call.output_focus_weights)
         return rows, shown
 
-    def _advance(self, before, key_value, weights, mask, segment_ids, inputs):
+    def _advance(self, decay, before, key_value, weights, mask, segment_ids, inputs):
         """The state after more inputs alone: how a cache undoes tokens (it runs the ones that stay again)."""
         state = windowed_mean(
             key_value.to(weights.dtype),
@@ -214,6 +216,6 @@ class LeapAttention(nn.Module):
             segment_ids=segment_ids,
             initial_state=before if before is None or inputs is None else before[:-1],
             return_state=True,
-            decay=self.decay(),
+            decay=decay,
         )[1]
         return state if inputs is None else (*state, self._taps(inputs, Call(mask, None, segment_ids), before))
