@@ -65,7 +65,9 @@ def fading_attention(
     if memory is not None:
         written = torch.cat((memory[:, None].to(wide), written[:, 1:]), dim=1)
     with as_written(written):
-        before = decayed_sum(written.flatten(3), rates * chunk, segment_ids=edges)[0].unflatten(-1, key.shape[-1:] * 2)
+        before = decayed_sum(written.flatten(3), rates * chunk, segment_ids=edges, of_chunks=True)[0].unflatten(
+            -1, key.shape[-1:] * 2
+        )
 
     # Third phase: tokens of earlier chunks.
     read = (query * torch.exp(-rates[:, None] * (place + 1))[..., None].to(query.dtype)) @ before.to(query.dtype)
