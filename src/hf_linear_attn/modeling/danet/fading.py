@@ -63,11 +63,10 @@ def fading_attention(
     written = (written.transpose(-1, -2) @ value).to(wide) * share  # (B, n, H, D, D)
     written = F.pad(written, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
     if memory is not None:
-        written = torch.cat((memory[:, None].to(wide), written[:, 1:]), dim=1)
+        written[:, :1] += memory[:, None].to(wide)
     with as_written(written):
-        before = decayed_sum(written.flatten(3), rates * chunk, segment_ids=edges, of_chunks=True)[0].unflatten(
-            -1, key.shape[-1:] * 2
-        )
+        before, _ = decayed_sum(written.flatten(3), rates * chunk, segment_ids=edges, of_chunks=True)
+    before = before.unflatten(-1, key.shape[-1:] * 2)  # (B, n, H, D, D)
 
     # Third phase: tokens of earlier chunks.
     read = (query * torch.exp(-rates[:, None] * (place + 1))[..., None].to(query.dtype)) @ before.to(query.dtype)
