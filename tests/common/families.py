@@ -483,7 +483,7 @@ STATES = [
         bounded=True,
         shift_invariant=False,
     ),
-    replace(_named["danet"], name="danet-decay", options={**DANET_MODERN, "layer_pattern": "softmax:5_decay_sw:6"}),
+    replace(_named["danet"], name="danet-decay", options={**DANET_MODERN, "layer_pattern": "decay_sw:6_softmax:5"}),
     replace(_named["sea"], name="sea-softmax", options={"softmax_layers": [0, 2]}),
 ]
 
