@@ -143,7 +143,7 @@ class TestPresets:
         assert built(preset="fixed-state", windows="decay,4,8,16").layer_windows == ["decay", 4, 8, 16]
         with pytest.raises(ValueError, match="softmax:one"):
             built(windows="decay,4,softmax:one,global")
-        with pytest.raises(ValueError, match="preset hybrid belongs to leap, not to fastformer"):
+        with pytest.raises(ValueError, match="preset hybrid belongs to leap, danet, not to fastformer"):
             build_config(TrainingOptions(family="fastformer", preset="hybrid"), _Tokenizer())
         with pytest.raises(ValueError, match="windows must list"):
             TrainingOptions(family="fastformer", windows="decay,4,8,16")

@@ -33,7 +33,7 @@ class Sizes:
 
     default_for: tasks whose family this is where none is named. dropout: fields that `--dropout` sets. positions: choices of
     `--position-embedding`, the default first; none: the family has no choice. windows: whether it takes `--windows`.
-    kinds: whether these may name other kinds of layer, too. presets: choices of `--preset`.
+    kinds: whether these may name other kinds of layer, too. presets: choices of `--preset`, which take the place of `decoder`.
     all: fields of every model; decoder, encoder, classifier: of these alone (a family with both a decoder and an encoder is a
     decoder where `--causal` is given). per_width, per_length: field -> how many times the width, or the block length.
     """
@@ -208,6 +208,7 @@ DANET = Family(
         default_for=("mlm", "classification"),
         dropout=("hidden_dropout_prob", "attention_dropout"),
         positions=("rotary", "learned"),
+        presets=("published", "fixed-state", "hybrid"),
         # Windows for short blocks (of 8 and 32 the better one on the speeches in blocks of 512), and global layers scaled for
         # the length trained at.
         decoder={"is_causal": True, "layer_pattern": "sw_sw_g", "window_size": 8, "ffn_type": "swiglu"},

@@ -28,8 +28,10 @@ def commands(page: Path) -> list[str]:
 
 
 def shortened(command: str) -> list[str]:
-    """Its words, with two steps where it trains for longer."""
-    return shlex.split(re.sub(r"--(steps|epochs) \d+", "--steps 2", command))[1:]
+    """Its words, with two steps where it trains for longer, and a sample where it reads whole texts to measure itself."""
+    words = shlex.split(re.sub(r"--(steps|epochs) \d+", "--steps 2", command))[1:]
+    samples = {"train": ["--eval-tokens", "2048", "--final-eval-tokens", "2048"], "evaluate": ["--max-tokens", "2048"]}
+    return words + ([] if "classification" in words else samples.get(words[0], []))
 
 
 def test_nothing_is_left_out():

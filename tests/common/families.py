@@ -42,6 +42,16 @@ MODERN = {
     "ffn_type": "swiglu",
     "position_embedding_type": "rotary",
 }
+# All that a DenseAttention layer may have beside it.
+DANET_MODERN = {
+    "conv_kernel": 3,
+    "output_gate": True,
+    "head_norm": True,
+    "output_projection": True,
+    "pre_norm": "rmsnorm",
+    "softmax_attention_heads": 2,
+    "softmax_key_value_heads": 1,
+}
 # What a SeaConfig itself takes; every other size is its host's.
 SEA_FIELDS = set(SeaConfig.__dataclass_fields__) - {
     "host_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "layer_types",
@@ -473,6 +483,7 @@ STATES = [
         bounded=True,
         shift_invariant=False,
     ),
+    replace(_named["danet"], name="danet-decay", options={**DANET_MODERN, "layer_pattern": "decay_sw:6_softmax:5"}),
     replace(_named["sea"], name="sea-softmax", options={"softmax_layers": [0, 2]}),
 ]
 
@@ -504,6 +515,11 @@ VARIANTS = [
         keeps_inputs=True,
     ),
     replace(_named["danet"], name="danet-g", options={"layer_pattern": "g"}),
+    replace(
+        _named["danet"],
+        name="danet-decay-softmax",
+        options={**DANET_MODERN, "layer_pattern": "sl:6_decay_softmax:9", "softmax_positions": "none", "chunk_size": 2},
+    ),
     *(
         replace(HYBRIDS[0], name=f"danet-{pattern}", options={"layer_pattern": pattern, "softmax_attention_heads": 2})
         for pattern in ("swa@softmax_g_l", "l@softmax_sl@softmax_g")

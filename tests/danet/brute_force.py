@@ -16,8 +16,8 @@ def sees(pattern, i, j, window, causal):
     return i - window < j <= i
 
 
-def brute_force(query, key, value, pattern, window=None, causal=False, mask=None, segments=None):
-    """(B, T, H, D) tensors, a loop over pairs of tokens; ranks count real tokens of the same document."""
+def brute_force(query, key, value, pattern, window=None, causal=False, mask=None, segments=None, decay=None):
+    """(B, T, H, D) tensors, a loop over pairs of tokens; ranks count real tokens of the same document, by which terms fade."""
     batch, length = query.shape[:2]
     out = torch.zeros_like(query)
     for b in range(batch):
@@ -33,5 +33,9 @@ def brute_force(query, key, value, pattern, window=None, causal=False, mask=None
                 if segments is not None and segments[b, i] != segments[b, j]:
                     continue
                 if sees(pattern, rank[i], rank[j], window, causal):
-                    out[b, i] += (query[b, i] * key[b, j]).sum(-1, keepdim=True) * value[b, j]
+                    term = (query[b, i] * key[b, j]).sum(-1, keepdim=True) * value[b, j]  # (H, D)
+                    if decay is not None:
+                        left = decay.neg().exp()[:, None]
+                        term = term * (1 - left) * left ** (rank[i] - rank[j])
+                    out[b, i] += term
     return out

@@ -318,9 +318,9 @@ def test_raw_scores_give_back_the_attention(row):
     ids, mask = pad([tokens(9), tokens(5, seed=1)], "left", 10)
     out = model(ids, attention_mask=mask, output_attentions=True, use_cache=False)
     assert [tuple(a.shape) for a in out.attentions] == [(2, 2, 10, 10)] * 3
-    if "softmax" in row.name:
-        return
     layer, seen = model.model.layers[1], []
+    if "softmax" in row.name or layer.attention.options:  # a map is not all that stands between input and output
+        return
     hook = layer.attention.register_forward_hook(lambda m, args, o: seen.append((args[0], o.hidden_states)))
     model(ids, attention_mask=mask, use_cache=False)
     hook.remove()

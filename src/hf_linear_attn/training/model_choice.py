@@ -108,7 +108,7 @@ def _fields_of_the_family(options: TrainingOptions, sizes: Sizes) -> dict[str, A
     family, values = options.family, dict.fromkeys(sizes.dropout, options.dropout) | sizes.all
     values |= {name: times * options.hidden_size for name, times in sizes.per_width.items()}
     if sizes.decoder and options.causal:
-        values |= sizes.decoder
+        values |= sizes.decoder if options.preset is None else {}
         values |= {name: times * options.block_length for name, times in sizes.decoder_per_length.items()}
     elif sizes.decoder and options.task == "causal-lm":
         raise ValueError(
@@ -118,6 +118,8 @@ def _fields_of_the_family(options: TrainingOptions, sizes: Sizes) -> dict[str, A
         values |= sizes.encoder | (sizes.classifier if options.task == "classification" else {})
     if options.preset is not None and options.preset not in sizes.presets:
         raise ValueError(f"preset {options.preset} belongs to {_names('presets', ', ')}, not to {family}")
+    if options.preset is not None and sizes.decoder and not options.causal:
+        raise ValueError(f"preset {options.preset} of {family} is a decoder: give causal, and the task causal-lm")
     if options.windows is not None or options.all_global:
         if not sizes.windows:
             raise ValueError(f"windows and all_global belong to {_names('windows', ', ')}, not to {family}")

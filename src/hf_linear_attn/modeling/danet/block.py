@@ -3,6 +3,9 @@
     x = Norm_pre(h) n^(-1/3)            q = x W^T, k = v = x            W (d, d) is the only projection of the attention
     o = DenseAttention(q, k, v)         h <- h + Norm_post(FFN(o))      one residual a block, no biases, 0 maps to 0
 
+A decoder's configuration may add, not of the published model: a short convolution of x, a norm, a gate and a projection of o, and
+terms that fade in global layers.
+
 Source: DANet specification, sections 0 and 3. Each layer works alone on `(B, T, d)` tensors.
 """
 
@@ -14,11 +17,15 @@ from ..kernels.fast_paths import fast_paths
 from ..shared.call import Call, takes_call
 from ..shared.compat import GradientCheckpointingLayer
 from ..shared.layer_output import LayerOutput, check_state, refuse_maps_after
+from ..shared.layers.gated_output import GatedOutput
+from ..shared.layers.half_lives import HalfLives
+from ..shared.layers.short_convolution import ShortConvolution
 from ..shared.positions import apply_position_factors
 from ..shared.token_order import take_tokens, token_layout
 from .call import DanetCall, danet_call, works_in_slots
 from .configuration_danet import DanetConfig
 from .dense_attention import dense_attention_scores, front_packed_dense_attention, pattern_mask
+from .fading import fading_factors
 from .fast_paths import ATTENTION, FEED_FORWARD, MIX
 from .norms import build_norm
 from .state import DenseAttentionState, final_state, memory_shape
@@ -43,7 +50,7 @@ def linear(inputs: int, outputs: int, std: float | None = None, bound: float | N
     return layer
 
 
-class DenseAttention(nn.Module):
+class DenseAttention(HalfLives, nn.Module):
     """Softmax-free attention on `(B, T, d)` tensors, in linear time: q = x W^T, k = v = x. Usable in any network.
 
     The input should be of size T^(-1/3) (a normalised vector times that), as in `DanetBlock`: the output is cubic in it.
@@ -57,14 +64,28 @@ class DenseAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.pattern = config.layer_codes[layer_idx]
-        self.window = None if self.pattern == "g" else config.window_size
+        self.code = config.layer_codes[layer_idx]
+        kind, self.window = config.layer_kinds[layer_idx]
+        self.pattern = "g" if kind == "decay" else kind
         self.width = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.is_causal = config.is_causal
         self.scheme = config.relpe_scheme.split(",")
         self.query_proj = linear(config.hidden_size, config.hidden_size, std=config.query_initializer_range)
         self.dropout = nn.Dropout(config.attention_dropout)
+        self.convolution = self.output = None
+        self.set_half_lives(config.half_lives if kind == "decay" else None)
+        if config.conv_kernel is not None:
+            self.convolution = ShortConvolution(config.hidden_size, config.conv_kernel)
+        parts = config.head_norm, config.output_gate, config.output_projection
+        if any(parts):
+            self.output = GatedOutput(config.hidden_size, self.num_heads, *parts, eps=config.scaled_norm_eps)
+        more = {
+            "terms that fade": self.half_lives,
+            "short convolution": self.convolution,
+            "norm, gate or projection behind the heads": self.output,
+        }
+        self.options = tuple(name for name, part in more.items() if part is not None)  # beyond the published layer's
 
     @takes_call(*ARGUMENTS)
     def forward(self, hidden_states: torch.Tensor, call: Call) -> LayerOutput:
@@ -89,16 +110,20 @@ class DenseAttention(nn.Module):
             if call.output_attentions:
                 refuse_maps_after(state)
             shape = memory_shape(self.pattern, self.window, self.num_heads, self.width // self.num_heads)
-            check_state(state, self.layer_idx, 2, (hidden_states.shape[0], *shape))
+            check_state(state, self.layer_idx, 2 + (self.convolution is not None), (hidden_states.shape[0], *shape))
         return self.attend(hidden_states, call)
 
     @fast_paths(*ATTENTION)
     def attend(self, hidden_states: torch.Tensor, call: DanetCall) -> LayerOutput:
         """`forward` after its inputs are known to be right."""
-        tokens, in_slots = call.tokens, works_in_slots(self.pattern, call.tokens)
-        if in_slots:
-            hidden_states = take_tokens(hidden_states, tokens.order)  # real tokens first
-        query, key, value = self._project(hidden_states, call.factors[self.pattern])  # (B, T, H, D) each
+        tokens, in_slots = call.tokens, works_in_slots(self.code, call.tokens)
+        before, inputs = call.state_of(self.layer_idx), hidden_states
+        if self.convolution is not None:
+            hidden_states = self.convolution(inputs, tokens, None if before is None else before[-1])
+            if call.keep is not None:  # padding stays 0
+                hidden_states = hidden_states * call.keep.to(hidden_states.dtype)
+        ordered = take_tokens(hidden_states, tokens.order) if in_slots else hidden_states  # real tokens first
+        query, key, value = self._project(ordered, call.factors[self.code])  # (B, T, H, D) each
         mixed, state = front_packed_dense_attention(
             query,
             key,
@@ -110,15 +135,17 @@ class DenseAttention(nn.Module):
             chunk_size=self.config.chunk_size,
             lengths=tokens.lengths,
             segment_ids=tokens.segment_ids,
-            initial_state=call.state_of(self.layer_idx),
+            initial_state=None if before is None else DenseAttentionState(*before[:2]),
             output_final_state=call.wants_state,
+            decay=self.decay(),
         )
-        mixed = mixed.flatten(2)  # (B, T, d)
-        if in_slots:
-            mixed = take_tokens(mixed, tokens.slots)
+        mixed = take_tokens(mixed, tokens.slots) if in_slots else mixed
+        mixed = mixed.flatten(2) if self.output is None else self.output(mixed, hidden_states)  # (B, T, d)
+        if self.convolution is not None and call.wants_state:
+            state = *state, self.convolution.state_after(inputs, tokens, None if before is None else before[-1])
         layer_cache = call.layer_cache(self.layer_idx)
         if layer_cache is not None:
-            replay = self._replay(key, value, call, in_slots) if layer_cache.record_past else None
+            replay = self._replay(key, value, inputs, call, in_slots) if layer_cache.record_past else None
             layer_cache.update_state(state, mixed.shape[1], call.mask, replay, call.segment_ids)
         scores = self._scores(query, key, call, in_slots) if call.output_attentions else None
         return LayerOutput(mixed, scores, state=state if call.return_state else None)
@@ -145,23 +172,30 @@ class DenseAttention(nn.Module):
             query, key = take_tokens(query, call.tokens.slots), take_tokens(key, call.tokens.slots)
         ids, ranks = call.segment_ids, call.tokens.ranks
         same = None if ids is None else ids[:, :, None] == ids[:, None, :]
-        return dense_attention_scores(
-            query, key, pattern_mask(self.pattern, ranks, ranks, self.is_causal, self.window, same)
-        )
+        mask = pattern_mask(self.pattern, ranks, ranks, self.is_causal, self.window, same)
+        decay = self.decay()
+        if decay is not None:
+            mask = (mask if mask.dim() == 2 else mask[:, None]) * fading_factors(ranks, decay)  # (B or 1, H, T, T)
+        return dense_attention_scores(query, key, mask)
 
-    def _replay(self, key, value, call, in_slots):
-        """What a cache needs to undo tokens of this call: keys and values in token order."""
+    def _replay(self, key, value, inputs, call, in_slots):
+        """What a cache needs to undo tokens of this call: keys, values and inputs of the convolution in token order."""
         if in_slots:
             key, value = take_tokens(key, call.tokens.slots), take_tokens(value, call.tokens.slots)
-        return self._advance, (key, value, call.mask, call.segment_ids)
+        inputs = None if self.convolution is None else inputs
+        return self._advance, (key, value, inputs, call.mask, call.segment_ids)
 
-    def _advance(self, state, key, value, mask, segment_ids):
+    def _advance(self, state, key, value, inputs, mask, segment_ids):
         """The state after some more tokens alone."""
         layout = token_layout(*key.shape[:2], key.device, mask, segment_ids)
         if layout.order is not None:
             key, value = take_tokens(key, layout.order), take_tokens(value, layout.order)
-        initial = None if state is None else DenseAttentionState(*state)
-        return final_state(key, value, self.pattern, self.window, layout.lengths, layout.segment_ids, initial)
+        initial = None if state is None else DenseAttentionState(*state[:2])
+        documents = layout.lengths, layout.segment_ids
+        after = final_state(key, value, self.pattern, self.window, *documents, initial, self.decay())
+        if self.convolution is None:
+            return after
+        return *after, self.convolution.state_after(inputs, layout, None if state is None else state[-1])
 
 
 class DanetMLP(nn.Module):
@@ -205,7 +239,8 @@ class DanetBlock(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.pattern = config.layer_codes[layer_idx]
+        self.code = config.layer_codes[layer_idx]
+        self.pattern = config.layer_kinds[layer_idx].name
         self.width = config.hidden_size
         eps = (config.maxnorm_eps, config.scaled_norm_eps)
         self.pre_norm = build_norm(config.pre_norm, config.hidden_size, *eps)
@@ -218,7 +253,7 @@ class DanetBlock(GradientCheckpointingLayer):
         """See the class."""
         if not isinstance(call, DanetCall):
             call = danet_call(call, self.config, hidden_states, (self.layer_idx,))
-        x = self.pre_norm(hidden_states, call.input_scales[self.pattern])  # Norm(h) n^(-1/3), (B, T, d)
+        x = self.pre_norm(hidden_states, call.input_scales[self.code])  # Norm(h) n^(-1/3), (B, T, d)
         added, state = self.mix(x, call)  # (B, T, d)
         hidden_states = self.post_norm(added, call.keep, residual=hidden_states)  # h + Norm(added), h at padding
         return (hidden_states, state) if call.return_state else hidden_states

@@ -5,13 +5,17 @@ from transformers import PreTrainedConfig
 
 from ..shared.configuration import (
     DerivedLayerTypes,
+    LayerKind,
     apply_aliases,
     check_choice,
     check_format,
+    check_half_lives,
     check_head_size,
     check_probabilities,
     check_size,
+    check_taps,
     check_window,
+    softmax_heads,
 )
 from ..shared.files.state_file import (
     COUNTS,
@@ -22,10 +26,11 @@ from ..shared.files.state_file import (
     noted_columns,
     numbered,
 )
+from ..shared.layers.softmax_attention import window_state_shapes
 from ..shared.states.state_layer import LAYER_TYPE
 from .dense_attention import MODES, PATTERNS, check_dense_arguments
 from .norms import ACTIVATIONS, NORM_NAMES
-from .presets import PRESETS
+from .presets import DECODERS, PRESETS, with_heads
 from .state import memory_shape
 
 # Layers of ordinary attention and the layer type whose cache holds what they look at: everything, or the last w tokens.
@@ -35,6 +40,15 @@ SOFTMAX_PATTERNS = {
     "l@softmax": "sliding_attention",
     "sl@softmax": "sliding_attention",
 }
+WITH_A_WIDTH = ("l", "sl", "sw", "softmax")  # codes that may be followed by `:W`, a window of their own
+OF_DECODERS = ("conv_kernel", "output_gate", "head_norm", "output_projection")
+# Fields of format 2, with the values under which a model computes what format 1 says.
+OF_FORMAT_2 = {
+    **dict.fromkeys(("half_lives", "conv_kernel", "softmax_key_value_heads")),
+    **dict.fromkeys(("output_gate", "head_norm", "output_projection"), False),
+    "softmax_positions": "rotary",
+}
+NORM_FIELDS = ("pre_norm", "post_norm", "embedding_norm", "final_norm", "lm_head_norm", "pooler_norm")
 RELATIVE_POSITIONS = ("rotary", "cosine", "cos_minus_sin")
 POSITIONS = ("learned", "sinusoidal", *RELATIVE_POSITIONS, "none")
 POOLERS = ("first", "mean", "max", "last")
@@ -53,9 +67,11 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
         layer_pattern (`str`, defaults to `"g"`): codes joined by `_` and repeated over the layers: `g` global, `l`
             local, `sl` shifted local, `sw` sliding window (causal only); `softmax` is ordinary attention,
             `swa@softmax` (causal only), `l@softmax` and `sl@softmax` are ordinary attention in the windows of `sw`,
-            `l` and `sl`.
-        window_size (`int`, defaults to 1024): tokens w in a window of every code but `g` and `softmax`; positive and
-            even.
+            `l` and `sl`. Decoders have `decay`, too, a global sum whose terms fade (see `half_lives`), and `softmax:128`,
+            ordinary attention over the last 128 tokens (at least 2) with a state of fixed size. `l:32`, `sl:32` and `sw:16`
+            have windows of their own.
+        window_size (`int`, defaults to 1024): tokens w in a window of every code without one of its own, but `g`, `decay`
+            and `softmax`; positive and even.
         attention_mode (`str`, defaults to `"auto"`): order of the products in global encoder layers: `"linear"`,
             `"quadratic"`, or linear when the head size is at most the length, and in a torch.export program of dynamic
             length. Results are equal; windows always choose by themselves.
@@ -72,8 +88,14 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
         rope_theta (`float`, defaults to 10000.0): base of the wavelengths.
         local_relpe (`bool`, defaults to `True`): whether positions in `l` and `sl` layers count from the window's
             start.
+        half_lives (`list` of `float`, *optional*): of `decay` layers, for each head the number of tokens after which half of a
+            term is left, at first: each layer learns its own. If not given, from 2 to 512 in equal ratios (32 for one head).
+        conv_kernel (`int`, *optional*): of decoders, taps (1 to 64, 4 is usual) of a causal convolution of each feature in
+            front of DenseAttention; none if not given.
+        output_gate, head_norm, output_projection (`bool`, default to `False`): of decoders, a sigmoid gate on what
+            DenseAttention gives, an RMSNorm of each head before it, a matrix behind it.
         pre_norm, post_norm (`str`, default to `"max_norm"`): norm before the attention and after the feed-forward
-            layer.
+            layer; `"rmsnorm"` is one of the others.
         embedding_norm, final_norm, lm_head_norm, pooler_norm (`str`, *optional*): the other norms; `None` is none.
         maxnorm_eps (`float`, defaults to 1e-3): epsilon of `max_norm`.
         scaled_norm_eps (`float`, defaults to 1e-12): epsilon of the other norms.
@@ -94,7 +116,10 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
         lm_head_act (`str`, defaults to `"gelu"`), classifier_bias (`bool`, defaults to `False`): the heads.
         use_token_type (`bool`, defaults to `False`), type_vocab_size (`int`, defaults to 2): embeddings of text A and
             text B.
-        softmax_attention_heads (`int`, *optional*), attention_bias (`bool`, defaults to `False`): of softmax layers.
+        softmax_attention_heads, softmax_key_value_heads (`int`, *optional*): heads of queries in softmax layers, which need
+            it; and of keys and values, which groups of queries share: if not given as many.
+        softmax_positions (`str`, defaults to `"rotary"`): positions within softmax layers, `"rotary"` or `"none"`.
+        attention_bias (`bool`, defaults to `False`): whether projections of softmax layers have a bias.
         use_cache (`bool`, *optional*): whether a decoder returns its state; needs `scale_mode="fixed"`.
         tie_word_embeddings (`bool`, defaults to `True`): whether logits use the embedding matrix.
         fused_linear_cross_entropy (`bool`, defaults to `False`): train a causal language model without ever holding all logits:
@@ -102,6 +127,7 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
     """
 
     model_type = "danet"
+    newest_format = 2
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 30528
@@ -121,6 +147,11 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
     relpe_scheme: str = "q,k"
     rope_theta: float | int = 10000.0
     local_relpe: bool = True
+    half_lives: list[float | int] | None = None
+    conv_kernel: int | None = None
+    output_gate: bool = False
+    head_norm: bool = False
+    output_projection: bool = False
     pre_norm: str = "max_norm"
     post_norm: str = "max_norm"
     embedding_norm: str | None = "max_norm"
@@ -146,6 +177,8 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
     use_token_type: bool = False
     type_vocab_size: int = 2
     softmax_attention_heads: int | None = None
+    softmax_key_value_heads: int | None = None
+    softmax_positions: str = "rotary"
     attention_bias: bool = False
     use_cache: bool | None = None
     tie_word_embeddings: bool = True
@@ -173,12 +206,17 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
             )
         if self.classifier_dropout is None:
             self.classifier_dropout = self.hidden_dropout_prob
+        check_half_lives(self, "decay" in self.layer_codes)
         self.layer_types = [SOFTMAX_PATTERNS.get(code, LAYER_TYPE) for code in self.layer_codes]
         if "sliding_attention" in self.layer_types:
             self.sliding_window = self.window_size  # the name under which Transformers' caches and masks look for it
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here, so that a ValueError arrives as such
         self.validate_pattern()
+        if set(self.layer_types) & set(SOFTMAX_PATTERNS.values()):
+            # The names under which Transformers' static caches look for the shape of keys.
+            heads, self.num_key_value_heads = softmax_heads(self)
+            self.head_dim = self.hidden_size // heads
 
     def _default_intermediate_size(self) -> int:
         width = self.ffn_expansion * self.hidden_size
@@ -186,9 +224,41 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
 
     @property
     def layer_codes(self) -> list[str]:
-        """The pattern of each layer: `"l_sl_g"` over four layers is `["l", "sl", "g", "l"]`."""
+        """The code of each layer: `"l_sl_g"` over four layers is `["l", "sl", "g", "l"]`."""
         codes = self.layer_pattern.split("_")
         return [codes[i % len(codes)] for i in range(self.num_hidden_layers)]
+
+    @property
+    def layer_kinds(self) -> list[LayerKind]:
+        """What each layer does: its code without a width, and the tokens of its window, None for all."""
+        return [self.kind_of(code) for code in self.layer_codes]
+
+    def kind_of(self, code: str) -> LayerKind:
+        """`"sw:16"` is `("sw", 16)`, `"sw"` is `("sw", window_size)`, `"g"` is `("g", None)`.
+
+        Raises:
+            ValueError: a code that names no kind of layer, or a width that is none.
+        """
+        name, colon, width = code.partition(":")
+        wrong = f"`layer_pattern` {self.layer_pattern!r} has the code {code!r}"
+        if name not in (*PATTERNS, "decay", *SOFTMAX_PATTERNS):
+            known = (*PATTERNS, "decay", *SOFTMAX_PATTERNS)
+            raise ValueError(f"{wrong}, expected codes of {known} joined by '_', such as 'sw_g' or 'sw:16_g'")
+        if not colon:
+            return LayerKind(name, None if name in ("g", "decay", "softmax") else self.window_size)
+        if name not in WITH_A_WIDTH:
+            way_out = "'softmax:128'" if name == "swa@softmax" else "`window_size`"
+            raise ValueError(f"{wrong}, but only {WITH_A_WIDTH} have a width of their own: use {way_out}")
+        if not (width.isdecimal() and width.isascii() and len(width) <= 10):
+            raise ValueError(f"{wrong}, expected a number of tokens behind the colon, such as '{name}:128'")
+        return LayerKind(name, int(width))
+
+    @property
+    def needs_format(self) -> int:
+        """1 for what every release computes, 2 where an option is used that the first of them would not know."""
+        known = all(getattr(self, name) == value for name, value in OF_FORMAT_2.items())
+        known = known and "rmsnorm" not in [getattr(self, name) for name in NORM_FIELDS]
+        return 1 if known and "decay" not in self.layer_codes and ":" not in self.layer_pattern else 2
 
     @property
     def modeling_file(self) -> str:
@@ -197,13 +267,17 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "DanetConfig":
-        """The published configuration called `name`, with fields replaced by `overrides`.
+        """A configuration by name, with fields replaced by `overrides`: a published one, such as `"gpt-360m"`; or a decoder
+        of any size, `"published"` (layers of the published decoder), `"fixed-state"` (its state does not grow) or `"hybrid"`
+        (one layer in four is softmax over the whole text).
 
         Raises ValueError for an unknown name.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(sorted(PRESETS))}")
-        return cls(**{**PRESETS[name], **overrides})
+        known = DECODERS | PRESETS
+        if name not in known:
+            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(known)}")
+        fields = with_heads(known[name], overrides.get("hidden_size", cls.hidden_size))
+        return cls(**{**fields, **overrides})
 
     def validate_architecture(self):
         """Refuse sizes and names that no model can be built from."""
@@ -214,7 +288,7 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
         check_choice("attention_mode", self.attention_mode, MODES)
         check_choice("scale_mode", self.scale_mode, ("valid_length", "fixed"))
         check_choice("pooler", self.pooler, POOLERS)
-        for name in ("pre_norm", "post_norm", "embedding_norm", "final_norm", "lm_head_norm", "pooler_norm"):
+        for name in NORM_FIELDS:
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), NORM_NAMES)
         for name in ("pooler_act", "lm_head_act"):
@@ -242,54 +316,67 @@ class DanetConfig(DerivedLayerTypes, PreTrainedConfig):
             )
 
     def validate_pattern(self):
-        """Refuse codes that are no pattern (a misspelt one must not become global) and windows that they cannot use."""
+        """Refuse codes that are no pattern (a misspelt one must not become global), windows that they cannot use, and options
+        of other layers.
+        """
         for code in self.layer_pattern.split("_"):
-            if code not in PATTERNS and code not in SOFTMAX_PATTERNS:
-                raise ValueError(
-                    f"`layer_pattern` {self.layer_pattern!r} has the code {code!r}, expected codes of "
-                    f"{(*PATTERNS, *SOFTMAX_PATTERNS)} joined by '_'"
-                )
-            if code in PATTERNS:
-                check_dense_arguments(code, self.is_causal, self.window_size)
-            elif code in ("l@softmax", "sl@softmax"):
-                check_dense_arguments(code.removesuffix("@softmax"), self.is_causal, self.window_size)
-            if code not in ("g", "softmax"):
-                check_window("window_size", self.window_size)
-            if code == "swa@softmax" and self.window_size < 2:
-                raise ValueError(
-                    f"`window_size` is {self.window_size}, expected at least 2 for 'swa@softmax': a token and the one before it"
-                )
-            if code == "swa@softmax" and not self.is_causal:
-                raise ValueError(
-                    "'swa@softmax' is a causal window; an encoder takes 'l@softmax', 'sl@softmax' or 'softmax'"
-                )
-        if all(code in SOFTMAX_PATTERNS for code in self.layer_codes):
+            self._check_code(code, *self.kind_of(code))
+        if all(self.kind_of(code).name in SOFTMAX_PATTERNS for code in self.layer_codes):
             raise ValueError(f"`layer_pattern` {self.layer_pattern!r} is all softmax: use a Transformer")
-        heads = self.softmax_attention_heads
-        if any(code in SOFTMAX_PATTERNS for code in self.layer_codes) and (
-            heads is None or heads < 1 or self.hidden_size % heads or (self.hidden_size // heads) % 2
-        ):
-            raise ValueError(
-                f"`softmax_attention_heads` is {heads}; softmax layers need a number of heads that divides `hidden_size` "
-                f"{self.hidden_size} into heads of even size"
-            )
+        if any(kind.name in SOFTMAX_PATTERNS for kind in self.layer_kinds):
+            softmax_heads(self)
+        check_choice("softmax_positions", self.softmax_positions, ("rotary", "none"))
+        check_taps(self)
+        for name in OF_DECODERS:
+            if getattr(self, name) and not self.is_causal:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but an encoder has no such part: set `is_causal`=True"
+                )
+
+    def _check_code(self, code: str, name: str, window: int | None) -> None:
+        """Refuse a code of this kind whose window or direction is not what it can use."""
+        width = "window_size" if ":" not in code else f"layer_pattern: {code}"
+        if name in (*PATTERNS, "l@softmax", "sl@softmax"):
+            check_dense_arguments(name.removesuffix("@softmax"), self.is_causal, window, name=width)
+        if window is not None:
+            check_window(width, window)
+        if name in ("softmax", "swa@softmax") and window is not None:
+            if window < 2:
+                raise ValueError(
+                    f"`{width}` is {window}, expected at least 2 for {code!r}: a token and the one before it"
+                )
+            if not self.is_causal:
+                raise ValueError(
+                    f"{code!r} is a causal window; an encoder takes 'l@softmax', 'sl@softmax' or 'softmax'"
+                )
+        if name == "decay" and not self.is_causal:
+            raise ValueError("'decay' sums earlier tokens, which fade; an encoder takes 'g', or set `is_causal`=True")
 
     def state_tensors(self, length: int) -> list[dict[str, StateTensor]]:
         """What each layer of a decoder keeps of a text, by name, after `length` columns."""
+        sizes = self.num_attention_heads, self.hidden_size // self.num_attention_heads
+        count = COUNTS._replace(shared="tokens of the open document")
         layers = []
-        for code in self.layer_codes:
-            heads = self.softmax_attention_heads if code in SOFTMAX_PATTERNS else self.num_attention_heads
-            sizes = (heads, self.hidden_size // heads)
-            if code in SOFTMAX_PATTERNS:
-                window = None if code == "softmax" else self.window_size
-                layers.append(keys_and_values(*sizes, length, window))
-            else:
-                dtypes = INPUT_DTYPES if code == "sw" else SUM_DTYPES
-                memory = StateTensor(memory_shape(code, self.window_size, *sizes), dtypes)
-                layers.append(numbered(memory, COUNTS._replace(shared="tokens of the open document")))
-        kinds = [code in SOFTMAX_PATTERNS for code in self.layer_codes]
-        layers[kinds.index(False)] |= noted_columns(length if any(kinds) else None)
+        for name, window in self.layer_kinds:
+            if name in SOFTMAX_PATTERNS:
+                layers.append(self._of_softmax(name, window, length))
+                continue
+            dtypes = INPUT_DTYPES if name == "sw" else SUM_DTYPES
+            tensors = [StateTensor(memory_shape(name, window, *sizes), dtypes), count]
+            if self.conv_kernel is not None:
+                tensors.append(StateTensor((self.conv_kernel - 1, self.hidden_size)))
+            layers.append(numbered(*tensors))
+        ours = [kind == LAYER_TYPE for kind in self.layer_types]
+        layers[ours.index(True)] |= noted_columns(None if all(ours) else length)
         return layers
+
+    def _of_softmax(self, name: str, window: int | None, length: int) -> dict[str, StateTensor]:
+        heads, groups = softmax_heads(self)
+        head_dim = self.hidden_size // heads
+        if name != "softmax" or window is None:
+            return keys_and_values(groups, head_dim, length, window)
+        keys, there = window_state_shapes(groups, head_dim, window)
+        return numbered(StateTensor(keys, INPUT_DTYPES), StateTensor(there))
 
     def validate_layer_type(self):
         """Our layer type is not one of Transformers' own, which is all that the base class would accept."""

@@ -10,6 +10,8 @@ Patterns, by the rank of a token in its document (w is the window; causal patter
 
     w = 4, 8 tokens     l: 00001111     sl: 00111122     sw, token 6: ...3456.
 
+With `decay`, the terms of a causal global sum fade (see `fading`).
+
 Implementations: `dense_attention_reference` is the formula with its mask, O(T^2); `dense_attention` is linear in T for every
 pattern, takes a state and returns one, and serves a single step of generation as the case T = 1.
 """
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from ..shared.precision import accumulation_dtype
 from ..shared.sequence import padding_mask
 from ..shared.token_order import slot_ranks, take_tokens, token_layout
+from .fading import fading_attention
 from .layouts import chunk_padding, crop_tokens, more_than, regroup
 from .product_orders import (
     banded_attention,
@@ -34,8 +37,10 @@ PATTERNS = ("g", "l", "sl", "sw")
 MODES = ("auto", "linear", "quadratic")
 
 
-def check_dense_arguments(pattern: str, is_causal: bool, window_size: int | None, mode: str = "auto") -> None:
-    """Raise ValueError for a pattern, window or mode that has no meaning (and would quietly become another one)."""
+def check_dense_arguments(
+    pattern: str, is_causal: bool, window_size: int | None, mode: str = "auto", name: str = "window_size"
+) -> None:
+    """Raise ValueError for a pattern, window (called `name`) or mode that has no meaning and would quietly become another one."""
     if pattern not in PATTERNS:
         raise ValueError(f"`pattern` is {pattern!r}; the patterns are {PATTERNS}")
     if mode not in MODES:
@@ -47,9 +52,7 @@ def check_dense_arguments(pattern: str, is_causal: bool, window_size: int | None
     if pattern == "g":
         return
     if window_size is None or window_size <= 0 or window_size % 2:
-        raise ValueError(
-            f"`window_size` is {window_size!r}; pattern {pattern!r} needs a positive even number of tokens"
-        )
+        raise ValueError(f"`{name}` is {window_size!r}; pattern {pattern!r} needs a positive even number of tokens")
 
 
 def dense_attention(
@@ -66,6 +69,7 @@ def dense_attention(
     segment_ids: torch.Tensor | None = None,
     initial_state: DenseAttentionState | None = None,
     output_final_state: bool = False,
+    decay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DenseAttentionState | None]:
     """DenseAttention over `(B, T, H, D)` tensors, linear in T.
 
@@ -79,14 +83,17 @@ def dense_attention(
         segment_ids: (B or 1, T) of packed documents, non-decreasing; 0 continues `initial_state`, others start from nothing.
         initial_state: the state left by the tokens before (causal only).
         output_final_state: also return the state after the last real token.
+        decay: (H,) rates r >= 0 at which the terms of pattern "g" fade, in float32 at least (causal only; see `fading`).
 
     Returns:
         (B, T, H, D) in the dtype of `query`, and the state, or None. Sums that are kept are float32 at least.
 
     Raises:
-        ValueError: a pattern, window or mode that has no meaning, or a state without causality.
+        ValueError: a pattern, window or mode that has no meaning, a state without causality, or a decay of other patterns.
     """
     check_dense_arguments(pattern, is_causal, window_size, mode)
+    if decay is not None and (pattern != "g" or not is_causal):
+        raise ValueError(f"`decay` is of causal global attention, got pattern {pattern!r} and is_causal={is_causal}")
     lengths = layout = None
     batch, length = query.shape[:2]
     attention_mask = padding_mask(attention_mask, batch, length)
@@ -113,6 +120,7 @@ def dense_attention(
         segment_ids=segment_ids,
         initial_state=initial_state,
         output_final_state=output_final_state,
+        decay=decay,
     )
     # Third phase: every token back to its place.
     if layout is not None and layout.slots is not None:
@@ -140,6 +148,7 @@ def front_packed_dense_attention(
     segment_ids: torch.Tensor | None = None,
     initial_state: DenseAttentionState | None = None,
     output_final_state: bool = False,
+    decay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DenseAttentionState | None]:
     """`dense_attention` for rows whose first `lengths` tokens are real and whose other rows are zero in all three tensors.
 
@@ -152,11 +161,13 @@ def front_packed_dense_attention(
     if chunk_size is None:
         chunk_size = max(64, min(1024, query.shape[3]))
     if initial_state is not None and query.shape[1] == 1 and segment_ids is None:
-        return decode_step(query, key, value, pattern, window_size, lengths, initial_state)
+        return decode_step(query, key, value, pattern, window_size, lengths, initial_state, decay)
 
     # First phase: the tokens of this call among themselves, and for causal global rows those of the state.
     memory = initial_state.memory if initial_state is not None and pattern == "g" else None
-    if pattern == "g" and segment_ids is not None:
+    if decay is not None:
+        out = fading_attention(query, key, value, decay, chunk_size, segment_ids, memory)
+    elif pattern == "g" and segment_ids is not None:
         out = document_attention(query, key, value, segment_ids, is_causal, chunk_size, memory)
     elif pattern == "g" and is_causal:
         out, memory = causal_attention(query, key, value, chunk_size, memory, output_final_state)
@@ -176,7 +187,7 @@ def front_packed_dense_attention(
     # Third phase: what is left behind.
     if not output_final_state:
         return out, None
-    return out, final_state(key, value, pattern, window_size, lengths, segment_ids, initial_state)
+    return out, final_state(key, value, pattern, window_size, lengths, segment_ids, initial_state, decay)
 
 
 def _memory_as_state(memory, query, lengths, initial) -> DenseAttentionState:
@@ -250,15 +261,18 @@ def pattern_mask(
 
 
 def dense_attention_scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Raw scores A_ij (q_i . k_j), `(B, H, Tq, Tk)`: signed, not normalised. The output is these times the values; O(T^2)."""
+    """Raw scores A_ij (q_i . k_j), `(B, H, Tq, Tk)`: signed, not normalised. The output is these times the values; O(T^2).
+
+    A is `(Tq, Tk)` or `(B, Tq, Tk)`, or with factors a head (`fading_factors`) `(B or 1, H, Tq, Tk)`.
+    """
     scores = torch.einsum("bihd,bjhd->bhij", query, key)
-    return scores * (mask if mask.dim() == 2 else mask[:, None])
+    return scores * (mask[:, None] if mask.dim() == 3 else mask)
 
 
 def dense_attention_reference(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """The definition: o_i = sum_j A_ij (q_i . k_j) v_j with A `(Tq, Tk)` or `(B, Tq, Tk)`. Sums in float32 at least; O(T^2)."""
+    """The definition: o_i = sum_j A_ij (q_i . k_j) v_j with A as for the scores. Sums in float32 at least; O(T^2)."""
     wide = accumulation_dtype(query.dtype)
     scores = dense_attention_scores(query.to(wide), key.to(wide), mask)
     return torch.einsum("bhij,bjhd->bihd", scores, value.to(wide)).to(query.dtype)

@@ -45,6 +45,8 @@ from ..shared.heads import (
     masked_lm_loss,
     text_loss,
 )
+from ..shared.layers.short_convolution import ShortConvolution
+from ..shared.layers.softmax_attention import SoftmaxAttention
 from ..shared.positions import sinusoidal_embeddings
 from ..shared.sequence import DOCUMENT_KEYWORDS, blank_padding, check_token_types, passes_on, refuse_documents
 from .block import DanetBlock, DenseAttention
@@ -75,7 +77,9 @@ class DanetPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": [OutputRecorder(DanetBlock, index=0), OutputRecorder(DanetSoftmaxBlock, index=0)],
-        "attentions": [OutputRecorder(DenseAttention, index=1), OutputRecorder(DanetSoftmaxAttention, index=1)],
+        "attentions": [
+            OutputRecorder(layer, index=1) for layer in (DenseAttention, DanetSoftmaxAttention, SoftmaxAttention)
+        ],
     }
 
     def post_init(self):
@@ -92,6 +96,10 @@ class DanetPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
         if isinstance(module, (VectorNorm, ScaledLayerNorm)):
             for weight in module.parameters():
                 init.ones_(weight)
+        elif isinstance(module, ShortConvolution):
+            init.zeros_(module.weight)
+        elif isinstance(module, DenseAttention) and module.half_life_shift is not None:
+            init.zeros_(module.half_life_shift)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=bound)
         elif isinstance(module, nn.Linear):
@@ -120,8 +128,8 @@ class DanetModel(DanetPreTrainedModel):
             self.embedding_norm = build_norm(config.embedding_norm, config.hidden_size, *eps)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(
-            (DanetSoftmaxBlock if code in SOFTMAX_PATTERNS else DanetBlock)(config, i)
-            for i, code in enumerate(config.layer_codes)
+            (DanetSoftmaxBlock if kind.name in SOFTMAX_PATTERNS else DanetBlock)(config, i)
+            for i, kind in enumerate(config.layer_kinds)
         )
         if config.final_norm is not None:
             self.norm = build_norm(config.final_norm, config.hidden_size, *eps)
@@ -157,8 +165,8 @@ class DanetModel(DanetPreTrainedModel):
             cache (`Cache`, *optional*): the state to go on from; updated in place. Decoders only.
             use_cache (`bool`, *optional*): whether to make and return a state.
             **kwargs: `seq_idx`, `cu_seq_lens_q` (packed documents), `output_hidden_states`, `output_attentions` (raw scores, not
-                normalised; one a layer, None for a softmax layer whose attention implementation makes no maps: only "eager"
-                does).
+                normalised; one a layer, None for a softmax layer through a mask of Transformers' whose attention
+                implementation makes no maps: only "eager" does).
 
         Returns:
             [`RecurrentModelOutput`].

@@ -63,22 +63,25 @@ def _finish(normed: torch.Tensor, row_scale: torch.Tensor | None, residual: torc
 
 
 class ScaledLayerNorm(nn.Module):
-    """LayerNorm with a learned scale and no bias ("standard_ln")."""
+    """LayerNorm with a learned scale and no bias ("standard_ln"), or not `centred` RMSNorm ("rmsnorm")."""
 
-    def __init__(self, hidden_size: int, eps: float):
+    def __init__(self, hidden_size: int, eps: float, centred: bool = True):
         super().__init__()
-        self.eps = eps
+        self.eps, self.centred = eps, centred
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, hidden_states, row_scale=None, residual=None):
         # float16 has no 1/sqrt(eps) for a constant row: half precision is raised, as for the other norms.
         dtype, wide = hidden_states.dtype, accumulation_dtype(hidden_states.dtype)
-        weight = self.weight.to(wide)
-        normed = F.layer_norm(hidden_states.to(wide), (hidden_states.shape[-1],), weight, None, self.eps)
+        weight, shape = self.weight.to(wide), hidden_states.shape[-1:]
+        if self.centred:
+            normed = F.layer_norm(hidden_states.to(wide), shape, weight, None, self.eps)
+        else:
+            normed = F.rms_norm(hidden_states.to(wide), shape, weight, self.eps)
         return _finish(normed.to(dtype), row_scale, residual)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+        return f"{self.weight.shape[0]}, eps={self.eps}" + ("" if self.centred else ", centred=False")
 
 
 class ElementwiseNorm(nn.Module):
@@ -116,7 +119,7 @@ VECTOR_NORMS = {
     "uncentered_fixed_ln": (True, None),
 }
 
-NORM_NAMES = (*VECTOR_NORMS, "standard_ln", *ACTIVATIONS)
+NORM_NAMES = (*VECTOR_NORMS, "standard_ln", "rmsnorm", *ACTIVATIONS)
 
 
 def build_norm(name: str, hidden_size: int, maxnorm_eps: float = 1e-3, scaled_norm_eps: float = 1e-12) -> nn.Module:
@@ -127,8 +130,8 @@ def build_norm(name: str, hidden_size: int, maxnorm_eps: float = 1e-3, scaled_no
     if name in VECTOR_NORMS:
         mean, scale = VECTOR_NORMS[name]
         return VectorNorm(hidden_size, maxnorm_eps if name == "max_norm" else scaled_norm_eps, mean, scale)
-    if name == "standard_ln":
-        return ScaledLayerNorm(hidden_size, scaled_norm_eps)
+    if name in ("standard_ln", "rmsnorm"):
+        return ScaledLayerNorm(hidden_size, scaled_norm_eps, centred=name == "standard_ln")
     if name in ACTIVATIONS:
         return ElementwiseNorm(name)
     raise ValueError(f"unknown norm {name!r}; choose one of {NORM_NAMES}")

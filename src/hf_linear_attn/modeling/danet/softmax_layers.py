@@ -1,7 +1,9 @@
 """The softmax layers of a hybrid DANet: ordinary pre-norm blocks through Transformers' attention interface.
 
-They keep keys and values in the ordinary cache, beside the fixed-size states of the DenseAttention layers. Unlike the
-published hybrid they honour padding. Source: DANet specification, section 3.4.
+A decoder's `softmax` and `softmax:W` are the layer that families share (`shared.layers.softmax_attention`). The other codes, and
+encoders, have `DanetSoftmaxAttention`: windows of Transformers' own masks and caches. Keys and values are in the ordinary cache
+beside the fixed-size states of the DenseAttention layers, those of `softmax:W` in such a state. Unlike the published hybrid
+they honour padding. Source: DANet specification, section 3.4.
 """
 
 import functools
@@ -18,8 +20,9 @@ from ..shared.compat import (
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
+from ..shared.configuration import softmax_heads
 from ..shared.layer_output import LayerOutput
-from ..shared.layers.softmax_attention import eager_attention, refuse_documents_with_a_cache
+from ..shared.layers.softmax_attention import SoftmaxAttention, eager_attention, refuse_documents_with_a_cache
 from ..shared.positions import apply_position_factors
 from ..shared.states.cache import hold_in
 from .block import DanetMLP
@@ -29,9 +32,29 @@ from .norms import build_norm
 from .state import window_shift
 
 
+def through_masks(config: DanetConfig, code: str) -> bool:
+    """Whether layers of this code are `DanetSoftmaxAttention`, whose masks `with_softmax_layers` makes."""
+    return code in SOFTMAX_PATTERNS and not (config.is_causal and code == "softmax")
+
+
+def softmax_attention(config: DanetConfig, layer_idx: int) -> nn.Module:
+    """The softmax layer of a block."""
+    if through_masks(config, config.layer_codes[layer_idx]):
+        return DanetSoftmaxAttention(config, layer_idx)
+    return SoftmaxAttention(
+        config,
+        layer_idx,
+        *softmax_heads(config),
+        window=config.layer_kinds[layer_idx].window,
+        rope_theta=config.rope_theta if config.softmax_positions == "rotary" else None,
+        dropout=config.attention_dropout,
+        bias=config.attention_bias,
+    )
+
+
 class DanetSoftmaxAttention(nn.Module):
-    """Multi-head softmax attention with rotary positions: full (`softmax`), over a causal window (`swa@softmax`) or inside
-    (shifted) local windows (`l@softmax`, `sl@softmax`).
+    """Multi-head softmax attention: full in an encoder (`softmax`), over a causal window (`swa@softmax`) or inside (shifted)
+    local windows (`l@softmax`, `sl@softmax`).
 
     A window is a mask: FlexAttention skips what it hides, SDPA computes T x T scores and hides them.
     """
@@ -43,23 +66,23 @@ class DanetSoftmaxAttention(nn.Module):
         self.pattern = config.layer_codes[layer_idx]
         self.sliding_window = config.window_size if self.pattern == "swa@softmax" else None
         self.is_causal = config.is_causal
-        self.num_heads = config.softmax_attention_heads
-        self.num_key_value_groups = 1
-        self.scaling = (config.hidden_size // self.num_heads) ** -0.5
+        self.num_heads, key_value_heads = softmax_heads(config)
+        self.num_key_value_groups = self.num_heads // key_value_heads
+        self.head_dim = config.hidden_size // self.num_heads
+        self.scaling = self.head_dim**-0.5
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, width, bias=bias)
-        self.k_proj = nn.Linear(width, width, bias=bias)
-        self.v_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor, call: DanetCall) -> LayerOutput:
         """(B, T, d) -> (B, T, d); `attentions` where the attention implementation computes them ("eager")."""
-        heads = (self.num_heads, -1)
-        query = self.q_proj(hidden_states).unflatten(-1, heads)  # (B, T, H, D)
-        key = self.k_proj(hidden_states).unflatten(-1, heads)
-        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
-        query = apply_position_factors(query, call.softmax_factors).transpose(1, 2)
-        key = apply_position_factors(key, call.softmax_factors).transpose(1, 2)
+        heads, factors = (-1, self.head_dim), call.softmax_factors
+        query, key, value = (f(hidden_states).unflatten(-1, heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if factors is not None:  # (B, T, H, D)
+            query, key = apply_position_factors(query, factors), apply_position_factors(key, factors)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, T, D)
         if call.cache is not None:
             hold_in(call.cache.layers[self.layer_idx], key.dtype)
             key, value = call.cache.update(key, value, self.layer_idx)
@@ -83,13 +106,13 @@ class DanetSoftmaxBlock(GradientCheckpointingLayer):
     def __init__(self, config: DanetConfig, layer_idx: int):
         super().__init__()
         self.attention_norm = build_norm("standard_ln", config.hidden_size, scaled_norm_eps=config.scaled_norm_eps)
-        self.attention = DanetSoftmaxAttention(config, layer_idx)
+        self.attention = softmax_attention(config, layer_idx)
         self.mlp_norm = build_norm("standard_ln", config.hidden_size, scaled_norm_eps=config.scaled_norm_eps)
         self.mlp = DanetMLP(config)
 
     def forward(self, hidden_states: torch.Tensor, call: DanetCall) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)."""
-        mixed = self.attention(self.attention_norm(hidden_states), call)
+        mixed = self.attention(self.attention_norm(hidden_states), call=call)
         hidden_states = hidden_states + mixed.hidden_states
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -110,7 +133,7 @@ def maps_in_their_places(forward):
         found = output.get("attentions")
         if found is not None and len(found) < len(codes):
             there = iter(found)
-            output.attentions = tuple(None if code in SOFTMAX_PATTERNS else next(there) for code in codes)
+            output.attentions = tuple(None if through_masks(self.config, code) else next(there) for code in codes)
         return output if as_output else output.to_tuple()
 
     return wrapper
@@ -119,14 +142,14 @@ def maps_in_their_places(forward):
 def with_softmax_layers(
     call: DanetCall, config: DanetConfig, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> DanetCall:
-    """The call with the masks and positions of the softmax layers. `attention_mask` covers the tokens of the cache, too.
+    """The call with masks and positions of `DanetSoftmaxAttention` layers. `attention_mask` covers the tokens of the cache, too.
 
     Raises:
         ValueError: packed documents together with a cache; padding inside a text under a sliding window or a window with a cache
             (Transformers' caches and sliding windows count columns, not real tokens); or an attention function that knows no
             local windows.
     """
-    codes = set(config.layer_codes) & set(SOFTMAX_PATTERNS)
+    codes = {code for code in config.layer_codes if through_masks(config, code)}
     if not codes:
         return call
     if call.cache is not None:
@@ -135,8 +158,10 @@ def with_softmax_layers(
         attention_mask = call.kept_mask
     _check_windows(codes - {"softmax"}, config, attention_mask, call.cache)
     masks = {code: _mask(code, call, config, hidden_states, attention_mask) for code in codes}
-    head_dim = config.hidden_size // config.softmax_attention_heads
-    factors = call.position_factors("rotary", head_dim, config.rope_theta, hidden_states.dtype)
+    factors = None
+    if config.softmax_positions == "rotary":
+        head_dim = config.hidden_size // config.softmax_attention_heads
+        factors = call.position_factors("rotary", head_dim, config.rope_theta, hidden_states.dtype)
     return replace(call, softmax_masks=masks, softmax_factors=factors)
 
 

@@ -1,7 +1,8 @@
 """The fixed-size state of causal DenseAttention: what it holds, how tokens read it, how a step and a prompt leave it behind.
 
-DANet specification, section 1.5. Pattern g keeps M = sum_j k_j^T v_j, l and sl the same sum over the current window, sw a ring
-buffer of the last w keys and values. Reading needs no order: without a softmax a sum over the ring is the same from any slot.
+DANet specification, section 1.5. Pattern g keeps M = sum_j k_j^T v_j, with a decay the faded mean of `fading`, l and sl the same
+sum over the current window, sw a ring buffer of the last w keys and values. Reading needs no order: without
+a softmax a sum over the ring is the same from any slot.
 
 Shapes: (B, T, H, D) tokens with the real ones first (`lengths` (B,) of them), (B, T) document ids per slot.
 """
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.tracing import as_written
 from ..shared.precision import accumulation_dtype
 from ..shared.token_order import slot_ranks, take_tokens
 
@@ -44,6 +46,7 @@ def decode_step(
     window: int | None,
     lengths: torch.Tensor | None,
     state: DenseAttentionState,
+    decay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DenseAttentionState]:
     """One token `(B, 1, H, D)`: write it, then read, so that it attends to itself. O(H D^2), or O(w H D) for sw.
 
@@ -64,6 +67,9 @@ def decode_step(
         begins = ((count + window_shift(pattern, window)) % window == 0) & (real > 0)
         memory = torch.where(begins[:, None, None, None], 0.0, memory)
     written = key.to(wide).transpose(1, 2).transpose(-1, -2) * value.to(wide).transpose(1, 2)  # (B, H, D, D)
+    if decay is not None:
+        aged = (real[:, None] * decay.to(wide))[..., None, None]  # (B, H, 1, 1), 0 for a padded token
+        memory, written = memory * torch.exp(-aged), written * -torch.expm1(-aged)
     memory = memory + written
     out = query.to(wide).transpose(1, 2) @ memory
     return out.transpose(1, 2).to(query.dtype), DenseAttentionState(memory, count + real)
@@ -120,6 +126,7 @@ def final_state(
     lengths: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
     initial: DenseAttentionState | None,
+    decay: torch.Tensor | None = None,
 ) -> DenseAttentionState:
     """The state after the last real token: what feeding the tokens one by one would leave. O(min(T, w)), but O(T) for g."""
     # First phase: how many tokens are new to the last document of each row, and whether it is the state's.
@@ -156,9 +163,14 @@ def final_state(
     wide = accumulation_dtype(key.dtype)
     key_tail = take_tokens(key, slots.clamp(min=0)) * mine[..., None, None]
     value_tail = take_tokens(value, slots.clamp(min=0))
-    memory = torch.einsum("bthd,bthe->bhde", key_tail.to(wide), value_tail.to(wide))
+    key_tail, kept = key_tail.to(wide), 1.0
+    if decay is not None:  # by how many tokens came since; (T, H) and (B, H, 1, 1)
+        key_tail = key_tail * (-torch.expm1(-decay) * torch.exp((last + 1)[:, None] * decay))[..., None].to(wide)
+        kept = torch.exp(-lengths[:, None] * decay)[..., None, None]
+    with as_written(key):
+        memory = torch.einsum("bthd,bthe->bhde", key_tail, value_tail.to(wide))
     if initial is not None:
-        memory = memory + torch.where(keep[:, None, None, None], initial.memory, 0.0).to(wide)
+        memory = memory + kept * torch.where(keep[:, None, None, None], initial.memory, 0.0).to(wide)
     return DenseAttentionState(memory, count)
 
 

@@ -100,6 +100,11 @@ def at_most(name: str, value: int, most: int) -> str | None:
     return f"its {name} ends at {most:,}, this one is {value:,}" if value > most else None
 
 
+def without(parts: tuple[str, ...]) -> str | None:
+    """A layer without these parts, which it has beside what was published."""
+    return f"it has no {' and no '.join(parts)}" if parts else None
+
+
 class NextPath(str):
     """A reason after which the next path of the table is as good: `use_backend("triton")` makes no error of it."""
 

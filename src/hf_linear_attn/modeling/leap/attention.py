@@ -1,27 +1,23 @@
 """The LEAP mechanism as a layer: projections, positions, state, and what a configuration may set around them."""
 
-import math
 from functools import partial
 
 import torch
 from torch import nn
 
-from ..kernels.tracing import is_traced, making_buffers
 from ..shared.call import Call, takes_call
 from ..shared.layer_output import LayerOutput, check_state, refuse_maps_after, shown_weights
 from ..shared.layers.gated_output import GatedOutput
+from ..shared.layers.half_lives import HalfLives
 from ..shared.layers.short_convolution import ShortConvolution
 from ..shared.positions import apply_position_factors
-from ..shared.precision import accumulation_dtype
 from ..shared.windowed_mean import attention_rows, state_shapes, windowed_mean
 from .configuration_leap import LeapConfig
 from .formula import averaged, focus_weights
 from .mechanism import leap_mechanism
 
-SHORTEST_HALF_LIFE = -6.0  # in octaves of a token: exp(-44) a token
 
-
-class LeapAttention(nn.Module):
+class LeapAttention(HalfLives, nn.Module):
     """The LEAP mechanism as a layer on `(B, T, d)` tensors; usable in any network.
 
     Args:
@@ -43,10 +39,8 @@ class LeapAttention(nn.Module):
         self.exponential = config.focus_function == "exp"
         self.qfkv_proj = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.attention_dropout)
-        self.half_lives = self.half_life_shift = self.convolution = self.output = None
-        if kind.name == "decay":
-            self.half_lives = tuple(config.half_lives)
-            self.half_life_shift = nn.Parameter(torch.zeros(self.num_heads))
+        self.convolution = self.output = None
+        self.set_half_lives(config.half_lives if kind.name == "decay" else None)
         if config.conv_kernel is not None:
             self.convolution = ShortConvolution(config.hidden_size, config.conv_kernel)
         parts = config.head_norm, config.output_gate, config.output_projection
@@ -58,29 +52,6 @@ class LeapAttention(nn.Module):
             "norm, gate or projection behind the heads": self.output,
         }
         self.options = tuple(name for name, part in more.items() if part is not None)  # beyond the published layer's
-        self._held_octaves: torch.Tensor | None = None
-
-    def decay(self) -> torch.Tensor | None:
-        """The rates (H,) at which weights fade, ln 2 / half-life, in float32 at least; None where they do not.
-
-        The half-life of head h is `half_lives[h] * 2 ** half_life_shift[h]` tokens: what is learned begins at 0, so that weight
-        decay draws it back to where it began.
-        """
-        if self.half_life_shift is None:
-            return None
-        shift = self.half_life_shift.to(accumulation_dtype(self.half_life_shift.dtype))
-        octaves = shift + self._octaves(shift.device, shift.dtype)
-        return math.log(2) * torch.exp2(-octaves.clamp(min=SHORTEST_HALF_LIFE))
-
-    def _octaves(self, device, dtype):
-        """log2 of `half_lives` (H,), copied to a device once: a CUDA graph of a decoding step could not copy it."""
-        held = self._held_octaves
-        if held is None or held.device != device or held.dtype != dtype:
-            with making_buffers():
-                held = torch.tensor([math.log2(life) for life in self.half_lives], device=device, dtype=dtype)
-            if not is_traced():
-                self._held_octaves = held
-        return held
 
     @takes_call(
         "attention_mask",

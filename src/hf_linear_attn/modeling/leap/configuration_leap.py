@@ -10,12 +10,13 @@ from ..shared.configuration import (
     apply_aliases,
     check_choice,
     check_format,
+    check_half_lives,
     check_head_size,
-    check_heads,
     check_kinds,
     check_numbers,
-    check_size,
+    check_taps,
     layer_kind,
+    softmax_heads,
 )
 from ..shared.files.state_file import INPUT_DTYPES, StateTensor, keys_and_values, noted_columns, numbered
 from ..shared.layers.softmax_attention import window_state_shapes
@@ -23,7 +24,6 @@ from ..shared.states.state_layer import LAYER_TYPE
 from ..shared.windowed_mean import state_shapes
 from .presets import PRESETS
 
-LONGEST_CONVOLUTION = 64  # taps
 # Fields of format 2, with the values under which a model computes what format 1 says.
 OF_FORMAT_2 = {
     "half_lives": None,
@@ -192,27 +192,13 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
     def validate_layers(self):
         """Refuse kinds of layer that there are none of, and fill in what these need."""
         kinds = check_kinds(self)
-        heads = self.num_attention_heads
-        if any(kind.name == "decay" for kind in kinds) and self.half_lives is None:
-            self.half_lives = [2.0 * 256.0 ** (i / max(1, heads - 1)) for i in range(heads)]
-        if self.half_lives is not None:
-            wrong = [life for life in self.half_lives if not 0 < life < float("inf")]
-            if wrong or len(self.half_lives) != heads:
-                found = f"holds {wrong[0]}" if wrong else f"has {len(self.half_lives)} entries"
-                raise ValueError(
-                    f"`half_lives` {found}, expected a positive number of tokens for each of `num_attention_heads`={heads} heads"
-                )
+        check_half_lives(self, any(kind.name == "decay" for kind in kinds))
         check_choice("softmax_positions", self.softmax_positions, ("rotary", "none"))
         if all(kind.name != "softmax" for kind in kinds):
             return
         if self.softmax_attention_heads is None:
-            self.softmax_attention_heads = heads
-        if self.softmax_key_value_heads is None:
-            self.softmax_key_value_heads = self.softmax_attention_heads
-        rotary = self.softmax_positions == "rotary"
-        check_heads("softmax_attention_heads", self.softmax_attention_heads, "hidden_size", self.hidden_size, rotary)
-        of = self.softmax_attention_heads
-        check_heads("softmax_key_value_heads", self.softmax_key_value_heads, "softmax_attention_heads", of)
+            self.softmax_attention_heads = self.num_attention_heads
+        self.softmax_attention_heads, self.softmax_key_value_heads = softmax_heads(self)
 
     def validate_architecture(self):
         """Refuse sizes and names that no model can be built from."""
@@ -222,9 +208,7 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
         check_choice("focus_function", self.focus_function, ("elu", "exp"))
         check_choice("norm_type", self.norm_type, ("layernorm", "rmsnorm"))
         check_choice("ffn_type", self.ffn_type, ("mlp", "swiglu"))
-        check_size(
-            "conv_kernel", self.conv_kernel, LONGEST_CONVOLUTION, "of taps; a longer past is what the layer itself sees"
-        )
+        check_taps(self)
         if not 0 <= self.num_recomputed_mlps <= self.num_hidden_layers:
             raise ValueError(
                 f"`num_recomputed_mlps` is {self.num_recomputed_mlps}, expected 0 to `num_hidden_layers`={self.num_hidden_layers}"

@@ -150,7 +150,8 @@ def check_numbers(config, *positive: str) -> None:
 class LayerKind(NamedTuple):
     """What mixes the tokens of a layer.
 
-    name: "mean" (weighted means), "decay" (weighted means whose weights fade) or "softmax".
+    name: of LEAP "mean" (weighted means), "decay" (weighted means whose weights fade) or "softmax"; of DANet a code of its
+        `layer_pattern`.
     window: tokens that are seen, the token itself included; None for all so far.
     """
 
@@ -197,6 +198,46 @@ def check_kinds(config) -> list[LayerKind]:
             "layer be of another kind"
         )
     return kinds
+
+
+def check_half_lives(config, needed: bool) -> None:
+    """Fill in the `half_lives` that are `needed` and not given; refuse those that are not positive, one for each head."""
+    heads = config.num_attention_heads
+    if needed and config.half_lives is None:
+        config.half_lives = [2.0 * 256.0 ** (i / (heads - 1)) for i in range(heads)] if heads > 1 else [32.0]
+    if config.half_lives is None:
+        return
+    wrong = [life for life in config.half_lives if not 0 < life < math.inf]
+    if wrong or len(config.half_lives) != heads:
+        found = f"holds {wrong[0]}" if wrong else f"has {len(config.half_lives)} entries"
+        raise ValueError(
+            f"`half_lives` {found}, expected a positive number of tokens for each of `num_attention_heads`={heads} heads"
+        )
+
+
+LONGEST_CONVOLUTION = 64  # taps
+
+
+def check_taps(config) -> None:
+    """Refuse a short convolution that has no tap, or is not short."""
+    check_size(
+        "conv_kernel", config.conv_kernel, LONGEST_CONVOLUTION, "of taps; a longer past is what the layer itself sees"
+    )
+
+
+def softmax_heads(config) -> tuple[int, int]:
+    """Heads of queries, and of keys and values, in the softmax layers of a family.
+
+    Raises:
+        ValueError: numbers that do not divide the width, or leave an odd head size to rotary positions.
+    """
+    heads = config.softmax_attention_heads
+    groups = heads if config.softmax_key_value_heads is None else config.softmax_key_value_heads
+    check_choice("softmax_positions", config.softmax_positions, ("rotary", "none"))
+    rotary = config.softmax_positions == "rotary"
+    check_heads("softmax_attention_heads", heads, "hidden_size", config.hidden_size, rotary)
+    check_heads("softmax_key_value_heads", groups, "softmax_attention_heads", heads)
+    return heads, groups
 
 
 def check_heads(name: str, value: int | None, of_name: str, of: int, even: bool = False) -> None:

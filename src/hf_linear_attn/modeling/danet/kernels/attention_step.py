@@ -6,7 +6,7 @@ oldest key and value give way to the new ones (DANet specification, section 1.5)
 
 import torch
 
-from ...kernels.conditions import at_most, dtypes_as_written, one_dtype
+from ...kernels.conditions import at_most, dtypes_as_written, one_dtype, without
 from ...kernels.dispatch import early_options, on_its_device
 from ...kernels.fast_paths import FastPath
 from ...kernels.plain_layers import weight_dtype
@@ -134,7 +134,7 @@ def take_step(attention, hidden_states, call) -> tuple[torch.Tensor, list[torch.
 
     Also returns the counters that are one too low now: raised together at the end, those of all layers take one launch.
     """
-    factors = call.factors[attention.pattern]
+    factors = call.factors[attention.code]
     query = step_linear(attention.query_proj, hidden_states)
     (memory, count), counts, length = call.layer_cache(attention.layer_idx).take_step()
     turned = [factors is not None and name in attention.scheme for name in "qkv"]
@@ -158,6 +158,8 @@ def _suits(attention, hidden_states, call) -> bool:
 
 def _covers(attention, hidden_states, call) -> str | None:
     layer_cache = call.layer_cache(attention.layer_idx)
+    if attention.options:
+        return without(attention.options)
     if type(layer_cache) is not RecurrentStateLayer or layer_cache.record_past or layer_cache.get_state() is None:
         return "the cache has no state that may change in place"
     if call.mask is not None or call.segment_ids is not None:
@@ -166,7 +168,7 @@ def _covers(attention, hidden_states, call) -> str | None:
         return "the layer is in training mode, and it drops nothing"
     if weight_dtype(attention.query_proj) != hidden_states.dtype:
         return f"the queries' weight is not {hidden_states.dtype}, the dtype of the input"
-    factors = call.factors[attention.pattern]
+    factors = call.factors[attention.code]
     if factors is not None and attention.scheme == ["qkv"]:
         return "the queries are made of turned inputs"
     return dtypes_as_written(hidden_states) or one_dtype(hidden_states) or _sizes(attention, hidden_states, layer_cache)

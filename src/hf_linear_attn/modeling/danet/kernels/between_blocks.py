@@ -176,14 +176,14 @@ class _LeaveStream(torch.autograd.Function):
 def _run(model, layers, hidden_states: torch.Tensor, call) -> torch.Tensor:
     norm, first, last, lazy = model.norm, layers[0], layers[-1], call.keep is None
     keep = row_numbers(call.keep, hidden_states)
-    scales = {pattern: row_numbers(scale, hidden_states) for pattern, scale in call.input_scales.items()}
+    scales = {code: row_numbers(scale, hidden_states) for code, scale in call.input_scales.items()}
     counters: list[torch.Tensor] = []
     # From block to block: y is what a block adds, before its norm; x the normalised, scaled input of the next.
-    x, stream, factor = first.pre_norm(hidden_states, scales[first.pattern]), hidden_states, None
+    x, stream, factor = first.pre_norm(hidden_states, scales[first.code]), hidden_states, None
     for block, following in pairwise(layers):
         y = _added(block, x, call, counters)
         eps = block.post_norm.eps, following.pre_norm.eps
-        x, stream, factor = between_blocks(y, stream, factor, keep, scales[following.pattern], *eps, lazy)
+        x, stream, factor = between_blocks(y, stream, factor, keep, scales[following.code], *eps, lazy)
     y = _added(last, x, call, counters)
     if counters:
         torch._foreach_add_(counters, 1)

@@ -1,5 +1,7 @@
 """Whether a block's layers are LEAP's own, which fast paths read instead of calling them."""
 
+from ...kernels.conditions import without
+
 
 def own_layers(*layers) -> str | None:
     """None, or the reason why not: a layer was wrapped, subclassed or replaced."""
@@ -9,5 +11,5 @@ def own_layers(*layers) -> str | None:
         if type(layer) not in (LeapAttention, LeapMLP):
             return f"a layer of the block is a {type(layer).__name__}, not LEAP's own"
         if type(layer) is LeapAttention and layer.options:
-            return f"it has no {' and no '.join(layer.options)}"
+            return without(layer.options)
     return None

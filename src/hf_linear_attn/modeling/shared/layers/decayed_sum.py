@@ -23,6 +23,7 @@ def decayed_sum(
     mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     log_weights: torch.Tensor | None = None,
+    of_chunks: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sums S (B, T, H, F) of x (B, T, H, F), within each document.
 
@@ -32,12 +33,15 @@ def decayed_sum(
         mask (`torch.Tensor` of shape `(B, T)`, *optional*): True for tokens that take a step of time.
         segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): non-decreasing document numbers.
         log_weights (`torch.Tensor` of shape `(B, T, H)`, *optional*): x_j counts exp(log_weights_j) times.
+        of_chunks (`bool`): whether x are totals of chunks already. Where torch.export keeps the length symbolic they then take
+            one table, since it stays symbolic through one level of chunks alone.
 
     Returns:
         `tuple`: the sums and, with log weights, the reference (B, T, H): the sums are to be multiplied by exp(reference).
     """
     steps = None if mask is None else mask.to(x.dtype)
-    return _decayed_sum(x, rates, steps, segment_ids, log_weights, 0)
+    level = 1 if of_chunks and isinstance(x.shape[1], torch.SymInt) else 0
+    return _decayed_sum(x, rates, steps, segment_ids, log_weights, level)
 
 
 def steps_taken(length: int, like: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
