@@ -112,6 +112,35 @@ def _danet(setting: Setting, vocab_size: int, width: int, **fields: Any) -> Any:
     return DanetForCausalLM(DanetConfig.preset("gpt-360m", **(sizes | fields)))
 
 
+def _leap_preset(preset: str, setting: Setting, vocab_size: int, width: int, **fields: Any) -> Any:
+    from hf_linear_attn import LeapConfig, LeapForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": setting.hidden_size,
+        "num_hidden_layers": setting.num_layers,
+        "num_attention_heads": setting.num_heads,
+        "intermediate_size": width,
+        "hidden_dropout_prob": 0.0,
+    }
+    return LeapForCausalLM(LeapConfig.preset(preset, **(sizes | fields)))
+
+
+def _danet_preset(preset: str, setting: Setting, vocab_size: int, width: int, **fields: Any) -> Any:
+    """A third more layers than the Transformers', as `_danet`."""
+    from hf_linear_attn import DanetConfig, DanetForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": setting.hidden_size,
+        "num_hidden_layers": round(setting.num_layers * 4 / 3),
+        "intermediate_size": width,
+        "scale_length": setting.recipe.length,
+        "max_position_embeddings": setting.recipe.length,
+    }
+    return DanetForCausalLM(DanetConfig.preset(preset, **(sizes | fields)))
+
+
 MODELS: dict[str, Callable[[Setting, int, int], Any]] = {
     "gpt2": _gpt2,
     "llama": _llama,
@@ -119,6 +148,10 @@ MODELS: dict[str, Callable[[Setting, int, int], Any]] = {
     "leap-global": partial(_averaging, "leap", windows=False),
     "fastformer": partial(_averaging, "fastformer"),
     "danet": _danet,
+    "leap-hybrid": partial(_leap_preset, "hybrid"),
+    "leap-fixed-state": partial(_leap_preset, "fixed-state"),
+    "danet-hybrid": partial(_danet_preset, "hybrid"),
+    "danet-fixed-state": partial(_danet_preset, "fixed-state"),
 }
 
 # Tried where a published claim did not hold: what the published model has, changed in one respect.
@@ -142,6 +175,12 @@ VARIANTS: dict[str, Callable[[Setting, int, int], Any]] = {
     "leap-rotary": partial(_averaging, "leap", position_embedding_type="rotary"),
     "leap-exp": partial(_averaging, "leap", focus_function="exp"),
     "leap-wide": _leap_wide,
+    "leap-fixed-state-no-positions": partial(_leap_preset, "fixed-state", position_embedding_type="none"),
+    "leap-hybrid-no-positions": partial(_leap_preset, "hybrid", position_embedding_type="none"),
+    "leap-decay-alone": lambda setting, *sizes: _leap_preset(
+        "fixed-state", setting, *sizes, layer_windows=["decay"] * setting.num_layers, position_embedding_type="none"
+    ),
+    "danet-fixed-state-fading": partial(_danet_preset, "fixed-state", layer_pattern="softmax:128_decay"),
     "leap-more-heads": partial(_averaging, "leap", more_heads=4),
     "leap-wide-more-heads": partial(_leap_wide, more_heads=4),
 }

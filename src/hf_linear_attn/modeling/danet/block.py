@@ -9,6 +9,8 @@ terms that fade in global layers.
 Source: DANet specification, sections 0 and 3. Each layer works alone on `(B, T, d)` tensors.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -124,6 +126,7 @@ class DenseAttention(HalfLives, nn.Module):
                 hidden_states = hidden_states * call.keep.to(hidden_states.dtype)
         ordered = take_tokens(hidden_states, tokens.order) if in_slots else hidden_states  # real tokens first
         query, key, value = self._project(ordered, call.factors[self.code])  # (B, T, H, D) each
+        decay = self.decay()
         mixed, state = front_packed_dense_attention(
             query,
             key,
@@ -137,7 +140,7 @@ class DenseAttention(HalfLives, nn.Module):
             segment_ids=tokens.segment_ids,
             initial_state=None if before is None else DenseAttentionState(*before[:2]),
             output_final_state=call.wants_state,
-            decay=self.decay(),
+            decay=decay,
         )
         mixed = take_tokens(mixed, tokens.slots) if in_slots else mixed
         mixed = mixed.flatten(2) if self.output is None else self.output(mixed, hidden_states)  # (B, T, d)
@@ -145,7 +148,7 @@ class DenseAttention(HalfLives, nn.Module):
             state = *state, self.convolution.state_after(inputs, tokens, None if before is None else before[-1])
         layer_cache = call.layer_cache(self.layer_idx)
         if layer_cache is not None:
-            replay = self._replay(key, value, inputs, call, in_slots) if layer_cache.record_past else None
+            replay = self._replay(key, value, inputs, decay, call, in_slots) if layer_cache.record_past else None
             layer_cache.update_state(state, mixed.shape[1], call.mask, replay, call.segment_ids)
         scores = self._scores(query, key, call, in_slots) if call.output_attentions else None
         return LayerOutput(mixed, scores, state=state if call.return_state else None)
@@ -178,21 +181,24 @@ class DenseAttention(HalfLives, nn.Module):
             mask = (mask if mask.dim() == 2 else mask[:, None]) * fading_factors(ranks, decay)  # (B or 1, H, T, T)
         return dense_attention_scores(query, key, mask)
 
-    def _replay(self, key, value, inputs, call, in_slots):
-        """What a cache needs to undo tokens of this call: keys, values and inputs of the convolution in token order."""
+    def _replay(self, key, value, inputs, decay, call, in_slots):
+        """What a cache needs to undo tokens of this call: keys, values and inputs of the convolution in token order.
+
+        Rates are held as they are now: the layer's weights may be elsewhere when tokens are undone.
+        """
         if in_slots:
             key, value = take_tokens(key, call.tokens.slots), take_tokens(value, call.tokens.slots)
         inputs = None if self.convolution is None else inputs
-        return self._advance, (key, value, inputs, call.mask, call.segment_ids)
+        return partial(self._advance, decay), (key, value, inputs, call.mask, call.segment_ids)
 
-    def _advance(self, state, key, value, inputs, mask, segment_ids):
+    def _advance(self, decay, state, key, value, inputs, mask, segment_ids):
         """The state after some more tokens alone."""
         layout = token_layout(*key.shape[:2], key.device, mask, segment_ids)
         if layout.order is not None:
             key, value = take_tokens(key, layout.order), take_tokens(value, layout.order)
         initial = None if state is None else DenseAttentionState(*state[:2])
         documents = layout.lengths, layout.segment_ids
-        after = final_state(key, value, self.pattern, self.window, *documents, initial, self.decay())
+        after = final_state(key, value, self.pattern, self.window, *documents, initial, decay)
         if self.convolution is None:
             return after
         return *after, self.convolution.state_after(inputs, layout, None if state is None else state[-1])

@@ -187,6 +187,12 @@ class LeapConfig(DerivedLayerTypes, PreTrainedConfig):
         if cycle is not None:
             layers = overrides.get("num_hidden_layers", overrides.get("n_layer", cls.num_hidden_layers))
             fields["layer_windows"] = [cycle[i % len(cycle)] for i in range(layers)]
+        group = fields.pop("softmax_group", 1)
+        heads = overrides.get(
+            "num_attention_heads", overrides.get("n_head", overrides.get("n_heads", cls.num_attention_heads))
+        )
+        if group > 1 and heads % group == 0 and "softmax_attention_heads" not in overrides:
+            fields["softmax_key_value_heads"] = heads // group
         return cls(**{**fields, **overrides})
 
     def validate_layers(self):

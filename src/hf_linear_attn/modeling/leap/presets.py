@@ -16,9 +16,10 @@ _MODERN = {
     "position_embedding_type": "rotary",
 }
 
-# `layer_cycle` is repeated over the layers.
+# `layer_cycle` is repeated over the layers; so many heads of queries share one of keys in softmax layers (`softmax_group`), where
+# their number divides.
 PRESETS = {
     "published": {},
-    "fixed-state": {**_MODERN, "layer_cycle": ["decay", "decay", "softmax:128"]},
+    "fixed-state": {**_MODERN, "layer_cycle": ["decay", "decay", "softmax:128"], "softmax_group": 2},
     "hybrid": {**_MODERN, "layer_cycle": ["decay", "decay", "softmax"]},
 }
