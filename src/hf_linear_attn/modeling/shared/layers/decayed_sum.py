@@ -172,3 +172,73 @@ def _join(x, single, length):
 def _moved_on(x, fill):
     """Chunks (B, n, ...) moved on by one."""
     return F.pad(x, [0, 0] * (x.dim() - 2) + [1, 0], value=fill)[:, : x.shape[1]]
+
+
+# Of the sums above, Inductor made wrong gradients on a GPU (torch 2.11, `comprehensive_padding`; 129 features a head, six heads), so
+# that compiled models diverged. It sees one operator instead, which computes them as they are written, and one for the transpose.
+@torch.library.custom_op("hf_linear_attn::decayed_sum", mutates_args=())
+def _as_written(
+    x: torch.Tensor,
+    rates: torch.Tensor,
+    steps: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    logs: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    sums, reference = _decayed_sum(x, rates, steps, segments, logs, 0)
+    return [sums.contiguous()] if reference is None else [sums.contiguous(), reference.contiguous()]
+
+
+@_as_written.register_fake
+def _(x, rates, steps, segments, logs):
+    return [x.new_empty(x.shape)] if logs is None else [x.new_empty(x.shape), x.new_empty(x.shape[:3])]
+
+
+@torch.library.custom_op("hf_linear_attn::decayed_sum_backward", mutates_args=())
+def _transposed(
+    grad: torch.Tensor,
+    sums: torch.Tensor,
+    reference: torch.Tensor | None,
+    x: torch.Tensor,
+    rates: torch.Tensor,
+    steps: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    logs: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Gradients of x, the rates and the log weights. With S = A x: A^T grad is such a sum from the end of the row, and a rate's
+    gradient is -sum_i s_i (A^T grad)_i (S_i - x_i), since a step of time s_i ages all of S_i but x_i.
+    """
+    back = None if steps is None else F.pad(steps[:, 1:], (0, 1)).flip(1)
+    turned = None if segments is None else segments.flip(1)
+    if logs is None or reference is None:
+        of_x = _decayed_sum(grad.flip(1), rates, back, turned, None, 0)[0].flip(1)
+        aged = (of_x * (sums - x)).sum(-1)  # (B, T, H)
+        of_logs = []
+    else:
+        highest = reference.amax(1, keepdim=True)
+        total, after = _decayed_sum(grad.flip(1), rates, back, turned, (highest - reference).flip(1), 0)
+        total, after = total.flip(1), after.flip(1) - highest
+        own = (after + logs).exp()
+        of_x = total * own[..., None]
+        of_logs = [(of_x * x).sum(-1)]
+        aged = (total * sums).sum(-1) * (after + reference).exp() - of_logs[0]
+    aged = aged if steps is None else aged * steps[..., None]
+    return [of_x.contiguous(), -aged.sum((0, 1)), *of_logs]
+
+
+@_transposed.register_fake
+def _(grad, sums, reference, x, rates, steps, segments, logs):
+    return [x.new_empty(x.shape), rates.new_empty(rates.shape), *([] if logs is None else [logs.new_empty(logs.shape)])]
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output, *inputs)
+
+
+def _backward(ctx, grads):
+    outputs, inputs = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
+    reference = outputs[1] if len(outputs) > 1 else None
+    of_x, of_rates, *of_logs = _transposed(grads[0].contiguous(), outputs[0], reference, *inputs)
+    return of_x, of_rates, None, None, of_logs[0] if of_logs else None
+
+
+_as_written.register_autograd(_backward, setup_context=_save)
