@@ -188,12 +188,13 @@ class TestLayers:
 
     def test_blocks_alone_go_on_from_their_states(self):
         x, mask = torch.randn(2, 12, 16, dtype=torch.float64), torch.tensor([[1, 0] + [1] * 10, [1] * 12])
-        made = config(**{**KINDS, **DANET_MODERN, "layer_pattern": "sl:6_decay_sw:6"})
-        for i, (cut, more) in itertools.product(range(3), [(7, 12), (11, 12)]):
+        made = config(**{**KINDS, **DANET_MODERN, "layer_pattern": "sl:6_decay_sw:6_g", "num_hidden_layers": 4})
+        for i, (cut, more) in itertools.product(range(4), [(7, 12), (11, 12)]):
             torch.manual_seed(i)
             block = DanetBlock(made, i).double()
             torch.nn.init.normal_(block.attention.convolution.weight)
             whole = block(x, attention_mask=mask)
+            torch.testing.assert_close(whole[:1, mask[0] > 0], block(x[:1, mask[0] > 0]), **TOL)
             first, state = block(x[:, :cut], attention_mask=mask[:, :cut], return_state=True)
             positions = torch.arange(cut, more).expand(2, -1) - torch.tensor([[1], [0]])
             second = block(x[:, cut:more], position_ids=positions, state=state)

@@ -38,7 +38,7 @@ class LeapAttention(HalfLives, nn.Module):
         self.rope_theta = config.rope_theta if config.position_embedding_type == "rotary" else None
         self.exponential = config.focus_function == "exp"
         self.qfkv_proj = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=False)
-        self.dropout = nn.Dropout(config.attention_dropout)
+        self.dropout = nn.Dropout(config.attention_dropout or 0.0)
         self.convolution = self.output = None
         self.set_half_lives(config.half_lives if kind.name == "decay" else None)
         if config.conv_kernel is not None:
