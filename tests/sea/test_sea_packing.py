@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_linear_attn.modeling.sea.documents import PackedRows
+from hf_linear_attn.modeling.sea.rows.documents import PackedRows
 from hf_linear_attn.modeling.sea.host_attention import Distillation
 from hf_linear_attn.training.sea_distillation import record_targets
 

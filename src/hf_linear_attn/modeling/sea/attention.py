@@ -73,7 +73,7 @@ class SeaCoreOutput:
         context: (B, T, H D), heads concatenated, 0 at padded tokens (the official form leaves numbers there).
         loss: scalar against the teacher, None without one.
         losses: the terms of the loss.
-        estimated_probs: (B, H, T, M), softmax over the cells, 0 at padded rows.
+        estimated_probs: (B, H, T, M), softmax over the cells, 0 at padded rows, and at dense ones, which nothing is estimated for.
         cells: (B, H, T, M) bool, the selected ones.
         kept: (B, H, T, S) bool over key slots, if asked for or if the options say "dense", which makes it anyway.
         attention_probs: (B, H, T, S), sparse attention times its gate (a row sums to the gate), likewise.
@@ -84,8 +84,8 @@ class SeaCoreOutput:
     context: torch.Tensor
     loss: torch.Tensor | None
     losses: dict
-    estimated_probs: torch.Tensor
-    cells: torch.Tensor
+    estimated_probs: torch.Tensor | None
+    cells: torch.Tensor | None
     kept: torch.Tensor | None
     attention_probs: torch.Tensor | None
     state: SeaState | None
@@ -237,6 +237,25 @@ class SeaAttentionCore(nn.Module):
         _, rows_state = self._cell_logits(hidden, layout, state)
         _, value_sum = self._average(None, v, layout, state)
         return SeaState(kernel_state, value_sum, *rows_state)
+
+    def state_after(self, k: torch.Tensor, v: torch.Tensor, layout: KeyLayout, state: SeaState | None) -> SeaState:
+        """The `SeaState` after tokens that attended to all keys, from their keys and values (B, G, T, D) alone.
+
+        They count in the sums. The convolutions begin with the first query that is sparse: what they saw stays.
+        """
+        options, dtype = self.options, accumulation_dtype(v.dtype)
+        k, v = (repeat_key_heads(layout.compact(x), options.num_heads) for x in (k, v))
+        v = layout.blank(v).to(dtype)
+        with as_written(v):
+            keep = layout.keep if layout.is_padded else None
+            features = relu_features(k, self.random_features, keep).transpose(-1, -2)  # (B, H, F, T)
+            positions = self._position_rows(layout).to(dtype)[:, None].expand_as(v)
+            parts = (features @ positions, features @ v, features.sum(dim=-1, keepdim=True))
+        kernel, value_sum = torch.cat(parts, dim=-1), v.sum(dim=2)
+        if state is not None:
+            return state._replace(kernel=kernel + state.kernel, value_sum=value_sum + state.value_sum)
+        rows = [v.new_zeros(v.shape[0], *shape) for shape in options.state_shapes[2:]]
+        return SeaState(kernel, value_sum, *rows)
 
     def _check(self, q, k, v, teacher, key_cache) -> None:
         heads, dim = self.options.num_heads, self.options.head_dim
