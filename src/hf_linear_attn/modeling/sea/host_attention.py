@@ -191,7 +191,9 @@ def sea_attention_forward(
     return context, output.attention_probs if sea_call.output_attentions else None
 
 
-def _sea_layer(core: SeaAttentionCore, query, key, value, call: SeaCall, index: int, scaling, wants_state) -> SeaCoreOutput:
+def _sea_layer(
+    core: SeaAttentionCore, query, key, value, call: SeaCall, index: int, scaling, wants_state
+) -> SeaCoreOutput:
     """What a SEA layer gives for the new tokens, whole rows or document by document."""
     past, time = call.key_layout.past_slots, query.shape[2]
     new_key, new_value = (x[:, :, past : past + time] for x in (key, value))
@@ -224,7 +226,8 @@ def _replay(core: SeaAttentionCore, call: SeaCall, scaling, query, key, value):
     past = call.key_layout.past[:, None].expand_as(mask)
 
     def again(state, q, k, v, keep, past):
-        layout = replace(KeyLayout.from_mask(keep, *keep.shape, keep.device), past=past[:, 0])
+        layout = KeyLayout.from_mask(keep, *keep.shape, keep.device)
+        layout = replace(layout, past=past[:, 0], past_slots=call.key_layout.past_slots)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return tuple(advance(core, q, k, v, layout, scaling, SeaState(*state) if state else None))
 

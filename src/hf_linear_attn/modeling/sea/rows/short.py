@@ -140,14 +140,16 @@ def attend(
     else:
         seen = [short.take(x) for x in (k, v)]
     outputs = [_attend_densely(sizes, short.layout, short.take(q), *seen, scale, output_attentions)]
-    if causal and wants_state:
+    if causal and (wants_state or long is not None):
         state = core.state_after(short.take(k), short.take(v), short.layout, state)
     if long is not None:
         cache = (keys, values) if causal else None
         outputs.append(core(*map(long.take, (q, k, v)), layout=long.layout, state=state, key_cache=cache, **shared))
         state = outputs[-1].state
     # Last phase: both into the order of the input.
-    joined = _join([part for part in (short, long) if part is not None], outputs, layout, output_attentions, wants_estimate)
+    joined = _join(
+        [part for part in (short, long) if part is not None], outputs, layout, output_attentions, wants_estimate
+    )
     joined.state = state if causal and wants_state else None
     return joined
 
@@ -164,7 +166,9 @@ def advance(core: SeaAttentionCore, q, k, v, layout: KeyLayout, scaling, state: 
     return core(*map(long.take, (q, k, v)), layout=long.layout, scaling=scaling, state=state, only_state=True)
 
 
-def _attend_densely(options, layout: KeyLayout, q, keys, values, scale: float, output_attentions: bool) -> SeaCoreOutput:
+def _attend_densely(
+    options, layout: KeyLayout, q, keys, values, scale: float, output_attentions: bool
+) -> SeaCoreOutput:
     """Softmax attention of q (N, H, L, D) to all visible ones of keys and values (N, G, S, D), which stand in order of rank."""
     batch, heads, length, _ = q.shape
     causal, plain = options.causal, not layout.is_padded
@@ -198,7 +202,9 @@ def _attend_densely(options, layout: KeyLayout, q, keys, values, scale: float, o
     )
 
 
-def _join(parts: list[Part], outputs: list[SeaCoreOutput], layout: KeyLayout, maps: bool, estimate: bool) -> SeaCoreOutput:
+def _join(
+    parts: list[Part], outputs: list[SeaCoreOutput], layout: KeyLayout, maps: bool, estimate: bool
+) -> SeaCoreOutput:
     """The parts' outputs as one of all tokens."""
     batch, time = layout.lengths.shape[0], layout.query_length
     whole = len(parts) == 1 and parts[0].rows is None and parts[0].layout.query_length == time
