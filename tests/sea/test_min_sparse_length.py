@@ -117,7 +117,9 @@ def test_documents_of_a_row_are_as_if_alone(lengths):
     torch.testing.assert_close(found, whole, **EXACT)
 
 
-@pytest.mark.parametrize("before, after, undone", [(3, 4, 2), (3, 10, 8), (7, 3, 3), (7, 4, 3), (12, 4, 2), (8, 5, 5)])
+@pytest.mark.parametrize(
+    ("before", "after", "undone"), [(3, 4, 2), (3, 10, 8), (7, 3, 3), (7, 4, 3), (12, 4, 2), (8, 5, 5)]
+)
 @torch.no_grad()
 def test_tokens_are_undone_across_that_length(before, after, undone):
     student, ids = student_of("llama"), make_ids(2, before + after)

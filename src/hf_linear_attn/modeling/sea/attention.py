@@ -73,7 +73,7 @@ class SeaCoreOutput:
         context: (B, T, H D), heads concatenated, 0 at padded tokens (the official form leaves numbers there).
         loss: scalar against the teacher, None without one.
         losses: the terms of the loss.
-        estimated_probs: (B, H, T, M), softmax over the cells, 0 at padded rows, and at dense ones, which nothing is estimated for.
+        estimated_probs: (B, H, T, M), softmax over the cells, 0 at padded rows and at dense ones (nothing is estimated there).
         cells: (B, H, T, M) bool, the selected ones.
         kept: (B, H, T, S) bool over key slots, if asked for or if the options say "dense", which makes it anyway.
         attention_probs: (B, H, T, S), sparse attention times its gate (a row sums to the gate), likewise.
@@ -287,7 +287,8 @@ class SeaAttentionCore(nn.Module):
                 positions = interpolated_identity(layout.lengths, v.shape[2], v.shape[3], dtype)
                 positions = positions.masked_fill(~keep[..., None], 0.0)[:, None].expand_as(v)
                 query_features = softmax_query_features(q, self.random_features)
-                key_features = softmax_key_features(k, self.random_features, None if self.options.official else keep)
+                padded = layout.is_padded and not self.options.official
+                key_features = softmax_key_features(k, self.random_features, keep if padded else None)
                 values = torch.cat([positions, v.to(dtype)], dim=-1)
                 estimate, kernel_state = bidirectional_kernel_attention(query_features, key_features, values), None
         return self.encoder(torch.cat([estimate.to(v.dtype), v], dim=-1)), kernel_state
@@ -312,8 +313,8 @@ class SeaAttentionCore(nn.Module):
             return self.cnn(rows, layout.lengths, history)
         if self.options.official:  # the published network sees padded rows, and each row where it stands
             every = torch.full_like(layout.lengths, rows.shape[2])
-            return layout.compact(self.cnn(layout.restore(rows), every)), ()
-        return self.cnn(rows, layout.lengths), ()
+            return layout.compact(self.cnn(layout.restore(rows), every, False)), ()
+        return self.cnn(rows, layout.lengths, layout.is_padded), ()
 
     def _attend(self, q, keys, values, cells, visible, scale, slots, layout, output_attentions):
         """Sparse attention in the form that the options say; the mask and the probabilities by rank, if asked for."""

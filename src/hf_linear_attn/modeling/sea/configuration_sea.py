@@ -97,7 +97,7 @@ class SeaOptions:
             )
         if self.official and shortest != 0:
             raise ValueError(
-                f"`min_sparse_length` is {shortest!r}, expected 0 with `official=True`: the published layer is sparse at every length"
+                f"`min_sparse_length` is {shortest!r}, expected 0 with `official=True`: that layer is sparse at every length"
             )
         for name in ("num_features", "max_keys_per_cell"):
             if getattr(self, name) is not None and not 1 <= getattr(self, name) <= LARGEST_SIZE:
@@ -158,9 +158,9 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
         backend (`str`, defaults to `"auto"`): form of the sparse attention: `"dense"` (reference, T x T), `"chunked"` (linear
             memory), or `"auto"`: chunked where it is a GPU kernel, else dense up to 1024 keys and chunked beyond. Results are
             equal. (Whether a GPU kernel runs is up to the device and to `use_backend`.)
-        min_sparse_length (`int` or `"auto"`, defaults to 0): a query that sees fewer keys than this attends to all of them, as the
-            host does: exact, and faster below the length where sparse attention begins to pay. A causal host's token sees the
-            tokens up to itself, a bidirectional host's those of its row; padding does not count. `"auto"` takes a measured
+        min_sparse_length (`int` or `"auto"`, defaults to 0): a query that sees fewer keys than this attends to all of them, as in
+            the host: exact, and faster up to where sparse attention begins to pay. A token of a causal host sees the tokens up to
+            itself, one of a bidirectional host all of its row; padding does not count. `"auto"` takes a measured
             length, which depends on the device. 0: sparse at every length. Distillation is sparse at every length anyway.
         use_cache (`bool`, defaults to `True`): whether a causal model returns its cache.
     """

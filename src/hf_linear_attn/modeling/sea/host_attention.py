@@ -23,9 +23,9 @@ from ..shared.sequence import SequenceInputs
 from ..shared.states.past_columns import join_masks
 from .attention import SeaAttentionCore, SeaCoreOutput, SeaState
 from .cells import KeyLayout
+from .losses import TeacherTargets
 from .rows.documents import PackedRows
 from .rows.short import advance, attend
-from .losses import TeacherTargets
 from .sparse_attention import repeat_key_heads
 
 ATTENTION_NAME = "hf_linear_attn_sea"
