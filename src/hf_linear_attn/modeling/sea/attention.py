@@ -48,7 +48,8 @@ from .sparse_attention import (
     repeat_key_heads,
 )
 
-DENSE_KEYS = 1024  # "auto" takes the dense form up to this many keys, where it is faster and still small
+# "auto" takes the dense form up to so many keys, where it is faster: of one query, and of many (measured on two cores).
+DENSE_KEYS_OF_ONE, DENSE_KEYS, DENSE_KEYS_PER_K = 1024, 128, 6
 CLEAN_GATE_BIAS = 4.0  # sigmoid(4) = 0.98: a converted layer starts close to sparse attention alone
 LOSS_WEIGHTS = {"estimate_kl": 0.1, "estimate_mse": 1.0, "student_kl": 0.1, "student_mse": 1.0, "context_mse": 1.0}
 
@@ -322,7 +323,8 @@ class SeaAttentionCore(nn.Module):
         output_attentions = output_attentions or form == "dense"
         num_keys = layout.key_length if self.options.causal else q.shape[2]
         if form == "auto":
-            form = "dense" if num_keys <= DENSE_KEYS and not is_fused(q) else "chunked"
+            few = DENSE_KEYS_OF_ONE if q.shape[2] == 1 else min(DENSE_KEYS + DENSE_KEYS_PER_K * self.options.k, DENSE_KEYS_OF_ONE)
+            form = "dense" if num_keys <= few and not is_fused(q) else "chunked"
         kept = probs = context = None
         if form == "chunked":
             context = chunked_sparse_attention(q, keys, values, cells, visible, scale, limit, slots)
