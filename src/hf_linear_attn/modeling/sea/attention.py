@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..kernels.running_sum import running_sum
-from ..kernels.tracing import as_written, is_traced
+from ..kernels.tracing import as_written, is_traced, records_gradients
 from ..shared.compat import init
 from ..shared.precision import accumulation_dtype
 from ..shared.sequence import padding_mask
@@ -285,14 +285,25 @@ class SeaAttentionCore(nn.Module):
                 past = None if state is None else state.kernel
                 estimate, kernel_state = causal_kernel_attention(query_features, key_features, (positions, v), past)
             else:
-                positions = interpolated_identity(layout.lengths, v.shape[2], v.shape[3], dtype)
-                positions = positions.masked_fill(~keep[..., None], 0.0)[:, None].expand_as(v)
-                query_features = softmax_query_features(q, self.random_features)
-                padded = layout.is_padded and not self.options.official
-                key_features = softmax_key_features(k, self.random_features, keep if padded else None)
-                values = torch.cat([positions, v.to(dtype)], dim=-1)
-                estimate, kernel_state = bidirectional_kernel_attention(query_features, key_features, values), None
+                estimate, kernel_state = self._estimate_bidirectional(q, k, v, layout), None
         return self.encoder(torch.cat([estimate.to(v.dtype), v], dim=-1)), kernel_state
+
+    def _estimate_bidirectional(self, q, k, v, layout) -> torch.Tensor:
+        """Kernel attention, (B, H, T, 2D). On a CPU head by head: the features of one, T x F, fit its cache."""
+        dtype, padded = accumulation_dtype(v.dtype), layout.is_padded and not self.options.official
+        positions = interpolated_identity(layout.lengths, v.shape[2], v.shape[3], dtype)
+        positions = positions.masked_fill(~layout.keep[..., None], 0.0)[:, None]  # (B, 1, T, D)
+
+        def estimate(q, k, v) -> torch.Tensor:
+            query_features = softmax_query_features(q, self.random_features)
+            key_features = softmax_key_features(k, self.random_features, layout.keep if padded else None)
+            values = torch.cat([positions.expand_as(v), v.to(dtype)], dim=-1)
+            return bidirectional_kernel_attention(query_features, key_features, values)
+
+        if q.is_cuda or records_gradients() or is_traced():
+            return estimate(q, k, v)
+        heads = zip(*(x.split(1, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([estimate(*head) for head in heads], dim=1)
 
     def _position_rows(self, layout: KeyLayout) -> torch.Tensor:
         """Rows of the learned table for the ranks of this call, (B, T, D)."""
@@ -323,7 +334,11 @@ class SeaAttentionCore(nn.Module):
         output_attentions = output_attentions or form == "dense"
         num_keys = layout.key_length if self.options.causal else q.shape[2]
         if form == "auto":
-            few = DENSE_KEYS_OF_ONE if q.shape[2] == 1 else min(DENSE_KEYS + DENSE_KEYS_PER_K * self.options.k, DENSE_KEYS_OF_ONE)
+            few = (
+                DENSE_KEYS_OF_ONE
+                if q.shape[2] == 1
+                else min(DENSE_KEYS + DENSE_KEYS_PER_K * self.options.k, DENSE_KEYS_OF_ONE)
+            )
             form = "dense" if num_keys <= few and not is_fused(q) else "chunked"
         kept = probs = context = None
         if form == "chunked":

@@ -87,7 +87,6 @@ class BidirectionalCellNetwork(nn.Module):
             image = _resize_rows(image, 2 * halved, lengths, time)
         return F.interpolate(image, size=(time, self.predictor_length), mode="bilinear", align_corners=False)
 
-
     def _at_each_row(self, image: torch.Tensor) -> torch.Tensor:
         """The last convolution of the image with each row twice: (B, 4H, R, M/2) -> (B, H, 2R, M/2).
 
