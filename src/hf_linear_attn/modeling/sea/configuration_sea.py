@@ -16,8 +16,9 @@ from .hosts import find_host, head_size, key_heads
 from .kernel_attention import default_num_features
 
 LEAST_CELLS = 4
-# From where on sparse attention is faster than PyTorch's dense attention, measured (docs/performance/sea.md).
-AUTO_LENGTH, AUTO_LENGTH_PER_KEY, AUTO_LENGTH_CUDA = 1024, 32, 24576
+# From where on sparse attention is faster than PyTorch's dense attention. On a CPU a plane through the lengths that were measured for
+# k, M = 13, 64 (3,072), 64, 64 (6,400) and 64, 128 (9,500), MiniLM's shape; on a GPU the H200's layer (docs/performance/sea.md).
+LEAST_AUTO_LENGTH, AUTO_LENGTH_CUDA = 1024, 24576
 FORMS = ("auto", "dense", "chunked")  # of the sparse attention
 # What a SEA model adds to its host's output.
 SEA_FIELDS = ("estimated_attentions", "kept_cells", "kept_keys", "attention_losses", "fidelity")
@@ -122,7 +123,9 @@ class SeaOptions:
         """N: a query that sees fewer keys attends to all of them. Measured where `min_sparse_length` says "auto"."""
         if self.min_sparse_length != "auto":
             return int(self.min_sparse_length)
-        return AUTO_LENGTH_CUDA if device.type == "cuda" else AUTO_LENGTH + AUTO_LENGTH_PER_KEY * self.k
+        if device.type == "cuda":
+            return AUTO_LENGTH_CUDA
+        return max(LEAST_AUTO_LENGTH, 65 * self.k + 48 * self.predictor_length - 832)
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
