@@ -16,8 +16,8 @@ from .hosts import find_host, head_size, key_heads
 from .kernel_attention import default_num_features
 
 LEAST_CELLS = 4
-# From where on sparse attention is faster than PyTorch's dense attention. On a CPU a plane through the lengths that were measured for
-# k, M = 13, 64 (3,072), 64, 64 (6,400) and 64, 128 (9,500), MiniLM's shape; on a GPU the H200's layer (docs/performance/sea.md).
+# Where sparse attention becomes faster than PyTorch's dense attention. On a CPU a plane through what was measured for k and M of
+# 13 and 64 (3,072), 64 and 64 (6,400), 64 and 128 (9,500), MiniLM's shape; on a GPU the H200's layer (docs/performance/sea.md).
 LEAST_AUTO_LENGTH, AUTO_LENGTH_CUDA = 1024, 24576
 FORMS = ("auto", "dense", "chunked")  # of the sparse attention
 # What a SEA model adds to its host's output.
