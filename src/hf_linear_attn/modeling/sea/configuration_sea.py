@@ -159,7 +159,8 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
             not normalised, gates start half closed, a random first estimate, no limit of keys per cell). For comparisons
             with published numbers.
         backend (`str`, defaults to `"auto"`): form of the sparse attention: `"dense"` (reference, T x T), `"chunked"` (linear
-            memory), or `"auto"`: chunked where it is a GPU kernel, else dense for few keys (`DENSE_KEYS`). Results are equal. (Whether a GPU kernel runs is up to the device and to `use_backend`.)
+            memory), or `"auto"`: chunked where it is a GPU kernel, else dense for few keys. Results are equal.
+            (Whether a GPU kernel runs is up to the device and to `use_backend`.)
         min_sparse_length (`int` or `"auto"`, defaults to 0): a query that sees fewer keys than this attends to all of them, as in
             the host: exact, and faster up to where sparse attention begins to pay. A token of a causal host sees the tokens up to
             itself, one of a bidirectional host all of its row; padding does not count. `"auto"` takes a measured
