@@ -47,6 +47,9 @@ SUITES = {  # name -> module in suites/; a new family adds its own
         for dtype in ("", "-bfloat16")
     },
     "sea-memory": "sea_memory",
+    **dict.fromkeys(
+        ("sea-bert-forward", "sea-bert-train", "sea-llama-forward", "sea-llama-train", "sea-llama-decode"), "sea_models"
+    ),
 }
 LONG_JOB = 90.0  # seconds after which no further round of a job begins
 WARM_UPS = 3  # the first compiles, the second may record a CUDA graph

@@ -159,12 +159,14 @@ def picture(path: Path, target: Path) -> None:
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table; the ratio is ours over theirs, above 1 where we are faster.
+    """The rows as a Markdown table; the ratio is ours over theirs, above 1 where we are faster; beside a host below 1.
 
     Where operations were counted, the ratio stands beside what they alone would give, and divided by that.
     """
     counted = any("operations_ratio" in row for row in rows)
-    heading = ["job", "model", "tokens per second (quartiles)", "ours / theirs (quartiles)"]
+    of_host = "(SDPA)" in rows[0]["contender"]  # the host of converted models comes first, not ours
+    ratio = "times the host's time (quartiles)" if of_host else "ours / theirs (quartiles)"
+    heading = ["job", "model", "tokens per second (quartiles)", ratio]
     heading += ["by operations", "reached of it"] * counted + ["peak memory"]
     lines = [heading]
     for row in rows:

@@ -15,7 +15,9 @@ from benchmarks.suites import danet, gpu_encoder, leap
 from hf_linear_attn.conversion import from_published
 
 IN_TURNS = [
-    name for name, module in SUITES.items() if module in ("leap", "danet") and not name.endswith(("330m", "bfloat16"))
+    name
+    for name, module in SUITES.items()
+    if module in ("leap", "danet", "sea_models") and not name.endswith(("330m", "bfloat16"))
 ]
 ALONE = [name for name, module in SUITES.items() if module.startswith("gpu_")]
 QUICK = ("encoder-train-30m",)

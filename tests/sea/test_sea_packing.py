@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_linear_attn.modeling.sea.documents import PackedRows
 from hf_linear_attn.modeling.sea.host_attention import Distillation
+from hf_linear_attn.modeling.sea.rows.documents import PackedRows
 from hf_linear_attn.training.sea_distillation import record_targets
 
 from .hosts import CAUSAL_HOSTS, HOSTS, make_ids, make_student, make_teacher

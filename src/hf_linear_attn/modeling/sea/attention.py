@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..kernels.running_sum import running_sum
-from ..kernels.tracing import as_written, is_traced
+from ..kernels.tracing import as_written, is_traced, records_gradients
 from ..shared.compat import init
 from ..shared.precision import accumulation_dtype
 from ..shared.sequence import padding_mask
@@ -48,7 +48,8 @@ from .sparse_attention import (
     repeat_key_heads,
 )
 
-DENSE_KEYS = 1024  # "auto" takes the dense form up to this many keys, where it is faster and still small
+# "auto" takes the dense form up to so many keys, where it is faster: of one query, and of many (measured on two cores).
+DENSE_KEYS_OF_ONE, DENSE_KEYS, DENSE_KEYS_PER_K = 1024, 128, 6
 CLEAN_GATE_BIAS = 4.0  # sigmoid(4) = 0.98: a converted layer starts close to sparse attention alone
 LOSS_WEIGHTS = {"estimate_kl": 0.1, "estimate_mse": 1.0, "student_kl": 0.1, "student_mse": 1.0, "context_mse": 1.0}
 
@@ -73,7 +74,7 @@ class SeaCoreOutput:
         context: (B, T, H D), heads concatenated, 0 at padded tokens (the official form leaves numbers there).
         loss: scalar against the teacher, None without one.
         losses: the terms of the loss.
-        estimated_probs: (B, H, T, M), softmax over the cells, 0 at padded rows.
+        estimated_probs: (B, H, T, M), softmax over the cells, 0 at padded rows and at dense ones (nothing is estimated there).
         cells: (B, H, T, M) bool, the selected ones.
         kept: (B, H, T, S) bool over key slots, if asked for or if the options say "dense", which makes it anyway.
         attention_probs: (B, H, T, S), sparse attention times its gate (a row sums to the gate), likewise.
@@ -84,8 +85,8 @@ class SeaCoreOutput:
     context: torch.Tensor
     loss: torch.Tensor | None
     losses: dict
-    estimated_probs: torch.Tensor
-    cells: torch.Tensor
+    estimated_probs: torch.Tensor | None
+    cells: torch.Tensor | None
     kept: torch.Tensor | None
     attention_probs: torch.Tensor | None
     state: SeaState | None
@@ -238,6 +239,25 @@ class SeaAttentionCore(nn.Module):
         _, value_sum = self._average(None, v, layout, state)
         return SeaState(kernel_state, value_sum, *rows_state)
 
+    def state_after(self, k: torch.Tensor, v: torch.Tensor, layout: KeyLayout, state: SeaState | None) -> SeaState:
+        """The `SeaState` after tokens that attended to all keys, from their keys and values (B, G, T, D) alone.
+
+        They count in the sums. The convolutions begin with the first query that is sparse: what they saw stays.
+        """
+        options, dtype = self.options, accumulation_dtype(v.dtype)
+        k, v = (repeat_key_heads(layout.compact(x), options.num_heads) for x in (k, v))
+        v = layout.blank(v).to(dtype)
+        with as_written(v):
+            keep = layout.keep if layout.is_padded else None
+            features = relu_features(k, self.random_features, keep).transpose(-1, -2)  # (B, H, F, T)
+            positions = self._position_rows(layout).to(dtype)[:, None].expand_as(v)
+            parts = (features @ positions, features @ v, features.sum(dim=-1, keepdim=True))
+        kernel, value_sum = torch.cat(parts, dim=-1), v.sum(dim=2)
+        if state is not None:
+            return state._replace(kernel=kernel + state.kernel, value_sum=value_sum + state.value_sum)
+        rows = [v.new_zeros(v.shape[0], *shape) for shape in options.state_shapes[2:]]
+        return SeaState(kernel, value_sum, *rows)
+
     def _check(self, q, k, v, teacher, key_cache) -> None:
         heads, dim = self.options.num_heads, self.options.head_dim
         if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != dim or q.shape[2] == 0:
@@ -265,13 +285,25 @@ class SeaAttentionCore(nn.Module):
                 past = None if state is None else state.kernel
                 estimate, kernel_state = causal_kernel_attention(query_features, key_features, (positions, v), past)
             else:
-                positions = interpolated_identity(layout.lengths, v.shape[2], v.shape[3], dtype)
-                positions = positions.masked_fill(~keep[..., None], 0.0)[:, None].expand_as(v)
-                query_features = softmax_query_features(q, self.random_features)
-                key_features = softmax_key_features(k, self.random_features, None if self.options.official else keep)
-                values = torch.cat([positions, v.to(dtype)], dim=-1)
-                estimate, kernel_state = bidirectional_kernel_attention(query_features, key_features, values), None
+                estimate, kernel_state = self._estimate_bidirectional(q, k, v, layout), None
         return self.encoder(torch.cat([estimate.to(v.dtype), v], dim=-1)), kernel_state
+
+    def _estimate_bidirectional(self, q, k, v, layout) -> torch.Tensor:
+        """Kernel attention, (B, H, T, 2D). On a CPU head by head: the features of one, T x F, fit its cache."""
+        dtype, padded = accumulation_dtype(v.dtype), layout.is_padded and not self.options.official
+        positions = interpolated_identity(layout.lengths, v.shape[2], v.shape[3], dtype)
+        positions = positions.masked_fill(~layout.keep[..., None], 0.0)[:, None]  # (B, 1, T, D)
+
+        def estimate(q, k, v) -> torch.Tensor:
+            query_features = softmax_query_features(q, self.random_features)
+            key_features = softmax_key_features(k, self.random_features, layout.keep if padded else None)
+            values = torch.cat([positions.expand_as(v), v.to(dtype)], dim=-1)
+            return bidirectional_kernel_attention(query_features, key_features, values)
+
+        if q.is_cuda or records_gradients() or is_traced():
+            return estimate(q, k, v)
+        heads = zip(*(x.split(1, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([estimate(*head) for head in heads], dim=1)
 
     def _position_rows(self, layout: KeyLayout) -> torch.Tensor:
         """Rows of the learned table for the ranks of this call, (B, T, D)."""
@@ -293,8 +325,8 @@ class SeaAttentionCore(nn.Module):
             return self.cnn(rows, layout.lengths, history)
         if self.options.official:  # the published network sees padded rows, and each row where it stands
             every = torch.full_like(layout.lengths, rows.shape[2])
-            return layout.compact(self.cnn(layout.restore(rows), every)), ()
-        return self.cnn(rows, layout.lengths), ()
+            return layout.compact(self.cnn(layout.restore(rows), every, False)), ()
+        return self.cnn(rows, layout.lengths, layout.is_padded), ()
 
     def _attend(self, q, keys, values, cells, visible, scale, slots, layout, output_attentions):
         """Sparse attention in the form that the options say; the mask and the probabilities by rank, if asked for."""
@@ -302,7 +334,12 @@ class SeaAttentionCore(nn.Module):
         output_attentions = output_attentions or form == "dense"
         num_keys = layout.key_length if self.options.causal else q.shape[2]
         if form == "auto":
-            form = "dense" if num_keys <= DENSE_KEYS and not is_fused(q) else "chunked"
+            few = (
+                DENSE_KEYS_OF_ONE
+                if q.shape[2] == 1
+                else min(DENSE_KEYS + DENSE_KEYS_PER_K * self.options.k, DENSE_KEYS_OF_ONE)
+            )
+            form = "dense" if num_keys <= few and not is_fused(q) else "chunked"
         kept = probs = context = None
         if form == "chunked":
             context = chunked_sparse_attention(q, keys, values, cells, visible, scale, limit, slots)

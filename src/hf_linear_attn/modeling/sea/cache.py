@@ -6,7 +6,7 @@ import torch
 
 from ..shared.compat import STATIC_LAYER_TYPE_MAPPING
 from ..shared.states.cache import hold_in
-from ..shared.states.past_columns import making_buffers
+from ..shared.states.past_columns import count_tokens, making_buffers
 from ..shared.states.state_layer import RecurrentStateLayer
 
 SEA_LAYER_TYPE = "hf_linear_attn_sea"
@@ -68,6 +68,15 @@ class SeaCacheLayer(RecurrentStateLayer):
         if past is None:
             past = torch.ones(batch, self.slots - new, dtype=torch.bool, device=device)
         self.key_mask = torch.cat([past, mask], dim=1)
+
+    def begin_state(self, state: tuple[torch.Tensor, ...], columns: int, mask: torch.Tensor | None) -> None:
+        """Take over the state after the `columns` seen so far, of which none had been kept; mask (B, columns), None for all."""
+        self._store((*state, count_tokens(None, state[0], columns, mask, None)))
+        if not isinstance(self.cumulative_length, torch.Tensor):
+            self.cumulative_length = columns
+        else:
+            self._place_length(state[0].device)
+            self.cumulative_length.fill_(columns)
 
     def open_tokens(self) -> torch.Tensor | None:
         """As for every layer, from the slots in use: one that keeps softmax attention has no state that counts."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.fast_paths import fast_paths
+from ..kernels.tracing import can_read_values
 from ..shared.token_order import TokenLayout, take_tokens, token_layout
 from .fast_paths import SELECTION
 
@@ -261,15 +262,21 @@ def _largest_of_group(values: torch.Tensor, budget: torch.Tensor, largest: int, 
     The value of the last kept entry is the threshold; entries equal to it are taken in the order of their index.
     """
     budget = budget.clamp(1, values.shape[-1])
+    if not values.is_cuda and can_read_values(budget):  # without waiting for a device
+        largest = min(largest, int(budget.max()))
     if published_ties:
         order = values.sort(dim=-1, descending=True).indices
         rank = torch.arange(values.shape[-1], device=values.device)
         return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, rank < budget)
-    if largest < values.shape[-1]:
+    if 2 * largest < values.shape[-1]:  # else a sort is faster
         ordered = values.topk(largest, dim=-1).values
     else:
         ordered = values.sort(dim=-1, descending=True).values
     threshold = ordered.gather(-1, budget - 1)
+    if not values.is_cuda and can_read_values(values):
+        reached = values >= threshold
+        if bool((reached.sum(dim=-1, keepdim=True) == budget).all()):
+            return reached
     above = values > threshold
     tied = values == threshold
     room = budget - above.sum(dim=-1, keepdim=True)

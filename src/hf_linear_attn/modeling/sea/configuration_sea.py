@@ -16,6 +16,9 @@ from .hosts import find_host, head_size, key_heads
 from .kernel_attention import default_num_features
 
 LEAST_CELLS = 4
+# Where sparse attention becomes faster than PyTorch's dense attention. On a CPU a plane through what was measured for k and M of
+# 13 and 64 (3,072), 64 and 64 (6,400), 64 and 128 (9,500), MiniLM's shape; on a GPU the H200's layer (docs/performance/sea.md).
+LEAST_AUTO_LENGTH, AUTO_LENGTH_CUDA = 1024, 24576
 FORMS = ("auto", "dense", "chunked")  # of the sparse attention
 # What a SEA model adds to its host's output.
 SEA_FIELDS = ("estimated_attentions", "kept_cells", "kept_keys", "attention_losses", "fidelity")
@@ -57,6 +60,7 @@ class SeaOptions:
     max_positions: int = 2048
     official: bool = False
     backend: str = "auto"
+    min_sparse_length: int | str = 0
 
     def __post_init__(self):
         for name in ("num_heads", "head_dim", "k", "predictor_length", "max_positions"):
@@ -87,6 +91,15 @@ class SeaOptions:
             raise ValueError(
                 f"`feature_factor` is {self.feature_factor}, expected a positive number: it divides the number of features"
             )
+        shortest = self.min_sparse_length
+        if shortest != "auto" and (not isinstance(shortest, int) or not 0 <= shortest <= LARGEST_SIZE):
+            raise ValueError(
+                f'`min_sparse_length` is {shortest!r}, expected "auto" or 0 (sparse at every length) to {LARGEST_SIZE:,} tokens'
+            )
+        if self.official and shortest != 0:
+            raise ValueError(
+                f"`min_sparse_length` is {shortest!r}, expected 0 with `official=True`: that layer is sparse at every length"
+            )
         for name in ("num_features", "max_keys_per_cell"):
             if getattr(self, name) is not None and not 1 <= getattr(self, name) <= LARGEST_SIZE:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 1 to {LARGEST_SIZE:,} or None")
@@ -105,6 +118,14 @@ class SeaOptions:
         if self.max_keys_per_cell is not None:
             return self.max_keys_per_cell
         return None if self.official else self.k
+
+    def dense_below(self, device: torch.device) -> int:
+        """N: a query that sees fewer keys attends to all of them. Measured where `min_sparse_length` says "auto"."""
+        if self.min_sparse_length != "auto":
+            return int(self.min_sparse_length)
+        if device.type == "cuda":
+            return AUTO_LENGTH_CUDA
+        return max(LEAST_AUTO_LENGTH, 65 * self.k + 48 * self.predictor_length - 832)
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -138,8 +159,12 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
             not normalised, gates start half closed, a random first estimate, no limit of keys per cell). For comparisons
             with published numbers.
         backend (`str`, defaults to `"auto"`): form of the sparse attention: `"dense"` (reference, T x T), `"chunked"` (linear
-            memory), or `"auto"`: chunked where it is a GPU kernel, else dense up to 1024 keys and chunked beyond. Results are
-            equal. (Whether a GPU kernel runs is up to the device and to `use_backend`.)
+            memory), or `"auto"`: chunked where it is a GPU kernel, else dense for few keys. Results are equal.
+            (Whether a GPU kernel runs is up to the device and to `use_backend`.)
+        min_sparse_length (`int` or `"auto"`, defaults to 0): a query that sees fewer keys than this attends to all of them, as in
+            the host: exact, and faster up to where sparse attention begins to pay. A token of a causal host sees the tokens up to
+            itself, one of a bidirectional host all of its row; padding does not count. `"auto"` takes a measured
+            length, which depends on the device. 0: sparse at every length. Distillation is sparse at every length anyway.
         use_cache (`bool`, defaults to `True`): whether a causal model returns its cache.
     """
 
@@ -159,6 +184,7 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
     softmax_layers: list[int] | None = None
     official: bool = False
     backend: str = "auto"
+    min_sparse_length: int | str = 0
     use_cache: bool = True
     tie_word_embeddings: bool = False
     vocab_size: int | None = None
@@ -274,6 +300,7 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
             max_positions=self.max_positions,
             official=self.official,
             backend=self.backend,
+            min_sparse_length=self.min_sparse_length,
         )
 
     def state_tensors(self, length: int) -> list[dict[str, StateTensor]]:
@@ -283,6 +310,8 @@ class SeaConfig(DerivedLayerTypes, PreTrainedConfig):
             *(StateTensor(shape, SUM_DTYPES) for shape in (kernel, value_sum)),
             *(StateTensor(shape, INPUT_DTYPES) for shape in rows),
         )
+        if self.min_sparse_length:  # a text that was short until now has left none
+            state = {name: tensor._replace(optional=True) for name, tensor in state.items()}
         cached = keys_and_values(key_heads(self.host_config), head_size(self.host_config), length)
         cached["key_mask"] = StateTensor((length,), (torch.bool,), optional=True, shared="mask of the keys")
         layers = [cached if i in self.softmax_layers else state | cached for i in range(self.num_hidden_layers)]

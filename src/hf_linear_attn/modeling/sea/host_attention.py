@@ -23,8 +23,9 @@ from ..shared.sequence import SequenceInputs
 from ..shared.states.past_columns import join_masks
 from .attention import SeaAttentionCore, SeaCoreOutput, SeaState
 from .cells import KeyLayout
-from .documents import PackedRows
 from .losses import TeacherTargets
+from .rows.documents import PackedRows
+from .rows.short import advance, attend
 from .sparse_attention import repeat_key_heads
 
 ATTENTION_NAME = "hf_linear_attn_sea"
@@ -167,8 +168,16 @@ def sea_attention_forward(
             targets = TeacherTargets(context=output[0].flatten(2), q=query, k=key, scaling=scale)
             sea_call.recorded.found[index] = targets
         return output
-    output = _sea_layer(core, query, key, value, sea_call, index, scaling)
+    wants_state = False
     if layer is not None:
+        known, reaches = layer.get_state() is not None, past + time >= core.options.dense_below(query.device)
+        wants_state = known or reaches or layer.record_past
+        if wants_state and past and not known:  # until now the text was short
+            mask = None if sea_call.key_mask is None else sea_call.key_mask[:, :past]
+            before = KeyLayout.from_mask(mask, query.shape[0], past, query.device)
+            layer.begin_state(tuple(core.state_after(key[:, :, :past], value[:, :, :past], before, None)), past, mask)
+    output = _sea_layer(core, query, key, value, sea_call, index, scaling, wants_state)
+    if layer is not None and output.state is not None:
         replay = None
         if layer.record_past:
             replay = _replay(core, sea_call, scaling, query, *(x[:, :, past : past + time] for x in (key, value)))
@@ -182,7 +191,9 @@ def sea_attention_forward(
     return context, output.attention_probs if sea_call.output_attentions else None
 
 
-def _sea_layer(core: SeaAttentionCore, query, key, value, call: SeaCall, index: int, scaling) -> SeaCoreOutput:
+def _sea_layer(
+    core: SeaAttentionCore, query, key, value, call: SeaCall, index: int, scaling, wants_state
+) -> SeaCoreOutput:
     """What a SEA layer gives for the new tokens, whole rows or document by document."""
     past, time = call.key_layout.past_slots, query.shape[2]
     new_key, new_value = (x[:, :, past : past + time] for x in (key, value))
@@ -192,13 +203,15 @@ def _sea_layer(core: SeaAttentionCore, query, key, value, call: SeaCall, index: 
         "teacher": None if distillation is None else distillation.targets.get(index),
         "scaling": scaling,
         "state": None if state is None else SeaState(*state),
+        "wants_state": wants_state,
+        "wants_estimate": call.results is not None,
         "output_attentions": call.output_attentions,
         "loss_rows": None if distillation is None else distillation.loss_rows,
         "measure": distillation is not None and distillation.measure,
     }
     if call.documents is None:
         key_cache = None if call.cache is None else (key, value)
-        return core(query, new_key, new_value, layout=call.key_layout, key_cache=key_cache, **options)
+        return attend(core, query, new_key, new_value, layout=call.key_layout, key_cache=key_cache, **options)
     past_keys = (key[:, :, :past], value[:, :, :past])
     return call.documents.attend(core, query, new_key, new_value, past_keys=past_keys, **options)
 
@@ -212,19 +225,13 @@ def _replay(core: SeaAttentionCore, call: SeaCall, scaling, query, key, value):
         mask = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
     past = call.key_layout.past[:, None].expand_as(mask)
 
-    def advance(state, q, k, v, keep, past):
-        layout = replace(KeyLayout.from_mask(keep, *keep.shape, keep.device), past=past[:, 0])
-        return tuple(
-            core(
-                *(x.transpose(1, 2) for x in (q, k, v)),
-                layout=layout,
-                scaling=scaling,
-                state=SeaState(*state) if state else None,
-                only_state=True,
-            )
-        )
+    def again(state, q, k, v, keep, past):
+        layout = KeyLayout.from_mask(keep, *keep.shape, keep.device)
+        layout = replace(layout, past=past[:, 0], past_slots=call.key_layout.past_slots)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return tuple(advance(core, q, k, v, layout, scaling, SeaState(*state) if state else None))
 
-    return advance, (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, past)
+    return again, (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, past)
 
 
 def _softmax_layer(query, key, value, call: SeaCall, causal: bool, scaling, dropout):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.fast_paths import fast_paths
+from ..kernels.tracing import records_gradients
 from ..shared.precision import accumulation_dtype
 from .fast_paths import KERNEL_ATTENTION
 
@@ -53,8 +54,15 @@ def orthogonal_gaussian_features(
 def softmax_query_features(q: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Positive features of the queries, (B, H, T, D) -> (B, H, T, F); the maximum over features is taken out per row."""
     projected, half_norm = _project(q, features)
-    shifted = projected - half_norm - projected.amax(dim=-1, keepdim=True).detach()
-    return (shifted.exp() + QUERY_KEY_FLOOR) * features.shape[0] ** -0.5
+    return _positive(projected, half_norm + projected.amax(dim=-1, keepdim=True).detach())
+
+
+def _positive(projected: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """`(exp(projected - shift) + floor) / sqrt(F)`, in place where no gradient is recorded: these are the widest tensors."""
+    scale = projected.shape[-1] ** -0.5
+    if records_gradients(projected, shift):
+        return ((projected - shift).exp() + QUERY_KEY_FLOOR) * scale
+    return projected.sub_(shift).exp_().add_(QUERY_KEY_FLOOR).mul_(scale)
 
 
 def softmax_key_features(k: torch.Tensor, features: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -69,7 +77,7 @@ def softmax_key_features(k: torch.Tensor, features: torch.Tensor, keep: torch.Te
     projected, half_norm = _project(k, features)
     if keep is None:
         largest = projected.amax(dim=(-1, -2), keepdim=True).detach()
-        return ((projected - half_norm - largest).exp() + QUERY_KEY_FLOOR) * features.shape[0] ** -0.5
+        return _positive(projected, half_norm + largest)
     padded = ~keep[:, None, :, None]  # (B, 1, T, 1)
     lowest = torch.finfo(projected.dtype).min
     largest = projected.detach().masked_fill(padded, lowest).amax(dim=(-1, -2), keepdim=True)

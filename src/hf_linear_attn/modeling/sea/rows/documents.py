@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .attention import SeaAttentionCore, SeaCoreOutput, SeaState
-from .cells import KeyLayout
-from .losses import TeacherTargets
+from ..attention import SeaAttentionCore, SeaCoreOutput, SeaState
+from ..cells import KeyLayout
+from ..losses import TeacherTargets
+from .short import attend
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class PackedRows:
                 keys = tuple(torch.cat([past[group.rows], new], dim=2) for past, new in joined)
             length = group.tokens.shape[1]
             outputs.append(
-                core(
+                attend(
+                    core,
                     new_q,
                     new_k,
                     new_v,
@@ -134,17 +136,17 @@ class PackedRows:
                     **options,
                 )
             )
-        return self._join(outputs, q, state, core.options.causal, options["output_attentions"])
+        return self._join(outputs, q, state, options["output_attentions"])
 
-    def _join(
-        self, outputs: list[SeaCoreOutput], q, state: SeaState | None, causal: bool, has_maps: bool
-    ) -> SeaCoreOutput:
+    def _join(self, outputs: list[SeaCoreOutput], q, state: SeaState | None, has_maps: bool) -> SeaCoreOutput:
         """The groups' outputs, documents beside each other, as one of (B, T) tokens."""
         batch, _, length, _ = q.shape
         shares = [int(group.keep.sum()) for group in self.groups]
 
-        def tokens(name: str, dim: int) -> torch.Tensor:
+        def tokens(name: str, dim: int) -> torch.Tensor | None:
             """Put the groups' tokens, axis `dim` of the field, back into rows."""
+            if getattr(outputs[0], name) is None:
+                return None
             pieces = [getattr(output, name).movedim(dim, 1)[group.keep] for output, group in self._with(outputs)]
             place = torch.cat([group.tokens[group.keep] for group in self.groups])
             joined = pieces[0].new_zeros(batch * length, *pieces[0].shape[1:]).index_copy(0, place, torch.cat(pieces))
@@ -169,7 +171,7 @@ class PackedRows:
             cells=tokens("cells", 2),
             kept=maps("kept"),
             attention_probs=maps("attention_probs"),
-            state=self._join_states(outputs, state, batch) if causal else None,
+            state=self._join_states(outputs, state, batch) if outputs[0].state is not None else None,
             fidelity=mean([output.fidelity for output in outputs]) if measured else None,
         )
 
