@@ -162,11 +162,9 @@ def state_sizes(student, teacher, lengths=(2048, 16384, 131072)) -> dict[str, di
     size = torch.finfo(student.dtype).bits // 8
     sizes = {}
     for length in lengths:
-        ours = 0
-        for layer in config.state_tensors(length):
-            for tensor in layer.values():
-                of_inputs = tensor.dtypes == INPUT_DTYPES
-                ours += math.prod(tensor.shape) * (size if of_inputs else 4)
+        kept = [tensor for layer in config.state_tensors(length) for tensor in layer.values() if not tensor.optional]
+        widths = [size if tensor.dtypes == INPUT_DTYPES else tensor.dtypes[0].itemsize for tensor in kept]
+        ours = sum(math.prod(tensor.shape) * width for tensor, width in zip(kept, widths, strict=True))
         cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * size
         sizes[str(length)] = {"student_kib": round(ours / 1024, 1), "teacher_kib": round(cache / 1024, 1)}
     return sizes
