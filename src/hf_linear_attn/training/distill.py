@@ -29,7 +29,7 @@ from .text_data import load_files, load_speeches
 from .tokenized_text import TokenBlocks, prepare_text
 
 REPORT_FILE = "distillation_report.json"
-TRAINERS = {"sea": SeaDistillationTrainer, "hedgehog": HedgehogDistillationTrainer}
+TRAINERS: dict[str, Any] = {"sea": SeaDistillationTrainer, "hedgehog": HedgehogDistillationTrainer}
 AUTO_CLASSES = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 
 
@@ -104,8 +104,8 @@ def _distill(options: DistillOptions, run: RunFolder) -> dict[str, Any]:
 def _student(options: DistillOptions, teacher, train, arguments, run: RunFolder):
     """The student, and what its softmax layers were chosen by, None where they were named."""
     if options.to == "sea":
-        fields = {"k": options.k, "predictor_length": options.predictor_length}
-        return linearize(teacher, "sea", **fields, softmax_layers=options.softmax_layers), None
+        sizes = {"k": options.k, "predictor_length": options.predictor_length}
+        return linearize(teacher, "sea", **sizes, softmax_layers=options.softmax_layers), None
     choice, layers, calibration = None, options.softmax_layers, None
     if layers and isinstance(layers[0], str):
         choice = _choice_of(run)  # a resumed run keeps its layers, whatever rounding would choose now
@@ -113,7 +113,11 @@ def _student(options: DistillOptions, teacher, train, arguments, run: RunFolder)
         if choice is None:
             rows = train.blocks[: options.calibration_rows].astype("int64")
             calibration = torch.from_numpy(rows).view(-1, options.block_length)[: options.calibration_rows]
-    fields = {"window": options.window, "feature_size": options.feature_size, "forgetting": options.forgetting}
+    fields: dict[str, Any] = {
+        "window": options.window,
+        "feature_size": options.feature_size,
+        "forgetting": options.forgetting,
+    }
     teacher.to(arguments.device)
     student = linearize(teacher, "hedgehog", **fields, softmax_layers=layers, calibration=calibration)
     return student, choice or getattr(student, "softmax_choice", None)
@@ -245,9 +249,10 @@ def _rows(options: DistillOptions) -> int:
 
 def _arguments(options: DistillOptions, folder: Path) -> TrainingArguments:
     """Trainer's arguments for the options, with the family's own."""
+    steps = options.steps or 0
     common: dict[str, Any] = {
         "output_dir": str(folder),
-        "max_steps": options.steps,
+        "max_steps": steps,
         "per_device_train_batch_size": _rows(options),
         "per_device_eval_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulate,
@@ -262,7 +267,7 @@ def _arguments(options: DistillOptions, folder: Path) -> TrainingArguments:
         "data_seed": options.seed,
         "logging_steps": options.log_every,
         "logging_first_step": True,
-        "save_steps": options.save_every or max(1, min(options.steps // 10, 100 if options.minutes else options.steps)),
+        "save_steps": options.save_every or max(1, min(steps // 10, 100) if options.minutes else steps // 10),
         "disable_tqdm": options.quiet,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available() and not options.cpu,

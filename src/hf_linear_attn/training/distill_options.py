@@ -248,15 +248,16 @@ class DistillOptions(RunOptions):
                 from ..conversion.hedgehog import automatic_share  # which imports PyTorch
 
                 automatic_share(word)
-        if self.transfer_share + self.long_share > 1:
+        transfer, long, rate = self.transfer_share or 0.0, self.long_share or 0.0, self.learning_rate or 0.0
+        if transfer + long > 1:
             raise ValueError(
                 f"transfer_share={self.transfer_share} and long_share={self.long_share} are together more than 1"
             )
-        if self.transfer_share < 1 and not (self.logits_weight or self.task_weight):
+        if transfer < 1 and not (self.logits_weight or self.task_weight):
             raise ValueError(
                 "logits_weight and task_weight are both 0: behind the first stage there is nothing to learn"
             )
-        self.long_learning_rate = self.long_learning_rate or 0.3 * self.learning_rate
+        self.long_learning_rate = self.long_learning_rate or 0.3 * rate
         self.transfer_length = self.transfer_length or self.block_length
         if self.long_length is not None and not self.long_share:
             raise ValueError("long_length belongs to long_share, which is 0: give a share of the steps, too")

@@ -15,8 +15,10 @@ The stages are those of LoLCATs (arXiv 2410.10254, section 3: attention transfer
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +119,7 @@ class Stages(CarriedOver):
 
     def __init__(self, trainer: "HedgehogDistillationTrainer | None" = None):
         # None: made by Trainer itself from a checkpoint
-        self.trainer = trainer
+        self.trainer: Any = trainer
         self.stage = 0
         self.first_step, self.first_second = 0, 0.0  # of the stage
         self.seconds = 0.0  # of earlier sessions
@@ -213,6 +215,7 @@ class HedgehogDistillationTrainer(DistillationTrainer):
 
     args: HedgehogDistillationArguments
     mark = HEDGEHOG_MARK
+    lr_scheduler: Any
 
     def __init__(self, model: nn.Module, teacher: PreTrainedModel, args: HedgehogDistillationArguments, **kwargs):
         student = hedgehog_model(model)
@@ -259,7 +262,7 @@ class HedgehogDistillationTrainer(DistillationTrainer):
             optimizer = self.optimizer if optimizer is None else optimizer
             added = {id(p) for p in self._added}
             of_host = [id(group["params"][0]) not in added for group in optimizer.param_groups]
-            rates = [lambda step, host=host: self.stages.rate(step, host) for host in of_host]
+            rates: list[Callable[[int], float]] = [partial(self.stages.rate, of_host=host) for host in of_host]
             self.lr_scheduler = LambdaLR(optimizer, rates)
         return self.lr_scheduler
 
