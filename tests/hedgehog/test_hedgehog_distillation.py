@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 
 from hf_linear_attn.cli.main import main
 from hf_linear_attn.conversion import linearize
+from hf_linear_attn.hub.cards import build_card
 from hf_linear_attn.training import hedgehog_distillation
 from hf_linear_attn.training.checkpoints import StopOnSignal
 from hf_linear_attn.training.distill import REPORT_FILE
@@ -247,6 +248,14 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(command, tmp_path, m
     model = AutoModelForCausalLM.from_pretrained(whole)
     assert type(model).__name__ == "HedgehogForCausalLM"
     assert model.config.use_cache
+    card = str(build_card(whole, speed=False))
+    ratio = theirs["after"]["perplexity"] / theirs["after"]["teacher_perplexity"]
+    assert "Learned from 512 tokens of text.txt." in card
+    assert (
+        f"is {ratio:.3f} times the teacher's. Layers that keep softmax attention: {theirs['softmax_layers'][0]}."
+        in card
+    )
+    assert "KiB after 131,072 tokens, where the teacher's cache has 24,576" in card
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT reads a name that Transformers has renamed
