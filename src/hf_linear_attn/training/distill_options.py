@@ -48,9 +48,9 @@ NO_LIMIT = 1_000_000  # steps of a run that minutes end
 # What `--example` takes where nothing else is said: MiniLM on topics of news, or a small language model on the speeches.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "hedgehog": {
-        "window": 8,
+        "window": 16,
         "block_length": 256,
-        "steps": 120,
+        "steps": 200,
         "batch_size": 8,
         "eval_rows": 16,
         "learning_rate": 1e-3,
