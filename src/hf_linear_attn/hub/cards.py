@@ -269,13 +269,13 @@ def _training_text(report) -> str:
         settings = ", ".join(markdown(f"{key} {options[key]}") for key in used if key in options)
         return "\n\n".join([*lines, f"Settings: {settings}."] if settings else lines)
     if "distillation" in report:
-        return _distillation_text(report["distillation"])
+        return _distillation_text(report["distillation"], report["text"])
     if report.get("log_history"):
         return f"{_number(report['global_step'])} steps with Transformers' Trainer."
     return "Nothing is recorded about the training of this checkpoint."
 
 
-def _distillation_text(report) -> str:
+def _distillation_text(report, text: str) -> str:
     options, after = report["options"], report["after"]
     teacher = EXAMPLE_TEACHERS[options["task"]] if options["example"] else options["teacher"]
     if os.path.isdir(teacher):  # a folder of this machine means nothing elsewhere
@@ -285,14 +285,9 @@ def _distillation_text(report) -> str:
     ]
     where = ", ".join(markdown(f"{key} {value}") for key, value in report["machine"].items())
     used = [
-        "k",
-        "predictor_length",
-        "block_length",
-        "batch_size",
-        "learning_rate",
-        "sea_learning_rate",
-        "precision",
-        "seed",
+        *("k", "predictor_length", "window", "feature_size", "forgetting"),
+        *("transfer_share", "long_share", "block_length", "long_length", "batch_size", "accumulate"),
+        *("learning_rate", "sea_learning_rate", "transfer_learning_rate", "feature_learning_rate", "precision", "seed"),
     ]
     losses = "Training losses below are the sums that distillation minimises, not nats per token."
     return "\n\n".join(
@@ -300,10 +295,28 @@ def _distillation_text(report) -> str:
             f"Distilled from {markdown(teacher)} (on the validation rows: {', '.join(scores)}).",
             f"{_number(report['steps'])} steps in {report['seconds']:.0f} s, peak memory {report['peak_memory_mb']:.0f} MiB "
             f"({where}).",
-            f"Settings: {', '.join(markdown(f'{key} {options[key]}') for key in used if key in options)}.",
+            *_fixed_state_text(report, text),
+            f"Settings: {', '.join(markdown(f'{key} {options[key]}') for key in used if options.get(key) is not None)}.",
             losses,
         ]
     )
+
+
+def _fixed_state_text(report, text: str) -> list[str]:
+    """Of a Hedgehog student: text, tokens, what is kept of the teacher's quality, the state beside the teacher's cache."""
+    if "state" not in report:
+        return []
+    after, layers = report["after"], ", ".join(str(_number(i)) for i in report["softmax_layers"]) or "none"
+    ratio = after["perplexity"] / after["teacher_perplexity"]
+    sizes = [
+        f"{sizes['student_kib']:,.0f} KiB after {int(length):,} tokens, where the teacher's cache has {sizes['teacher_kib']:,.0f}"
+        for length, sizes in report["state"].items()
+    ]
+    return [
+        f"Learned from {_number(report['tokens']):,} tokens of {markdown(text)}. Its perplexity on the validation rows "
+        f"is {ratio:.3f} times the teacher's. Layers that keep softmax attention: {layers}.",
+        f"Memory of one text: {'; '.join(sizes)}.",
+    ]
 
 
 def _curve_rows(report) -> list[dict[str, Any]]:

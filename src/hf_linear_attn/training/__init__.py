@@ -1,7 +1,11 @@
-"""Training on real text: data, tokenizer, options, a Trainer run with a learning curve, resuming; distillation into SEA."""
+"""Training on real text: data, tokenizer, options, a Trainer run with a learning curve, resuming; distillation."""
 
 _LAZY = {"SeaDistillationTrainer": "sea_distillation", "SeaDistillationArguments": "sea_distillation"}
-_LAZY |= {"add_lora": "sea_distillation"}
+_LAZY |= {
+    "HedgehogDistillationTrainer": "hedgehog_distillation",
+    "HedgehogDistillationArguments": "hedgehog_distillation",
+}
+_LAZY |= {"add_lora": "distillation"}
 
 
 def __getattr__(name: str):

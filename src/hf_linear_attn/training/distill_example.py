@@ -33,6 +33,14 @@ LANGUAGE_MODEL: dict[str, Any] = {
     "final_eval_tokens": 20_000,
     "eval_tokens": 10_000,
 }
+# Hedgehog's teacher has to look beyond the student's window, which a smaller one hardly learns.
+LONGER_SIGHTED: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "learning_rate": 4e-3,
+    "steps": 500,
+}
 TEACHER_STEPS, TEACHER_LEARNING_RATE = 40, 1e-4
 RECIPE_FILE = "example.json"
 
@@ -73,7 +81,8 @@ def example_teacher(options: DistillOptions, folder: Path) -> str:
         teacher = TrainingOptions.for_resume(more)
     else:
         print("training the teacher: a small GPT-2 on the speeches")
-        teacher = TrainingOptions(**LANGUAGE_MODEL, **more, cpu=options.cpu, seed=options.seed)
+        sizes = LANGUAGE_MODEL | (LONGER_SIGHTED if options.to == "hedgehog" else {})
+        teacher = TrainingOptions(**sizes, **more, cpu=options.cpu, seed=options.seed)
     try:
         train_language_model(teacher)
     except TrainingInterrupted as stop:
@@ -86,7 +95,8 @@ def _recipe(options: DistillOptions) -> dict[str, Any]:
     names = ["task", "seed"]
     if options.task == "classification":
         names += ["data", "block_length", "batch_size"]
-    return {name: getattr(options, name) for name in names}
+    family = {"to": options.to} if options.to != "sea" else {}  # whose recipes were written before there was a choice
+    return family | {name: getattr(options, name) for name in names}
 
 
 def _saved_recipe(teacher: Path) -> Any:

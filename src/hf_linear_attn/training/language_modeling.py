@@ -191,7 +191,7 @@ def training_arguments(options: TrainingOptions, folder: Path, rows: int) -> Tra
         max_grad_norm=options.clip,
         bf16=options.precision == "bfloat16",
         fp16=options.precision == "float16",
-        **_checkpointing(options),
+        **checkpointing(options.gradient_checkpointing),
         torch_compile=options.compile,
         use_cpu=options.cpu,
         seed=options.seed,
@@ -209,9 +209,9 @@ def training_arguments(options: TrainingOptions, folder: Path, rows: int) -> Tra
     )
 
 
-def _checkpointing(options: TrainingOptions) -> dict[str, bool]:
+def checkpointing(wanted: bool) -> dict[str, bool]:
     """The argument that recomputes activations, under the name that the installed Transformers gives it."""
-    if not options.gradient_checkpointing:
+    if not wanted:
         return {}
     names = {each.name for each in fields(TrainingArguments)}
     return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": True}

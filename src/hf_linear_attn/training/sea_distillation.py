@@ -9,25 +9,22 @@ The teacher runs frozen, a batch at a time; of each of its layers only queries, 
 T x T comparison is made by blocks of rows in the student's layer, so memory stays linear in the length.
 """
 
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from ..conversion.linearize import check_can_be_saved
 from ..modeling.sea.host_attention import ATTENTION_NAME, Distillation, LayerResults, register_attention, sea_call
 from ..modeling.sea.hosts import HOSTS
 from ..modeling.sea.losses import TeacherTargets
 from ..modeling.sea.modeling_sea import SeaPreTrainedModel
 from ..modeling.sea.pretrained import PACKING_KEYWORDS
 from ..modeling.shared.sequence import SequenceInputs, prepare_sequence
-from .checkpoints import LossSinceLog
+from .distillation import DistillationTrainer, add_lora, check_teacher, divergence_of_rows, masked_mean
 
 SEA_MARK = ".sea."
 BLOCK_ELEMENTS = 1 << 24  # elements of the predictions that are compared together
@@ -93,44 +90,6 @@ class FeatureRedraw(TrainerCallback):
             sea_model(model).redraw_features(generator)
 
 
-class SaveAsTheTeacher(TrainerCallback):
-    """A student that could not be saved stops before its first step, not at its first checkpoint.
-
-    Trainer writes a tokenizer's special tokens into the generation configuration. Transformers then takes it for one that a user
-    wrote and refuses flags that it lets pass in a published one; as the teacher's was, the student's stays a published one.
-    """
-
-    published = False
-
-    def look(self, student: SeaPreTrainedModel) -> None:
-        """Before Trainer writes to it: whether the generation configuration is as it was published."""
-        made = getattr(student, "generation_config", None)
-        self.published = made is not None and getattr(made, "_original_object_hash", None) == hash(made)
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Mark it, then try."""
-        student = sea_model(model)
-        if self.published:
-            student.generation_config._original_object_hash = hash(student.generation_config)
-        check_can_be_saved(student)
-
-
-class DistillationSinceLog(LossSinceLog):
-    """Carries the terms of the loss since the last log through a checkpoint, as their sum."""
-
-    def values(self) -> dict[str, Any]:
-        """The sum of the losses, and each term of each batch."""
-        terms = {} if self.trainer is None else self.trainer._terms
-        return super().values() | {"terms": {name: [float(each) for each in found] for name, found in terms.items()}}
-
-    def take_over(self, values: dict[str, Any]) -> None:
-        """Begin with what the interrupted run had not logged."""
-        super().take_over({name: value for name, value in values.items() if name != "terms"})
-        if self.trainer is not None:
-            for name, found in values.get("terms", {}).items():
-                self.trainer._terms[name] = [torch.tensor(each, device=self.trainer.args.device) for each in found]
-
-
 def sea_model(model: nn.Module) -> SeaPreTrainedModel:
     """The SEA model inside wrappers (PEFT, DistributedDataParallel)."""
     for module in model.modules():
@@ -181,7 +140,7 @@ def record_targets(teacher: PreTrainedModel, inputs: dict[str, Any]) -> tuple[di
     return call.recorded.found, output
 
 
-class SeaDistillationTrainer(Trainer):
+class SeaDistillationTrainer(DistillationTrainer):
     """A Trainer whose loss compares the student with a teacher: predictions, hidden states, and every attention layer.
 
     In evaluation the loss is the task's own (so that it compares with any other model's), and the metrics add
@@ -199,58 +158,23 @@ class SeaDistillationTrainer(Trainer):
     """
 
     args: SeaDistillationArguments
+    mark = SEA_MARK
 
     def __init__(self, model: nn.Module, teacher: PreTrainedModel, args: SeaDistillationArguments, **kwargs):
         student = sea_model(model)
-        _check_teacher(teacher, student)
+        check_teacher(teacher, student, student.host_model)
         if not isinstance(args, SeaDistillationArguments):
             raise ValueError("`args` must be SeaDistillationArguments, which hold the weights of the losses")
-        self.teacher = teacher.eval().requires_grad_(False)
-        if not args.train_host:
-            for name, parameter in student.named_parameters():
-                if SEA_MARK not in name and "lora_" not in name:
-                    parameter.requires_grad_(False)
-        use_cache = student.config.use_cache
-        super().__init__(model=model, args=args, **kwargs)
-        student.config.use_cache = use_cache  # Trainer switches it off, and would save it so; this loss makes no cache
-        # The loss is a mean over the batch: Trainer divides it by the accumulated batches.
-        self.model_accepts_loss_kwargs = False
-        self.loss_is_scaled_for_ga = False
-        self.teacher.to(args.device)
+        super().__init__(model, teacher, args, **kwargs)
         self.add_callback(FeatureRedraw(student.config.feature_redraw_interval))
-        self._saving = SaveAsTheTeacher()
-        self.add_callback(self._saving)
-        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.add_callback(DistillationSinceLog(self))
 
-    def train(self, *args, **kwargs):
-        """As Trainer's, after a look at what will be saved (ValueError if Transformers would refuse to)."""
-        self._saving.look(sea_model(self.model))
-        return super().train(*args, **kwargs)
+    def student_in(self, model: nn.Module) -> SeaPreTrainedModel:
+        """The SEA model inside wrappers."""
+        return sea_model(model)
 
-    def create_optimizer(self, model=None):
-        """AdamW with two rates: the teacher's weights and SEA's."""
-        model = self.model if model is None else model
-        if self.optimizer is not None:
-            return self.optimizer
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                groups[SEA_MARK in name, name in decayed].append(parameter)
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = optimizer_class(
-            [
-                {
-                    "params": parameters,
-                    "lr": self.args.sea_learning_rate if is_sea else self.args.learning_rate,
-                    "weight_decay": self.args.weight_decay if decay else 0.0,
-                }
-                for (is_sea, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
-            ],
-            **options,
-        )
-        return self.optimizer
+    def added_rate(self) -> float:
+        """That of the arguments."""
+        return self.args.sea_learning_rate
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of section 2.2; in evaluation the task's loss, and the rest goes into the metrics."""
@@ -285,7 +209,7 @@ class SeaDistillationTrainer(Trainer):
             terms["task_loss"] = args.task_weight * output["loss"]
         if args.hidden_weight:
             errors = [
-                _masked_mean((ours.float() - theirs.float()).square().mean(dim=-1), mask)
+                masked_mean((ours.float() - theirs.float()).square().mean(dim=-1), mask)
                 for ours, theirs in zip(output["hidden_states"], expected["hidden_states"])
             ]
             terms["hidden_loss"] = args.hidden_weight * torch.stack(errors).mean()
@@ -311,22 +235,6 @@ class SeaDistillationTrainer(Trainer):
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         return torch.randperm(tokens.shape[1], generator=generator)[:count].sort().values.to(tokens.device)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the terms of the training loss since the last log."""
-        if "loss" in logs:
-            logs |= self._means()
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluate with the metrics of distillation; terms of training that wait for a log stay apart."""
-        training, self._terms = self._terms, defaultdict(list)
-        try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._means().items()})
-        finally:
-            self._terms = training
-        return output
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As in Trainer, but every batch has a loss, with labels or without."""
         inputs = self._prepare_inputs(inputs)
@@ -342,11 +250,6 @@ class SeaDistillationTrainer(Trainer):
             labels[0] if len(labels) == 1 else labels or None,
         )
 
-    def _means(self) -> dict[str, float]:
-        means = {name: float(torch.stack(values).float().mean()) for name, values in self._terms.items() if values}
-        self._terms.clear()
-        return means
-
 
 def prediction_divergence(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """KL of a student's predictions to a teacher's: mean over samples (B, C), or over real tokens (B, T, C).
@@ -360,61 +263,10 @@ def prediction_divergence(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.
     rows = max(1, BLOCK_ELEMENTS // ours.shape[-1])
     blocks = zip(ours.flatten(0, -2).split(rows), theirs.flatten(0, -2).split(rows))
     divergence = torch.cat(
-        [checkpoint(_divergence, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+        [checkpoint(divergence_of_rows, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
     )
     divergence = divergence.view(ours.shape[:-1])
-    return _masked_mean(divergence, mask if divergence.dim() == 2 else None)
-
-
-def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """KL of each row, (R, C) -> (R,)."""
-    log_ours, log_theirs = F.log_softmax(ours.float(), -1), F.log_softmax(theirs.float(), -1)
-    return F.kl_div(log_ours, log_theirs, log_target=True, reduction="none").sum(-1)
-
-
-def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean of (B, T) over real tokens."""
-    if mask is None:
-        return values.mean()
-    keep = mask.to(values.dtype)
-    return (values * keep).sum() / keep.sum().clamp_min(1)
-
-
-def _check_teacher(teacher: PreTrainedModel, student: SeaPreTrainedModel) -> None:
-    if teacher is student.host_model:
-        raise ValueError("`teacher` is the student's own host: load the teacher a second time, because it stays frozen")
-    if not isinstance(teacher, nn.Module):
-        raise ValueError(
-            f"`teacher` is a {type(teacher).__name__}, expected the pretrained model that `linearize` was given"
-        )
-    ours, theirs = student.config.host_config, teacher.config
-    for name in ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
-        if getattr(ours, name, None) != getattr(theirs, name, None):
-            raise ValueError(
-                f"the teacher has {name}={getattr(theirs, name, None)!r} and the student "
-                f"{getattr(ours, name, None)!r}: distil from the model that `linearize` was given"
-            )
-    if isinstance(teacher, PreTrainedModel) and not isinstance(teacher, type(student.host_model)):
-        raise ValueError(
-            f"the teacher is a {type(teacher).__name__} and the student's host a {type(student.host_model).__name__}: distil "
-            "from the model that `linearize` was given"
-        )
-
-
-def add_lora(student: SeaPreTrainedModel, rank: int = 16, alpha: int | None = None, target_modules=None):
-    """Adapters of PEFT on the host, SEA trained in full, everything else frozen: a `PeftModel` for the trainer.
-
-    `model.merge_and_unload()` afterwards gives the SEA model again, with what was learned.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("LoRA needs PEFT: pip install 'hf-linear-attn[peft]'") from error
-    names = sorted({name.split(SEA_MARK)[0] + ".sea" for name, _ in student.named_parameters() if SEA_MARK in name})
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha or 2 * rank, target_modules=target_modules, modules_to_save=names, fan_in_fan_out=False
-    )
-    return get_peft_model(student, config)
+    return masked_mean(divergence, mask if divergence.dim() == 2 else None)
 
 
 __all__ = [

@@ -174,8 +174,8 @@ def _moved_on(x, fill):
     return F.pad(x, [0, 0] * (x.dim() - 2) + [1, 0], value=fill)[:, : x.shape[1]]
 
 
-# Of the sums above, Inductor made wrong gradients on a GPU (torch 2.11, `comprehensive_padding`; 129 features a head, six heads), so
-# that compiled models diverged. It sees one operator instead, which computes them as they are written, and one for the transpose.
+# Of the sums above, Inductor made wrong gradients on a GPU (torch 2.11, `comprehensive_padding`; 129 features a head, six heads),
+# so that compiled models diverged. It sees one operator instead, which computes what is written, and one for the transpose.
 @torch.library.custom_op("hf_linear_attn::decayed_sum", mutates_args=())
 def _as_written(
     x: torch.Tensor,
