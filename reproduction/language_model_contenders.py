@@ -148,10 +148,6 @@ MODELS: dict[str, Callable[[Setting, int, int], Any]] = {
     "leap-global": partial(_averaging, "leap", windows=False),
     "fastformer": partial(_averaging, "fastformer"),
     "danet": _danet,
-    "leap-hybrid": partial(_leap_preset, "hybrid"),
-    "leap-fixed-state": partial(_leap_preset, "fixed-state"),
-    "danet-hybrid": partial(_danet_preset, "hybrid"),
-    "danet-fixed-state": partial(_danet_preset, "fixed-state"),
 }
 
 # Tried where a published claim did not hold: what the published model has, changed in one respect.
@@ -175,6 +171,10 @@ VARIANTS: dict[str, Callable[[Setting, int, int], Any]] = {
     "leap-rotary": partial(_averaging, "leap", position_embedding_type="rotary"),
     "leap-exp": partial(_averaging, "leap", focus_function="exp"),
     "leap-wide": _leap_wide,
+    "leap-hybrid": partial(_leap_preset, "hybrid"),
+    "leap-fixed-state": partial(_leap_preset, "fixed-state"),
+    "danet-hybrid": partial(_danet_preset, "hybrid"),
+    "danet-fixed-state": partial(_danet_preset, "fixed-state"),
     "leap-fixed-state-no-positions": partial(_leap_preset, "fixed-state", position_embedding_type="none"),
     "leap-hybrid-no-positions": partial(_leap_preset, "hybrid", position_embedding_type="none"),
     "leap-decay-alone": lambda setting, *sizes: _leap_preset(

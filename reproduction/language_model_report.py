@@ -29,6 +29,14 @@ CHANGES = {
     "leap-wide": "LEAP: windows of 4, 8, 16, 32, 64 and a global layer",
     "leap-more-heads": "LEAP: four times as many heads",
     "leap-wide-more-heads": "LEAP: these windows and four times as many heads",
+    "leap-hybrid": "LEAP: preset hybrid",
+    "leap-fixed-state": "LEAP: preset fixed-state",
+    "leap-fixed-state-no-positions": "LEAP: preset fixed-state, no positions in layers that fade",
+    "leap-hybrid-no-positions": "LEAP: preset hybrid, no positions in layers that fade",
+    "leap-decay-alone": "LEAP: preset fixed-state, all layers fading",
+    "danet-hybrid": "DANet: preset hybrid (full softmax in two of eight layers)",
+    "danet-fixed-state": "DANet: preset fixed-state (softmax over 128 tokens in every other layer)",
+    "danet-fixed-state-fading": "DANet: preset fixed-state, terms of the other layers fading",
 }
 PARTS = ("facts", "models", "claims", "costs", "rates", "variants", "cut")
 # (ours, the other, whether ours is claimed to be lower, published perplexities of the two)

@@ -174,3 +174,33 @@ def test_compiles_to_one_graph_of_any_length():
         values, weights, _ = make(length)
         torch.testing.assert_close(compiled(values, weights, RATES), windowed_mean(values, weights, decay=RATES)[0])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("logs", [None, 1.0, 30.0], ids=["plain", "logs", "large logs"])
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "holes"])
+@pytest.mark.parametrize("length", [5, 200])
+def test_the_operator_that_compilers_see_has_the_gradients_of_the_sums(length, masked, documents, logs):
+    """Its transpose is written out; autograd of the plain code is what it has to be."""
+    torch.manual_seed(0)
+    mask = torch.rand(2, length) > 0.3 if masked else None
+    x, rates = torch.randn(2, length, 3, 5).double(), torch.tensor([0.5, 0.02, 0.0005]).double()
+    segments = torch.randint(0, 2, (2, length)).cumsum(1) // max(1, length // 6) if documents else None
+    weights = None if logs is None else torch.randn(2, length, 3).double() * logs
+    if mask is not None:
+        x = x * mask[..., None, None]
+        weights = None if weights is None else weights.masked_fill(~mask[..., None], -torch.inf)
+    steps = None if mask is None else mask.double()
+
+    def results(function):
+        given = [t.clone().requires_grad_() for t in (x, rates, weights) if t is not None]
+        out = function(given[0], given[1], steps, segments, given[2] if logs is not None else None)
+        return out[0].detach(), *torch.autograd.grad(
+            (out[0] * torch.arange(out[0].numel()).view_as(out[0]).sin()).sum(), given
+        )
+
+    plain = results(lambda *given: module._decayed_sum(*given, 0))
+    for found, expected in zip(results(module._as_written), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * max(1.0, float(expected.abs().max())))
+    if length == 5:
+        torch.library.opcheck(module._as_written, (x, rates, steps, segments, weights))

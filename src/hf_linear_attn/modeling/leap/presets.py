@@ -6,6 +6,8 @@ and every third layer is softmax attention: over the last 128 tokens in "fixed-s
 text in "hybrid".
 """
 
+from typing import Any
+
 _MODERN = {
     "conv_kernel": 4,
     "output_gate": True,
@@ -18,7 +20,7 @@ _MODERN = {
 
 # `layer_cycle` is repeated over the layers; so many heads of queries share one of keys in softmax layers (`softmax_group`), where
 # their number divides.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "fixed-state": {**_MODERN, "layer_cycle": ["decay", "decay", "softmax:128"], "softmax_group": 2},
     "hybrid": {**_MODERN, "layer_cycle": ["decay", "decay", "softmax"]},

@@ -66,11 +66,11 @@ def split(layout: KeyLayout, causal: bool, shortest: int) -> tuple[Part | None, 
             for start, width in ((0, first), (first, length - first))
         )
     if causal:
-        first = (shortest - 1 - layout.past).clamp_min(0).minimum(lengths)
+        dense = (shortest - 1 - layout.past).clamp_min(0).minimum(lengths)
         widths = [min(length, shortest - 1), min(length, layout.key_length - shortest + 1)]
         if can_read_values(lengths):
-            widths = torch.stack([first.max(), (lengths - first).max()]).tolist()
-        short, long = ((0, first), (first, lengths - first))
+            widths = torch.stack([dense.max(), (lengths - dense).max()]).tolist()
+        short, long = ((0, dense), (dense, lengths - dense))
         return tuple(  # type: ignore[return-value]
             _part(layout, None, start, count, width, causal) if width else None
             for (start, count), width in zip((short, long), widths, strict=True)
@@ -136,10 +136,10 @@ def attend(
     # Second phase: each part by itself.
     scale = scaling if scaling is not None else (1.0 if causal else sizes.head_dim**-0.5)
     if causal:
-        seen = [x[:, :, : sizes.dense_below(q.device) - 1] for x in (keys, values)]
+        near_keys, near_values = (x[:, :, : sizes.dense_below(q.device) - 1] for x in (keys, values))
     else:
-        seen = [short.take(x) for x in (k, v)]
-    outputs = [_attend_densely(sizes, short.layout, short.take(q), *seen, scale, output_attentions)]
+        near_keys, near_values = short.take(k), short.take(v)
+    outputs = [_attend_densely(sizes, short.layout, short.take(q), near_keys, near_values, scale, output_attentions)]
     if causal and (wants_state or long is not None):
         state = core.state_after(short.take(k), short.take(v), short.layout, state)
     if long is not None:
