@@ -43,11 +43,11 @@ SHARED = {
     "block-length": 512,
     "batch-size": 2,
     "learning-rate": 3e-3,
-    "eval-tokens": 20_000,
+    "eval-tokens": 10_000,
     "log-every": 50,
-    "final-eval-tokens": 50_000,
+    "final-eval-tokens": 25_000,
 }
-STEPS = 200
+STEPS = 140
 FULL = {"eval-tokens": 30_000, "final-eval-tokens": 100_000, "steps": 560}
 TINY = {
     "hidden-size": 32,
