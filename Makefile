@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-full models docs notebooks test lint format suite unit test-versions test-oldest test-next test-slow clean
+.PHONY: help install demo demo-full models docs notebooks test lint format suite unit test-thorough test-versions test-oldest test-next test-slow clean
 
 help: ## show what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -65,10 +65,14 @@ suite: $(STAMP) ## Transformers' own test mixins, from the source archive of the
 
 unit: $(STAMP) suite ## the tests alone
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (slow or thorough)"
 
-test: $(STAMP) ## lint and every test that is not marked slow, side by side
+test: $(STAMP) ## lint and the tests, side by side
 	$(MAKE) --jobs=2 lint unit
+
+test-thorough: $(STAMP) suite ## whole programs: Transformers' own suite, the commands of the pages, servers, several processes (a quarter of an hour)
+	@echo "== thorough tests"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "thorough and not slow"
 
 test-versions: $(STAMP) $(RELEASES:%=.releases/%/.installed) ## the border to Transformers on the oldest, the last but one and the newest release
 	@for release in $(RELEASES) $(NEWEST); do \

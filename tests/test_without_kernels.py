@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import hf_linear_attn
+
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parents[1]
 # Families whose models and mechanisms run without the folder.

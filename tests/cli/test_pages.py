@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from hf_linear_attn import PACKAGED_MODEL
 from hf_linear_attn.cli.main import main
 
+pytestmark = pytest.mark.thorough
+
 DOCS = Path(__file__).parents[2] / "docs"
 ELSEWHERE = {DOCS / "howto" / "serve.md", DOCS / "families" / "sea.md"}
 PAGES = [page for page in [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))] if page not in ELSEWHERE]

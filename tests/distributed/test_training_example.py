@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from hf_linear_attn.conversion import linearize
 from hf_linear_attn.training.tokenized_text import train_bpe_tokenizer
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.thorough]
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"

@@ -24,6 +24,8 @@ from hf_linear_attn import PACKAGED_MODEL
 from hf_linear_attn.cli.main import main
 from hf_linear_attn.cli.serve import _lines, parser
 
+pytestmark = pytest.mark.thorough
+
 pytest.importorskip("fastapi", reason="needs the server's packages: pip install hf-linear-attn[serve]")
 pytest.importorskip("uvicorn", reason="needs the server's packages: pip install hf-linear-attn[serve]")
 

@@ -10,7 +10,7 @@ import torch
 from common.families import ROWS, Row
 from transformers_suite import archive
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.thorough]
 
 modeling = archive.load("test_modeling_common")
 configuration = archive.load("test_configuration_common")
