@@ -7,6 +7,7 @@ from transformers import set_seed
 
 import hf_linear_attn
 from hf_linear_attn.conversion import linearize
+from hf_linear_attn.modeling.kernels.dispatch import use_backend
 
 pytestmark = needs_gpu
 
@@ -45,6 +46,7 @@ MODELS = {
     "danet-hybrid": lambda: danet("hybrid"),
     "danet-fixed-state": lambda: danet("fixed-state"),
     "danet-decay": lambda: danet("fixed-state", layer_pattern="softmax:128_decay", conv_kernel=4),
+    "fastformer": lambda: hf_linear_attn.FastformerForCausalLM(hf_linear_attn.FastformerConfig(**LEAP)),
     "hedgehog": hedgehog,
     "hedgehog-forgetting": lambda: hedgehog(forgetting="token"),
 }
@@ -52,7 +54,8 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", [2, 32])
-def test_compiled_gradients(name, rows):
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compiled_gradients(name, rows, backend):
     set_seed(0)
     model = MODELS[name]().to("cuda").train()
     ids = torch.randint(0, 256, (rows, 1024), device="cuda").sort(-1).values
@@ -64,7 +67,8 @@ def test_compiled_gradients(name, rows):
             each: parameter.grad.clone() for each, parameter in model.named_parameters() if parameter.grad is not None
         }
 
-    plain, compiled = gradients(model), gradients(torch.compile(model))
+    with use_backend(backend):
+        plain, compiled = gradients(model), gradients(torch.compile(model))
     assert plain.keys() == compiled.keys()
     for each, expected in plain.items():
         error = (compiled[each] - expected).norm() / expected.norm().clamp_min(1e-12)
