@@ -82,6 +82,10 @@ with torch.no_grad():
 print(
     f"largest difference of a logit, first {WINDOW} tokens: {apart[:WINDOW].max():.1e}, later ones: {apart[WINDOW:].max():.2f}"
 )
+figure, axis = plt.subplots(figsize=(6, 2.5))
+axis.plot(apart.clamp_min(1e-7), linewidth=1)
+axis.axvline(WINDOW - 0.5, color="grey", linestyle="--")
+axis.set(yscale="log", xlabel="token (dashed: the window ends)", ylabel="difference of a logit")
 
 # %% [markdown]
 # ## Distillation

@@ -80,7 +80,7 @@ def cases(suite: str, lengths: list[int], quick: bool) -> list[Case]:
     """At each length the host, then each size of SEA."""
     _, host, what = suite.split("-")
     size, on_cpu = Size(host, quick), device() == "cpu"
-    make = {"forward": run, "train": train, "decode": decode}[what]
+    make = {"forward": run, "train": training, "decode": decode}[what]
     made = []
     for length in lengths or ([16] if quick else CPU_LENGTHS if on_cpu else GPU_LENGTHS):
         job = f"{host} {what}, {length:,} tokens" if on_cpu else ""
@@ -108,7 +108,7 @@ def run(size: Size, contender: str | None, length: int) -> Work:
     return Work(step, ids.numel())
 
 
-def train(size: Size, contender: str | None, length: int) -> Work:
+def training(size: Size, contender: str | None, length: int) -> Work:
     """Forward and backward; no optimizer, whose share does not depend on attention."""
     model, ids = size.build(contender, length), tokens_of(length)
     options = {} if size.host == "bert" else {"use_cache": False}

@@ -1,7 +1,8 @@
 """The commands of the pages run, in a page's order, with fewer steps.
 
-Two pages run elsewhere: serve.md in tests/integrations/test_serving.py, and the one command of families/sea.md, which fine-tunes
-a teacher of 22 million parameters first, with a smaller one in tests/sea/test_distill_command.py.
+Some pages run elsewhere: serve.md in tests/integrations/test_serving.py, and the commands that distil, with smaller teachers than
+those of families/sea.md, families/hedgehog.md and howto/linearize.md, in tests/sea/test_distill_command.py and
+tests/hedgehog/test_hedgehog_distillation.py.
 """
 
 import re
@@ -19,7 +20,9 @@ from hf_linear_attn.cli.main import main
 pytestmark = pytest.mark.thorough
 
 DOCS = Path(__file__).parents[2] / "docs"
-ELSEWHERE = {DOCS / "howto" / "serve.md", DOCS / "families" / "sea.md"}
+ELSEWHERE = {
+    DOCS / name for name in ("howto/serve.md", "families/sea.md", "families/hedgehog.md", "howto/linearize.md")
+}
 PAGES = [page for page in [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))] if page not in ELSEWHERE]
 
 

@@ -27,14 +27,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from ..modeling.hedgehog.mechanism import hedgehog_attention
 from ..modeling.hedgehog.modeling_hedgehog import HedgehogForCausalLM
 from ..modeling.hedgehog.softmax_layers import eager_attention
 from ..modeling.shared.call import Call
 from ..modeling.shared.causal_lm import next_token_labels
-from ..modeling.shared.compat import ALL_ATTENTION_FUNCTIONS
+from ..modeling.shared.compat import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from ..modeling.shared.cross_entropy import IGNORED
 from ..modeling.shared.sequence import SequenceInputs, prepare_sequence
 from .checkpoints import CarriedOver

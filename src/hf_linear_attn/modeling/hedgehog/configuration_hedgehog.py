@@ -23,7 +23,7 @@ from ..shared.files.state_file import (
     numbered,
 )
 from ..shared.states.state_layer import LAYER_TYPE
-from .hosts import ATTENTION_NAME, check_host, head_size, key_heads, sliding_window, softmax_type
+from .hosts import ATTENTION_NAME, check_host, fsdp_plan, head_size, key_heads, sliding_window, softmax_type
 from .mechanism import state_shapes
 
 FORGETTING = ("none", "head", "token")
@@ -148,6 +148,11 @@ class HedgehogConfig(DerivedLayerTypes, PreTrainedConfig):
     def max_position_embeddings(self) -> int:
         """The host's: the longest text in tokens where its positions are learned."""
         return self.host_config.max_position_embeddings
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """What FSDP2 shards of a Hedgehog body: the host's embeddings, layers and last norm, which lie one name deeper."""
+        return {f"host.{name}": style for name, style in fsdp_plan(self.host_config).items()}
 
     @property
     def hidden_dropout_prob(self) -> float | int:

@@ -14,6 +14,20 @@ ATTENTION_NAME = "hf_linear_attn_hedgehog"  # of the function that hosts call, i
 FITTING = "Llama, Mistral, Qwen2, Qwen3, SmolLM, Gemma, GPT-2, OPT and models built like them"
 SOFTMAX_TYPES = ("full_attention", "sliding_attention")
 
+# Names of embeddings, layers and last norm of a body, by the type of its configuration; else those of Llama.
+NAMES = {
+    "gpt2": ("wte", "h.*", "ln_f"),
+    "gpt_neox": ("embed_in", "layers.*", "final_layer_norm"),
+    "opt": ("decoder.embed_tokens", "decoder.layers.*", "decoder.final_layer_norm"),
+    "phi": ("embed_tokens", "layers.*", "final_layernorm"),
+}
+
+
+def fsdp_plan(config: PreTrainedConfig) -> dict[str, str]:
+    """What FSDP2 shards of a host's body, each by itself; Transformers states it for Llama's names."""
+    embeddings, layers, norm = NAMES.get(config.model_type, ("embed_tokens", "layers.*", "norm"))
+    return {embeddings: "free_full_weight", layers: "free_full_weight", norm: "keep_full_weight"}
+
 
 def head_size(config: PreTrainedConfig) -> int:
     """D of a host."""

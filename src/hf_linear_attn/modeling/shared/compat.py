@@ -24,7 +24,13 @@ from transformers.loss.loss_utils import (
     ForSequenceClassificationLoss,
     ForTokenClassification,
 )
-from transformers.masking_utils import and_masks, create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sdpa_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer as TransformersLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
@@ -240,6 +246,7 @@ def add_loss_since_log(trainer, loss: float, last_logged: int) -> None:
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
     "CACHE_NAME",
     "CACHE_NAMES",
     "PRIVATE_HOOKS",
@@ -282,4 +289,5 @@ __all__ = [
     "refuse_cache_under_checkpointing",
     "rename_cache",
     "run_server",
+    "sdpa_mask",
 ]

@@ -123,8 +123,9 @@ def attend(
     """
     sizes, causal = core.options, core.options.causal
     short, long = (None, None)
-    if teacher is None:
-        short, long = split(layout, causal, sizes.dense_below(q.device))
+    shortest = sizes.dense_below(q.device)
+    if teacher is None and shortest:
+        short, long = split(layout, causal, shortest)
     shared = {"scaling": scaling, "output_attentions": output_attentions}
     if short is None:
         return core(q, k, v, layout=layout, state=state, key_cache=key_cache, teacher=teacher, **shared, **options)
@@ -136,7 +137,7 @@ def attend(
     # Second phase: each part by itself.
     scale = scaling if scaling is not None else (1.0 if causal else sizes.head_dim**-0.5)
     if causal:
-        near_keys, near_values = (x[:, :, : sizes.dense_below(q.device) - 1] for x in (keys, values))
+        near_keys, near_values = (x[:, :, : shortest - 1] for x in (keys, values))
     else:
         near_keys, near_values = short.take(k), short.take(v)
     outputs = [_attend_densely(sizes, short.layout, short.take(q), near_keys, near_values, scale, output_attentions)]

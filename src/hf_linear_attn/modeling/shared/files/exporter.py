@@ -8,6 +8,7 @@ tracebacks rely on, and Triton, which reads the source of its kernels. What was 
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def export_code(entry: Path, folder: Path, root: Path = ROOT) -> list[Path]:
     while waiting:
         file = waiting.pop()
         if file not in sources:
-            sources[file], imported = _flat_source(file, root)
+            sources[file], imported = _flat_source(file, root, file.stat().st_mtime_ns)
             waiting += imported
     names: dict[str, Path] = {}
     for file in sources:
@@ -53,8 +54,9 @@ def _flat_name(file: Path, root: Path) -> str:
     return "_".join(file.relative_to(root).with_suffix("").parts)
 
 
-def _flat_source(file: Path, root: Path) -> tuple[str, list[Path]]:
-    """The text of a file with its imports of files of `root` rewritten, and these files."""
+@functools.cache  # a checkpoint is saved many times, and reading the package takes a third of a second
+def _flat_source(file: Path, root: Path, changed: int) -> tuple[str, list[Path]]:
+    """The text of a file with its imports of files of `root` rewritten, and these files. `changed`: when it last did."""
     text = file.read_text(encoding="utf-8")
     lines, imported, rewritten = text.splitlines(keepends=True), [], set()
     for node in ast.walk(ast.parse(text)):
