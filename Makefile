@@ -36,7 +36,7 @@ install: $(STAMP) ## make the virtual environment with pinned versions
 demo: $(STAMP) ## train a small LEAP, a DANet and a GPT-2 on real text, compare, generate (about five minutes on two quiet cores)
 	$(BIN)/hf-linear-attn demo
 
-demo-full: $(STAMP) ## the same with longer training, as in the documentation (under ten minutes)
+demo-full: $(STAMP) ## the same with longer training, as in the documentation (about ten minutes)
 	$(BIN)/hf-linear-attn demo --full
 
 models: $(STAMP) ## train the small model of each family into outputs/models, with its card
