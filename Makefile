@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 
 install: $(STAMP) ## make the virtual environment with pinned versions
 
-demo: $(STAMP) ## train a small LEAP, a DANet and a GPT-2 on real text, compare, generate (about five minutes on two quiet cores)
+demo: $(STAMP) ## train a small LEAP, a DANet and a GPT-2 on real text, compare, generate (under four minutes on two quiet cores)
 	$(BIN)/hf-linear-attn demo
 
 demo-full: $(STAMP) ## the same with longer training, as in the documentation (about ten minutes)

@@ -21,7 +21,7 @@ from .result import show, words_aside
 DESCRIPTION = """\
 The LEAP that comes with the package writes; then a small LEAP, a causal DANet and a GPT-2 of the same size learn the State of
 the Union speeches from the same batches, each with its result; then their curves, speed, memory and held-out perplexity side by
-side, and the new LEAP, loaded from disk, writes. About five minutes on two quiet cores; --full trains longer (about ten).
+side, and the new LEAP, loaded from disk, writes. Under four minutes on two quiet cores; --full trains longer (about ten).
 """
 
 EXAMPLES = """\
@@ -127,7 +127,7 @@ def _compare_and_write(given: dict, output: Path) -> tuple[int, dict]:
     threads = given["threads"] or min(8, os.cpu_count() or 1)
     stage = Stages(len(TITLES))
     if not given["tiny"]:
-        minutes = "about ten" if given["full"] else "about five"
+        minutes = "about ten" if given["full"] else "under four"
         print(
             f"{STAGES} stages, {minutes} minutes on two quiet cores. Each trained model stays in {output}.", flush=True
         )
