@@ -8,14 +8,12 @@ Transformers looks the function up by the name in a configuration, which anybody
 configuration keeps the name (`keep_attention`), so that no switch turns a linear layer into a softmax one.
 """
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ..shared.call import Call
 from ..shared.compat import ALL_ATTENTION_FUNCTIONS, init
@@ -176,11 +174,3 @@ def hedgehog_attention_forward(
 def register_attention() -> None:
     """Make the registry know the attention function; harmless when repeated."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, hedgehog_attention_forward)
-
-
-def keep_attention(layers: list[nn.Module], config: PreTrainedConfig) -> None:
-    """Give the layers a configuration of their own, in which the attention function is ours for good."""
-    own = copy.copy(config)
-    own._attn_implementation = ATTENTION_NAME
-    for layer in layers:
-        layer.config = own

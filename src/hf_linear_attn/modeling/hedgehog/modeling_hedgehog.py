@@ -9,8 +9,6 @@ The host's body lies in `model.host` with the names of its parameters; what is l
 attention layers. Sources: Hedgehog (arXiv 2402.04347), LoLCATs (arXiv 2410.10254).
 """
 
-import fnmatch
-
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
@@ -29,14 +27,16 @@ from ..shared.compat import (
     CACHE_NAMES,
     cache_keyword,
     can_return_tuple,
+    drop_rules_without_modules,
     either_cache_name,
+    keep_attention,
     merge_with_config_defaults,
 )
 from ..shared.files.checkpoint import PortableCheckpointMixin
 from ..shared.heads import SequenceClassificationMixin
 from ..shared.sequence import DOCUMENT_KEYWORDS, blank_padding, passes_on
 from .configuration_hedgehog import HedgehogConfig
-from .host_attention import HedgehogAttention, HedgehogCall, keep_attention, register_attention
+from .host_attention import HedgehogAttention, HedgehogCall, register_attention
 from .hosts import ATTENTION_NAME, attention_layers, exits_early, learned_positions, name_in
 from .softmax_layers import softmax_masks
 
@@ -112,13 +112,9 @@ class HedgehogModel(HedgehogPreTrainedModel):
         self.host.config = config.host_config  # whose number of layers counts, while a draft is written with fewer
         config.host_config._attn_implementation = ATTENTION_NAME
         layers = attention_layers(self.host, config.host_config)
-        keep_attention(layers, config.host_config)
+        keep_attention(layers, config.host_config, ATTENTION_NAME)
         put_into(layers, config)
-        names = [
-            name for name, _ in self.host.named_modules()
-        ]  # OPT's decoder repeats its body's plan one name too deep
-        plan = getattr(self.host, "_fsdp_plan", None) or {}
-        self.host._fsdp_plan = {rule: style for rule, style in plan.items() if fnmatch.filter(names, rule)}
+        drop_rules_without_modules(self.host)
         self.max_positions = (
             config.max_position_embeddings if learned_positions(self.host, config.host_config) else None
         )

@@ -8,13 +8,12 @@ Transformers looks that function up by the name in a configuration, which a user
 configuration keeps the name (`keep_attention`), so that no switch turns a SEA layer into a dense one.
 """
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache
 
 from ..shared.call import Call
 from ..shared.compat import ALL_ATTENTION_FUNCTIONS
@@ -104,14 +103,6 @@ def sea_call(sequence: SequenceInputs, tokens: torch.Tensor, cache: Cache | None
 def register_attention() -> None:
     """Make the registry know the attention function; harmless when repeated."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sea_attention_forward)
-
-
-def keep_attention(layers: list[nn.Module], config: PreTrainedConfig) -> None:
-    """Give the layers a configuration of their own, in which the attention function is SEA's for good."""
-    own = copy.copy(config)
-    own._attn_implementation = ATTENTION_NAME
-    for layer in layers:
-        layer.config = own
 
 
 def check_attention(asked: str | dict | None) -> None:

@@ -1,6 +1,5 @@
 """What all SEA models share: construction over a host, initialisation, and the forward that prepares ranks, masks and caches."""
 
-import fnmatch
 import functools
 import inspect
 import math
@@ -20,8 +19,10 @@ from ..shared.compat import (
     answer_to_both_names,
     answering_to_both_names,
     cache_keyword,
+    drop_rules_without_modules,
     either_cache_name,
     init,
+    keep_attention,
     rebuilt_by,
 )
 from ..shared.files.checkpoint import PortableCheckpointMixin
@@ -34,7 +35,6 @@ from .host_attention import (
     LayerResults,
     SeaCall,
     check_attention,
-    keep_attention,
     register_attention,
     sea_call,
 )
@@ -80,11 +80,9 @@ class SeaPreTrainedModel(PortableCheckpointMixin, PreTrainedModel):
                 f"{config.host_config.model_type!r}, so {type(self).__name__} cannot be built over it"
             ) from error
         config.host_config = host.config
-        names = [name for name, _ in host.named_modules()]  # OPT's decoder repeats its body's plan one name too deep
-        plan = getattr(host, "_fsdp_plan", None) or {}
-        host._fsdp_plan = {rule: style for rule, style in plan.items() if fnmatch.filter(names, rule)}
+        drop_rules_without_modules(host)
         layers = attention_layers(host, config.host_config)
-        keep_attention(layers, config.host_config)
+        keep_attention(layers, config.host_config, ATTENTION_NAME)
         know_padding(host)
         for index, layer in enumerate(layers):
             if index not in config.softmax_layers:

@@ -8,12 +8,15 @@ keyword of mask functions. Here it is `cache` throughout. A caller may use eithe
 outputs answer to both, and what Transformers itself is called with carries the release's own name (`cache_keyword`).
 """
 
+import copy
+import fnmatch
 import functools
 import inspect
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import GELUActivation
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
@@ -184,7 +187,6 @@ PRIVATE_HOOKS = {
     "_can_record_outputs": "hidden states and attention maps are collected by hooks",
     "_compiled_call_impl": "a block that was compiled by itself is called, not taken apart (PyTorch's)",
     "_forward": "the model's part of a pipeline",
-    "_fsdp_plan": "modules that FSDP2 shards each for itself, gathered from the parts of a model",
     "_hf_peft_config_loaded": "a model with adapters of its own saves these alone, and no code",
     "_init_weights": "first values of a module's parameters",
     "_is_stateful": "whether generate() must leave out what undoes tokens",
@@ -244,6 +246,21 @@ def add_loss_since_log(trainer, loss: float, last_logged: int) -> None:
     trainer._globalstep_last_logged = last_logged
 
 
+def keep_attention(layers: list[torch.nn.Module], config: PreTrainedConfig, name: str) -> None:
+    """Give a host's layers a configuration of their own, in which the attention function is the one called `name` for good."""
+    own = copy.copy(config)
+    own._attn_implementation = name
+    for layer in layers:
+        layer.config = own
+
+
+def drop_rules_without_modules(host: torch.nn.Module) -> None:
+    """Of a host's FSDP plan: OPT's decoder repeats its body's plan one name too deep."""
+    names = [name for name, _ in host.named_modules()]
+    plan = getattr(host, "_fsdp_plan", None) or {}
+    host._fsdp_plan = {rule: style for rule, style in plan.items() if fnmatch.filter(names, rule)}  # type: ignore[assignment]
+
+
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_MASK_ATTENTION_FUNCTIONS",
@@ -276,11 +293,13 @@ __all__ = [
     "create_and_tag_model_card",
     "create_causal_mask",
     "create_sliding_window_causal_mask",
+    "drop_rules_without_modules",
     "either_cache_name",
     "exportable_state",
     "find_adapter_config_file",
     "init",
     "is_output_recorder",
+    "keep_attention",
     "keep_logits",
     "loss_since_log",
     "merge_with_config_defaults",
